@@ -1,0 +1,53 @@
+# Everything that a user or CI runs. `make demo` and `make test` do all the set-up by themselves.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# uv where there is one that pyproject.toml's required-version takes, else one in a venv of its own: a system Python may
+# refuse `pip install` outside a venv.
+UV := $(or $(shell uv tree --frozen --depth 0 >/dev/null 2>&1 && command -v uv),.tools/bin/uv)
+RUN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test test-all lint format bench clean system-libraries
+
+help: ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: $(READY) ## Make .venv with everything that uv.lock names
+
+.tools/bin/uv:
+	python3 -m venv .tools || { echo "make: python3 has no venv module: install it (Debian: apt-get install python3-venv), or uv itself" >&2; exit 1; }
+	.tools/bin/pip install --quiet --disable-pip-version-check uv
+
+$(READY): pyproject.toml uv.lock | $(filter .tools/bin/uv,$(UV))
+	$(UV) sync --locked --quiet --extra libero
+	@touch $@
+
+system-libraries:
+	@bash pipelines/system_libraries.sh
+
+demo: $(READY) ## Extract the shipped episodes with DA3-SMALL; MODEL=DA3-SMALL takes the real weights from the Hub
+	@MODEL="$(MODEL)" PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/demo.sh
+
+test: $(READY) system-libraries ## Run the tests (minutes)
+	$(RUN)/python -m pytest -n auto -m "not slow"
+
+test-all: $(READY) system-libraries ## Run the tests, the slow ones too
+	$(RUN)/python -m pytest -n auto
+
+lint: $(READY) ## Check style and types
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(READY) ## Format the code
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+bench: $(READY) ## Print the tables of benchmarks/RESULTS.md again
+	@for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(RUN)/python "$$bench"; done
+
+clean: ## Remove what was built and fetched
+	rm -rf .venv .tools outputs dist .pytest_cache .mypy_cache .ruff_cache

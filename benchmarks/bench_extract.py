@@ -1,0 +1,155 @@
+"""Does extraction keep the encoder busy, and does its memory stay where it is?
+
+    python benchmarks/bench_extract.py [--model M] [--process-res 504] [--frames 64] [--batch-size 4] [--repeats 3]
+
+Two tables: views/s of `geomcache extract` beside those of the encoder alone on the same batches, taken in turn; and the
+peak memory of extracting 100 and 1,000 frames. Random weights serve: speed does not depend on them.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from benchmarks.common import real_dataset, table
+from geomcache.encoder import DA3Encoder
+from geomcache.extract import ExtractOptions, extract
+from geomcache.source import open_dataset
+from pipelines.make_random_da3 import save_random_da3
+
+# Runs one extraction and prints its own peak memory and that of its largest decoding process, in kilobytes.
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+from geomcache.extract import ExtractOptions, extract
+options = json.loads(sys.argv[1])
+options.update(root=Path(options["root"]), output=Path(options["output"]))
+report = extract(ExtractOptions(**options), say=lambda line: None)
+peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(json.dumps([report.frames, *peaks]))
+"""
+
+
+def encoder_alone(encoder: DA3Encoder, batches: list[torch.Tensor]) -> float:
+    """Views a second of the forward, its result copied to the host as extraction does."""
+    began = time.perf_counter()
+    for batch in batches:
+        geometry = encoder.forward(batch)
+        for _, values in geometry.items():
+            values.cpu()
+    views = sum(batch.shape[0] * batch.shape[1] for batch in batches)
+    return views / (time.perf_counter() - began)
+
+
+def speed(arguments: argparse.Namespace, model: str, root: Path, folder: Path) -> None:
+    dataset, _ = open_dataset("bench", root=root)
+    encoder = DA3Encoder.from_pretrained(model, cameras=dataset.cameras, process_res=arguments.process_res)
+    lengths = dataset.reader.episode_length.cumsum()
+    episodes = int((lengths < arguments.frames).sum()) + 1
+    rows = int(lengths[episodes - 1])
+    size = arguments.batch_size
+    batches = [
+        encoder.preprocess(dataset.reader.read(start, min(start + size, rows)).images) for start in range(0, rows, size)
+    ]
+    encoder_alone(encoder, batches[:2])
+    alone, whole, reports = [], [], []
+    for repeat in range(arguments.repeats):
+        alone.append(encoder_alone(encoder, batches))
+        report = extract(
+            ExtractOptions(
+                model=model,
+                dataset="bench",
+                root=root,
+                episodes=f"0:{episodes}",
+                output=folder / f"speed{repeat}.zarr",
+                process_res=arguments.process_res,
+                batch_size=size,
+                num_workers=arguments.num_workers,
+            ),
+            say=lambda _line: None,
+        )
+        whole.append(report.views / report.seconds)
+        reports.append(report)
+    ratio = statistics.median(w / a for w, a in zip(whole, alone, strict=True))
+    last = reports[-1]
+    table(
+        "Extraction beside the encoder alone",
+        f"{encoder.spec.model_name} at {arguments.process_res} px, {rows} frames of {len(dataset.cameras)} views,"
+        f" batches of {size}, {last.workers} decoding process(es). In turn, {arguments.repeats} times, median: the"
+        " forward on batches that lie in memory; `extract` as the command runs it, from its first claim to the seal"
+        " (decoding processes start within it; imports and loading the model are before).",
+        ["", "views/s", "ratio"],
+        [
+            ["encoder alone", f"{statistics.median(alone):.2f}", "1"],
+            ["geomcache extract", f"{statistics.median(whole):.2f}", f"{ratio:.3f}"],
+        ],
+    )
+    for line in last.lines():
+        print(line)
+    print()
+
+
+def memory(arguments: argparse.Namespace, model: str, root: Path, folder: Path) -> None:
+    dataset, _ = open_dataset("bench", root=root)
+    lengths = dataset.reader.episode_length.cumsum()
+    rows = []
+    for frames in (100, 1000):
+        episodes = min(int((lengths < frames).sum()) + 1, len(lengths))
+        options = {
+            "model": model,
+            "dataset": "bench",
+            "root": str(root),
+            "episodes": f"0:{episodes}",
+            "output": str(folder / f"memory{frames}.zarr"),
+            "process_res": 112,
+            "grid": "native",
+            "batch_size": 4,
+            "num_workers": 1,
+        }
+        command = [sys.executable, "-c", MEMORY, json.dumps(options)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        count, own, worker = json.loads(done.stdout.splitlines()[-1])
+        rows.append([str(count), f"{own / 1024:.0f}", f"{worker / 1024:.0f}"])
+    table(
+        "Peak memory",
+        "Whole episodes that hold at least 100 and 1,000 frames, at 112 px on the native grid; peak resident memory of"
+        " the process and of its decoding process, MiB.",
+        ["frames", "extract", "decoding process"],
+        rows,
+    )
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="default: random weights of DA3-LARGE on CUDA, of DA3-SMALL on a CPU")
+    parser.add_argument("--root", type=Path, default=real_dataset())
+    parser.add_argument("--process-res", type=int, default=504 if cuda else 252)
+    parser.add_argument("--frames", type=int, default=2000 if cuda else 120)
+    parser.add_argument("--batch-size", type=int, default=16 if cuda else 4)
+    parser.add_argument("--num-workers", type=int)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="bench-extract-"))
+    try:
+        model = arguments.model
+        if model is None:
+            model = str(folder / "model")
+            save_random_da3(folder / "model", "da3-large" if cuda else "da3-small")
+        speed(arguments, model, arguments.root, folder)
+        memory(arguments, model, arguments.root, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

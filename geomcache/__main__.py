@@ -1,0 +1,6 @@
+"""`python -m geomcache`, which `accelerate launch -m geomcache` runs."""
+
+from geomcache.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The command line: parses, delegates, and turns errors into one line.
+
+Heavy imports stay inside the commands, so that `geomcache --help` answers at once.
+"""
+
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from geomcache import cli_help
+from geomcache.errors import GeomcacheError
+
+EXIT_USER_ERROR = 2
+EXIT_SIGNAL = 128  # plus the signal's number, as a shell reports it
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    name="geomcache",
+    help="Depth Anything 3 geometry, computed once, cached in Zarr, and given to Pi0.5 as prefix tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"geomcache {version('geomcache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command(epilog=cli_help.EXTRACT)
+def extract(
+    model: Annotated[str, typer.Option(help="A DA3 name such as DA3-LARGE, a Hub id, or a folder.")],
+    dataset: Annotated[str, typer.Option(help="A LeRobotDataset on the Hub; with --root, the name of that folder.")],
+    root: Annotated[Path | None, typer.Option(help="The dataset's folder, where it is local.", metavar="DIR")] = None,
+    revision: Annotated[str | None, typer.Option(help="The dataset's branch, tag or commit.", metavar="REV")] = None,
+    model_revision: Annotated[str | None, typer.Option(help="The model's, likewise.", metavar="REV")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The cache.", show_default="the dataset's name + .zarr")
+    ] = None,
+    episodes: Annotated[str | None, typer.Option(help="Such as 0:100 or 0,3,5:8.", show_default="all")] = None,
+    cameras: Annotated[
+        str | None, typer.Option(help="Keys in the order of the views; the first is the reference.", show_default="all")
+    ] = None,
+    views: Annotated[
+        Literal["joint", "independent"],
+        typer.Option(help="A frame's cameras as views of one scene, or each camera alone."),
+    ] = "joint",
+    process_res: Annotated[int, typer.Option(help="Longest side of what the network sees, pixels.")] = 504,
+    grid: Annotated[str, typer.Option(help="patch, native, or cells such as 14x14.")] = "patch",
+    outputs: Annotated[str, typer.Option(help="Any of ray, ray_conf, depth, depth_conf.")] = "ray,ray_conf",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Frames a forward.", show_default="16 on a GPU, 4 on a CPU")
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Decoding processes.", show_default="the spare cores, up to 8")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1 or cpu.", show_default="the GPU where there is one")
+    ] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None,
+        typer.Option(help="Of the backbone.", show_default="bf16 on CUDA, fp32 elsewhere"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print frames, bytes and time, write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the cache that is there.")] = False,
+) -> None:
+    """Run DA3 once over every frame of a dataset and write a cache. The same command again continues."""
+    from geomcache.extract import ExtractOptions
+    from geomcache.extract import extract as run
+
+    report = run(
+        ExtractOptions(
+            model=model,
+            dataset=dataset,
+            root=root,
+            revision=revision,
+            model_revision=model_revision,
+            output=output,
+            episodes=episodes,
+            cameras=_split(cameras),
+            views=views,
+            process_res=process_res,
+            grid=grid,
+            outputs=_split(outputs) or (),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+            dtype=dtype,
+            dry_run=dry_run,
+            overwrite=overwrite,
+        ),
+        say=typer.echo,
+    )
+    if not dry_run:
+        for line in report.lines():
+            typer.echo(line)
+
+
+@app.command(epilog=cli_help.INFO)
+def info(
+    path: Annotated[Path, typer.Argument(help="A cache.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """Say what is in a cache: model, dataset, grid, bytes, episodes, statistics."""
+    import json
+
+    from geomcache.info import describe, describe_lines
+
+    facts = describe(path)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        for line in describe_lines(facts):
+            typer.echo(line)
+
+
+@app.command(epilog=cli_help.PROBE)
+def probe(
+    model: Annotated[str, typer.Option(help="A DA3 name such as DA3-LARGE, a Hub id, or a folder.")],
+    image: Annotated[
+        list[Path], typer.Option(help="A picture; several are views of one scene, the first the reference.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the picture.", metavar="DIR")] = Path("outputs/probe"),
+    process_res: Annotated[int, typer.Option(help="Longest side of what the network sees, pixels.")] = 504,
+    grid: Annotated[str, typer.Option(help="patch, native, or cells such as 14x14.")] = "patch",
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1 or cpu.", show_default="the GPU where there is one")
+    ] = None,
+) -> None:
+    """Run DA3 on pictures: print shapes and ranges, save what it sees. A check that a model loads and works."""
+    from geomcache.probe import probe as run
+
+    for line in run(model, image, output, process_res=process_res, grid=grid, device=device):
+        typer.echo(line)
+
+
+@app.command(context_settings=PASS_THROUGH, epilog=cli_help.TRAIN)
+def train(
+    context: typer.Context,
+    cache: Annotated[Path, typer.Option(help="A sealed cache of the dataset.", metavar="PATH")],
+) -> None:
+    """Train Pi0.5 with geometry tokens from a cache: LeRobot's trainer, no DA3 in the loop."""
+    from geomcache.train import train as run
+
+    run(cache, context.args)
+
+
+@app.command(name="eval", context_settings=PASS_THROUGH, epilog=cli_help.EVAL)
+def evaluate(
+    context: typer.Context,
+    policy: Annotated[str, typer.Option(help="A pi05_geometry or pi05 checkpoint: a folder or a Hub id.")],
+    allow_resize: Annotated[
+        bool, typer.Option("--allow-resize", help="Accept pictures of another size than the cache's.")
+    ] = False,
+) -> None:
+    """Evaluate a checkpoint in closed loop, DA3 online: success rates, latency, videos."""
+    from geomcache.evaluate import evaluate as run
+
+    for line in run(policy, context.args, allow_resize=allow_resize, say=typer.echo).lines():
+        typer.echo(line)
+
+
+def _split(text: str | None) -> tuple[str, ...] | None:
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text is not None else None
+
+
+class _Stopped(BaseException):
+    """A signal asked to stop. No Exception: nothing between the command and `main` may take it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    raise _Stopped(number)
+
+
+def main() -> None:
+    """Entry point: an error of the user's becomes one line and exit code 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # both unwind: what is half written is dropped in order
+        signal.signal(number, _stop)
+    try:
+        app()
+    except GeomcacheError as error:
+        _fail(str(error), EXIT_USER_ERROR)
+    except OSError as error:  # the file system's own refusal: read-only, no permission, a file in the way
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", EXIT_USER_ERROR)
+    except _Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        _fail(f"stopped by {name}: the same command, given again, goes on from here", EXIT_SIGNAL + stopped.number)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"geomcache: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,417 @@
+"""Stage one: every frame of a dataset through the encoder, once, into a cache.
+
+    decode workers            main thread           writer thread
+    pictures -> input  ───►   DA3 forward   ───►    shard in memory -> disk -> journal
+
+The three overlap. The writer hands out shards of consecutive rows; decoding runs ahead of the forward by a few batches,
+and a bounded queue stands between the forward and the writing, so that memory does not grow with the dataset. Several
+processes (accelerate, array jobs, a command given twice) share a cache by claiming its shards; none waits for another
+until nothing is left to claim.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from geomcache.encoder import DA3Encoder, DA3Preprocessor
+from geomcache.errors import GeomcacheError, NonFiniteGeometryError, OutOfSpaceError, UserInputError
+from geomcache.frames import FrameReader
+from geomcache.geometry import DEFAULT_OUTPUTS, ComputeDtype, GeometrySpec, Views
+from geomcache.progress import Progress, Say, human_bytes, human_time
+from geomcache.sink import ShardSink
+from geomcache.source import FrameDataset, open_dataset
+from geomcache.writer import Claim, StoreWriter
+
+POLL_S = 0.5  # how often a process that has nothing left to do looks after the others' shards
+BYTES_PER_MAP = 24  # checksum, shard index entry and row of the checksum table, for each map of each frame
+TIMED_BATCHES = 3  # of a dry run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """What `geomcache extract` is asked for."""
+
+    model: str
+    """A DA3 name, a Hub id, or a folder."""
+    dataset: str
+    """A LeRobotDataset's name."""
+    root: Path | None = None
+    """Its folder, where it is local."""
+    revision: str | None = None
+    """Its branch, tag or commit on the Hub."""
+    model_revision: str | None = None
+    """The model's branch, tag or commit on the Hub."""
+    output: Path | None = None
+    """The cache; named after the dataset, in the current folder, where None."""
+    episodes: str | None = None
+    """Such as ``0:100`` or ``0,3,5:8``; all where None."""
+    cameras: tuple[str, ...] | None = None
+    """Keys in the order of the views; all of the dataset's where None."""
+    views: Views = "joint"
+    """Whether a frame's cameras are views of one scene."""
+    process_res: int = 504
+    """Longest side of what the network sees, pixels."""
+    grid: str = "patch"
+    """``patch``, ``native`` or ``HxW``."""
+    outputs: tuple[str, ...] = DEFAULT_OUTPUTS
+    """What is cached."""
+    batch_size: int | None = None
+    """Frames a forward; 16 on an accelerator and 4 on a CPU where None."""
+    num_workers: int | None = None
+    """Processes that decode and preprocess; as many as there are cores to spare, at most 8, where None."""
+    device: str | None = None
+    """Such as ``cuda:1`` or ``cpu``; the process's own accelerator where None."""
+    dtype: ComputeDtype | None = None
+    """Of the backbone; ``bf16`` on CUDA and ``fp32`` elsewhere where None."""
+    dry_run: bool = False
+    """Print the plan, write nothing."""
+    overwrite: bool = False
+    """Replace a cache that is there."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserInputError(f"batch-size: expected at least 1, got {self.batch_size}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise UserInputError(f"num-workers: expected at least 0, got {self.num_workers}")
+
+    @property
+    def output_path(self) -> Path:
+        """The cache's path."""
+        return self.output or Path(self.dataset.rstrip("/").rpartition("/")[2] + ".zarr")
+
+
+@dataclass(kw_only=True)
+class ExtractReport:
+    """What this process did; `frames_total` is of all processes and runs together."""
+
+    path: Path
+    frames_total: int = 0
+    """Frames that were asked for, all in the cache now."""
+    frames: int = 0
+    shards: int = 0
+    views: int = 0
+    nbytes: int = 0
+    workers: int = 0
+    """Decoding processes."""
+    seconds: float = 0.0
+    decode_s: float = 0.0
+    """Of all decoding processes together; so is `preprocess_s`."""
+    preprocess_s: float = 0.0
+    encode_s: float = 0.0
+    write_s: float = 0.0
+
+    def lines(self) -> list[str]:
+        """For the user."""
+        if not self.frames:
+            return [f"{self.path}: complete, {self.frames_total} frames; nothing to do"]
+        processes = max(1, self.workers)
+        shares = (
+            f"encode {self.encode_s / self.seconds:.0%}, write {self.write_s / self.seconds:.0%},"
+            f" decode {self.decode_s / self.seconds / processes:.0%}"
+            f" and preprocess {self.preprocess_s / self.seconds / processes:.0%} of {processes} process(es)"
+        )
+        return [
+            f"{self.path}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"
+            f" shards, {human_time(self.seconds)}, {self.views / self.seconds:.1f} views/s",
+            f"busy, of that time: {shares}",
+        ]
+
+
+def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
+    """Run stage one.
+
+    Args:
+        options: what is asked for.
+        say: takes each line for the user.
+
+    Raises:
+        GeomcacheError: of the kind that says what is wrong; shards written before are kept.
+    """
+    process = _Process.current()
+    dataset, episodes = open_dataset(
+        options.dataset,
+        root=options.root,
+        revision=options.revision,
+        cameras=options.cameras,
+        episodes=options.episodes,
+    )
+    encoder = DA3Encoder.from_pretrained(
+        options.model,
+        cameras=dataset.cameras,
+        revision=options.model_revision,
+        views=options.views,
+        process_res=options.process_res,
+        grid=options.grid,
+        outputs=options.outputs,
+        device=options.device or process.device,
+        dtype=options.dtype,
+    )
+    batch_size = options.batch_size or (4 if encoder.device.type == "cpu" else 16)
+    rows = dataset.rows(episodes)
+    if options.dry_run:
+        for line in _plan(options.output_path, dataset, encoder, rows, batch_size):
+            say(line)
+        return ExtractReport(path=options.output_path)
+    if not options.output_path.exists():
+        _require_space(options.output_path, encoder.spec, _count(rows))
+    with process.main_first():  # the others find what the main process made, also where it overwrote a cache
+        writer = StoreWriter.create_or_open(
+            options.output_path,
+            encoder.spec,
+            dataset.spec,
+            dataset.reader.episode_length,
+            rows,
+            overwrite=options.overwrite and process.is_main,
+        )
+    with writer:
+        done, total = writer.frames_done(), _count(rows)
+        if process.is_main:
+            if writer.removed_leftovers:
+                say(f"{writer.path}: removed {writer.removed_leftovers} left-over files of an interrupted run")
+            if 0 < done < total:
+                say(f"{writer.path}: {done} of {total} frames are there; going on with the rest")
+        _require_space(writer.path, encoder.spec, total - done)
+        return _Run(dataset, encoder, writer, batch_size, options.num_workers, process, say).until_sealed(total)
+
+
+class _Run:
+    """Stage one over the shards that this process can claim."""
+
+    def __init__(
+        self,
+        dataset: FrameDataset,
+        encoder: DA3Encoder,
+        writer: StoreWriter,
+        batch_size: int,
+        workers: int | None,
+        process: "_Process",
+        say: Say,
+    ) -> None:
+        self.dataset, self.encoder, self.writer = dataset, encoder, writer
+        self.batch_size, self.process, self.say = batch_size, process, say
+        self.report = ExtractReport(path=writer.path, workers=_default_workers(process) if workers is None else workers)
+
+    def until_sealed(self, total: int) -> ExtractReport:
+        """Work until every row that was asked for is durable, by whoever, and the cache is sealed."""
+        report, began = self.report, time.perf_counter()
+        report.frames_total = total
+        views = len(self.dataset.cameras)
+        with Progress(total, views, self.writer.frames_done, show=self.process.is_main, say=self.say) as progress:
+            while True:
+                first = self.writer.claim()
+                if first is not None:
+                    self._work(first, progress)
+                elif self.writer.pending():
+                    time.sleep(POLL_S)  # others hold the rest; what they lose by dying can be claimed
+                    progress.update(unwritten=0, nbytes=report.nbytes)
+                else:
+                    break
+            self.writer.seal()
+        report.seconds = time.perf_counter() - began
+        report.views = report.frames * views
+        return report
+
+    def _work(self, first: Claim, progress: Progress) -> None:
+        """Encode and write `first` and all that can be claimed after it."""
+        report, encoded = self.report, 0
+        with ShardSink(self.writer, self.encoder.spec) as sink:
+            for work in self._decode(first, sink):
+                report.decode_s += work.decode_s
+                report.preprocess_s += work.preprocess_s
+                began = time.perf_counter()
+                maps = self._encode(work)
+                report.encode_s += time.perf_counter() - began
+                sink.put(maps)
+                encoded += work.stop - work.start
+                progress.update(unwritten=encoded - sink.frames_written, nbytes=report.nbytes + sink.nbytes_written)
+        report.frames += sink.frames_written
+        report.shards += sink.shards_written
+        report.nbytes += sink.nbytes_written
+        report.write_s += sink.write_s
+
+    def _decode(self, first: Claim, sink: ShardSink) -> "Iterator[_Work]":
+        """Network input, batch after batch, in the order of the claims."""
+        loader: DataLoader[_Work | GeomcacheError] = DataLoader(
+            _Decoder(self.dataset.reader, self.encoder.preprocessor),
+            batch_size=None,
+            sampler=_Batches(self.writer, first, sink, self.batch_size),
+            num_workers=self.report.workers,
+            # Not fork: this process has threads, and may have used CUDA.
+            multiprocessing_context="forkserver" if self.report.workers else None,
+            collate_fn=_as_it_is,
+        )
+        for work in loader:
+            if isinstance(work, GeomcacheError):
+                raise work
+            yield work
+
+    def _encode(self, work: "_Work") -> dict[str, NDArray[np.float16]]:
+        try:
+            geometry = self.encoder.forward(work.inputs)
+        except NonFiniteGeometryError as error:
+            places = "; ".join(self._place(work.start + b, view, name) for b, view, name in error.places[:4])
+            raise NonFiniteGeometryError(
+                f"{places}: the encoder gave NaN: check the weights, or try --dtype fp32", error.places
+            ) from error
+        return {name: values.cpu().numpy() for name, values in geometry.items()}
+
+    def _place(self, index: int, view: int, output: str) -> str:
+        episode, frame = self.dataset.reader.locate(index)
+        return f"episode {episode} frame {frame} camera {self.encoder.spec.camera_keys[view]} {output}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One batch on its way from a worker: the network's input for the rows `start` to `stop`."""
+
+    start: int
+    stop: int
+    inputs: torch.Tensor | list[torch.Tensor]
+    decode_s: float
+    preprocess_s: float
+
+
+class _Decoder(Dataset[_Work | GeomcacheError]):
+    """Row range -> network input. Runs in the workers.
+
+    An error travels as a value: raised there, the loader would wrap its line in a traceback.
+    """
+
+    def __init__(self, reader: FrameReader, preprocessor: DA3Preprocessor) -> None:
+        self.reader, self.preprocessor = reader, preprocessor
+
+    def __getitem__(self, rows: tuple[int, int]) -> _Work | GeomcacheError:
+        start, stop = rows
+        began = time.perf_counter()
+        try:
+            batch = self.reader.read(start, stop)
+            decoded = time.perf_counter()
+            inputs = self.preprocessor(batch.images)
+        except GeomcacheError as error:
+            return error
+        done = time.perf_counter()
+        return _Work(start=start, stop=stop, inputs=inputs, decode_s=decoded - began, preprocess_s=done - decoded)
+
+
+class _Batches(Sampler[tuple[int, int]]):
+    """Row ranges of batches, shard after shard; a shard is claimed when decoding gets to it."""
+
+    def __init__(self, writer: StoreWriter, first: Claim, sink: ShardSink, batch_size: int) -> None:
+        self.writer, self.first, self.sink, self.batch_size = writer, first, sink, batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        claim: Claim | None = self.first
+        while claim is not None:
+            self.sink.expect(claim)
+            for start, stop in claim.rows:
+                for row in range(start, stop, self.batch_size):
+                    yield row, min(row + self.batch_size, stop)
+            claim = self.writer.claim()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Process:
+    """Where we stand among the processes that `accelerate launch` started."""
+
+    is_main: bool = True
+    count: int = 1
+    local_count: int = 1
+    device: torch.device | None = None
+    """The accelerator that is this process's; None lets the encoder choose."""
+
+    @classmethod
+    def current(cls) -> Self:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(is_main=state.is_main_process, count=state.num_processes, local_count=local, device=state.device)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process goes through the block before the others enter it."""
+        if self.count == 1:
+            yield
+            return
+        from accelerate import PartialState
+
+        with PartialState().main_process_first():
+            yield
+
+
+def _as_it_is(work: Any) -> Any:
+    return work
+
+
+def _default_workers(process: _Process) -> int:
+    cores = len(os.sched_getaffinity(0)) // process.local_count
+    return max(1, min(8, cores - 1))
+
+
+def _count(rows: list[tuple[int, int]]) -> int:
+    return sum(stop - start for start, stop in rows)
+
+
+def _disk_bytes(spec: GeometrySpec, frames: int) -> int:
+    return frames * (spec.frame_nbytes + BYTES_PER_MAP * len(spec.cameras) * len(spec.outputs))
+
+
+def _free_bytes(path: Path) -> int:
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _require_space(path: Path, spec: GeometrySpec, frames: int) -> None:
+    needed, free = _disk_bytes(spec, frames), _free_bytes(path)
+    if needed > free:
+        raise OutOfSpaceError(
+            f"{path}: expected {human_bytes(needed)} of free space for {frames} frames, found {human_bytes(free)}:"
+            " free some, choose another --output, or a coarser --grid"
+        )
+
+
+def _plan(
+    path: Path, dataset: FrameDataset, encoder: DA3Encoder, rows: list[tuple[int, int]], batch_size: int
+) -> Iterator[str]:
+    """What a run would do. The time is measured: a few batches are decoded and encoded, one after the other."""
+    spec, frames = encoder.spec, _count(rows)
+    yield f"dataset   {dataset.spec.repo_id}: {dataset.spec.episodes} episodes, {dataset.spec.frames} frames"
+    yield f"frames    {frames}"
+    yield f"views     {frames * len(spec.cameras)} ({', '.join(spec.camera_keys)})"
+    yield f"model     {spec.model_id} ({spec.model_name}) on {encoder.device}, {spec.compute_dtype}"
+    cells = "x".join(map(str, spec.grid_hw))
+    yield f"grid      {cells} ({spec.grid} at {spec.process_res} px), {', '.join(spec.outputs)}, {spec.storage_dtype}"
+    yield f"output    {path}: {human_bytes(_disk_bytes(spec, frames))}; free {human_bytes(_free_bytes(path))}"
+    start, stop = rows[0]
+    size = min(batch_size, stop - start)
+    decoder = _Decoder(dataset.reader, encoder.preprocessor)
+    decode_s, encode_s = [], []
+    for number in range(1 + TIMED_BATCHES):
+        first = start + number * size % (stop - start - size + 1)
+        work = decoder[first, first + size]
+        if isinstance(work, GeomcacheError):
+            raise work
+        began = time.perf_counter()
+        encoder.forward(work.inputs).ray.cpu()  # the copy waits for the device
+        if number:  # the first warms up
+            encode_s.append((time.perf_counter() - began) / size)
+            decode_s.append((work.decode_s + work.preprocess_s) / size)
+    encode, decode = float(np.median(encode_s)), float(np.median(decode_s))
+    yield (
+        f"time      about {human_time(frames * encode)} for this process, {1e3 * encode:.0f} ms a frame;"
+        f" decoding takes {1e3 * decode:.0f} ms a frame in each worker beside it"
+    )

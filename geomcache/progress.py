@@ -1,0 +1,97 @@
+"""What a long run shows: one bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+Say = Callable[[str], None]
+LINE_EVERY_S = 30.0
+POLL_EVERY_S = 0.5
+
+
+def human_bytes(count: float) -> str:
+    """A size for people, in decimal units: ``9.9 GB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def human_time(seconds: float) -> str:
+    """A duration for people: ``42 s``, ``3 min 5 s``, ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+class Progress:
+    """Frames done by all processes together, shown by one of them.
+
+    Args:
+        total: frames that were asked for.
+        views: views a frame: the bar counts views.
+        frames_done: frames that are durable, by whoever wrote them; asked at most twice a second.
+        show: whether this process shows anything.
+        say: takes a plain line where standard error is no terminal.
+    """
+
+    def __init__(self, total: int, views: int, frames_done: Callable[[], int], *, show: bool, say: Say) -> None:
+        self._total, self._views, self._frames_done, self._say = total, views, frames_done, say
+        self._show = show
+        self._began = self._polled = self._said = time.monotonic()
+        self._first = self._durable = frames_done()
+        self._bar: tqdm | None = None
+        if show and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total * views,
+                initial=self._first * views,
+                unit="view",
+                unit_scale=True,
+                dynamic_ncols=True,
+                desc="extract",
+            )
+
+    def update(self, *, unwritten: int, nbytes: int) -> None:
+        """Show where the run is.
+
+        Args:
+            unwritten: frames that this process has encoded and not yet written.
+            nbytes: bytes that this process has written.
+        """
+        if not self._show:
+            return
+        now = time.monotonic()
+        if now - self._polled >= POLL_EVERY_S:
+            self._polled, self._durable = now, self._frames_done()
+        frames = min(self._durable + unwritten, self._total)
+        if self._bar is not None:
+            self._bar.set_postfix_str(human_bytes(nbytes), refresh=False)
+            self._bar.update(max(0, frames * self._views - self._bar.n))
+        elif now - self._said >= LINE_EVERY_S:
+            self._said = now
+            rate = max(1, frames - self._first) / (now - self._began)
+            self._say(
+                f"{frames} of {self._total} frames, {rate * self._views:.1f} views/s, {human_bytes(nbytes)} written,"
+                f" {human_time((self._total - frames) / rate)} left"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            if kind is None:
+                self._bar.update(max(0, self._frames_done() * self._views - self._bar.n))
+            self._bar.close()
