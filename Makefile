@@ -10,7 +10,9 @@ UV := $(or $(shell uv tree --frozen --depth 0 >/dev/null 2>&1 && command -v uv),
 RUN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-all lint format bench clean system-libraries
+export POLICY SUITE TASKS N_EPISODES OUTPUT ARGS
+
+.PHONY: help setup demo eval-libero e2e-libero test test-all lint format bench clean system-libraries
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -18,11 +20,12 @@ help: ## List the targets
 setup: $(READY) ## Make .venv with everything that uv.lock names
 
 .tools/bin/uv:
-	python3 -m venv .tools || { echo "make: python3 has no venv module: install it (Debian: apt-get install python3-venv), or uv itself" >&2; exit 1; }
-	.tools/bin/pip install --quiet --disable-pip-version-check uv
+	@python3 -m venv .tools || { echo "make: python3 has no venv module: install it (Debian: apt-get install python3-venv), or uv itself" >&2; exit 1; }
+	@.tools/bin/pip install --quiet --disable-pip-version-check uv
 
 $(READY): pyproject.toml uv.lock | $(filter .tools/bin/uv,$(UV))
-	$(UV) sync --locked --quiet --extra libero
+	@echo "installing what uv.lock names into .venv"
+	@$(UV) sync --locked --quiet --all-extras
 	@touch $@
 
 system-libraries:
@@ -30,6 +33,12 @@ system-libraries:
 
 demo: $(READY) ## Extract the shipped episodes with DA3-SMALL; MODEL=DA3-SMALL takes the real weights from the Hub
 	@MODEL="$(MODEL)" PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/demo.sh
+
+eval-libero: $(READY) system-libraries ## Evaluate POLICY=... in LIBERO [SUITE=libero_10] [TASKS=0,1] [N_EPISODES=10]
+	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/eval_libero.sh
+
+e2e-libero: $(READY) system-libraries ## Extract, train and solve a task in LIBERO, on two CPU cores (half an hour)
+	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/e2e_libero.sh
 
 test: $(READY) system-libraries ## Run the tests (minutes)
 	$(RUN)/python -m pytest -n auto -m "not slow"

@@ -18,6 +18,7 @@ from geomcache.errors import GeomcacheError
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128  # plus the signal's number, as a shell reports it
 
+DEVICE_HELP, DEVICE_DEFAULT = "Such as cuda:1 or cpu.", "the GPU where there is one"
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -72,9 +73,7 @@ def extract(
     num_workers: Annotated[
         int | None, typer.Option(help="Decoding processes.", show_default="the spare cores, up to 8")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cuda:1 or cpu.", show_default="the GPU where there is one")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT)] = None,
     dtype: Annotated[
         Literal["bf16", "fp32"] | None,
         typer.Option(help="Of the backbone.", show_default="bf16 on CUDA, fp32 elsewhere"),
@@ -141,9 +140,7 @@ def probe(
     output: Annotated[Path, typer.Option(help="Folder for the picture.", metavar="DIR")] = Path("outputs/probe"),
     process_res: Annotated[int, typer.Option(help="Longest side of what the network sees, pixels.")] = 504,
     grid: Annotated[str, typer.Option(help="patch, native, or cells such as 14x14.")] = "patch",
-    device: Annotated[
-        str | None, typer.Option(help="Such as cuda:1 or cpu.", show_default="the GPU where there is one")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT)] = None,
 ) -> None:
     """Run DA3 on pictures: print shapes and ranges, save what it sees. A check that a model loads and works."""
     from geomcache.probe import probe as run
@@ -176,6 +173,39 @@ def evaluate(
 
     for line in run(policy, context.args, allow_resize=allow_resize, say=typer.echo).lines():
         typer.echo(line)
+
+
+@app.command(epilog=cli_help.VERIFY)
+def verify(
+    path: Annotated[Path, typer.Argument(help="A cache.")],
+    parity: Annotated[int, typer.Option(help="Encode so many random frames again and compare.", metavar="N")],
+    dataset: Annotated[str | None, typer.Option(help="The dataset's name.", show_default="as in the cache")] = None,
+    root: Annotated[Path | None, typer.Option(help="The dataset's folder, where it is local.", metavar="DIR")] = None,
+    revision: Annotated[str | None, typer.Option(help="The dataset's branch, tag or commit.", metavar="REV")] = None,
+    model: Annotated[str | None, typer.Option(help="Where to find the DA3, if not where the cache says.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT)] = None,
+    max_steps: Annotated[
+        float | None, typer.Option(help="Largest difference, in float16 steps.", show_default="1 in fp32, 512 in bf16")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of frames.")] = 0,
+) -> None:
+    """Check that the online encoder gives here what a cache holds: the parity of training and inference."""
+    from geomcache.parity import parity as run
+
+    report = run(
+        path,
+        parity,
+        dataset=dataset,
+        root=root,
+        revision=revision,
+        model=model,
+        device=device,
+        max_steps=max_steps,
+        seed=seed,
+    )
+    for line in report.lines():
+        typer.echo(line)
+    report.check()
 
 
 def _split(text: str | None) -> tuple[str, ...] | None:

@@ -46,3 +46,7 @@ EVAL = _paragraphs("""
     [bold]Example[/bold]  geomcache eval --policy outputs/pi05_geometry/checkpoints/last/pretrained_model
     --env.task=libero_10 --env.task_ids=\\[0,1] --eval.n_episodes=10 --eval.batch_size=1
 """)
+
+VERIFY = _paragraphs("""
+    [bold]Example[/bold]  geomcache verify libero.zarr --parity 32
+""")

@@ -12,7 +12,7 @@ until nothing is left to claim.
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ class ExtractReport:
 
     path: Path
     frames_total: int = 0
-    """Frames that were asked for, all in the cache now."""
+    """Frames that were asked for, and those of shards that had to be made again; all in the cache now."""
     frames: int = 0
     shards: int = 0
     views: int = 0
@@ -174,7 +174,7 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
             overwrite=options.overwrite and process.is_main,
         )
     with writer:
-        done, total = writer.frames_done(), _count(rows)
+        done, total = writer.frames_done(), _count(writer.wanted)
         if process.is_main:
             if writer.removed_leftovers:
                 say(f"{writer.path}: removed {writer.removed_leftovers} left-over files of an interrupted run")
@@ -335,7 +335,8 @@ class _Process:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState()
+        # Without GPUs accelerate takes processes for one another's strangers unless it is told to use the CPU.
+        state = PartialState(cpu=not torch.cuda.is_available())
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return cls(is_main=state.is_main_process, count=state.num_processes, local_count=local, device=state.device)
 
@@ -360,7 +361,7 @@ def _default_workers(process: _Process) -> int:
     return max(1, min(8, cores - 1))
 
 
-def _count(rows: list[tuple[int, int]]) -> int:
+def _count(rows: Iterable[tuple[int, int]]) -> int:
     return sum(stop - start for start, stop in rows)
 
 

@@ -42,3 +42,31 @@ geomcache info "$CACHE"
 
 step "What DA3 makes of one frame's two views"
 geomcache probe --model "$MODEL" --image examples/front.png --image examples/wrist.png --output "$OUT" --process-res 252
+
+step "Stage two: 20 steps of a small Pi0.5 with geometry tokens, from the cache, no DA3 in the loop"
+rm -rf "$OUT/train"
+if ! geomcache train --cache "$CACHE" \
+  --dataset.repo_id=geomcache/libero_object_demo --dataset.root=examples/libero_object_demo --dataset.video_backend=pyav \
+  --policy.model_size=small --policy.device=cpu --policy.image_resolution='[112,112]' --policy.geom_target_hw='[8,8]' \
+  --policy.chunk_size=10 --policy.n_action_steps=10 --policy.max_action_dim=7 --policy.max_state_dim=8 \
+  --policy.tokenizer_max_length=112 --policy.optimizer_lr=1e-3 --policy.scheduler_warmup_steps=5 \
+  --steps=20 --batch_size=8 --num_workers=1 --log_freq=5 --save_freq=20 --output_dir="$OUT/train" \
+  >"$OUT/train.log" 2>&1; then
+  tail -n 30 "$OUT/train.log" >&2
+  exit 1
+fi
+grep -o 'step:.*' "$OUT/train.log"
+CHECKPOINT=$OUT/train/checkpoints/last/pretrained_model
+ls "$CHECKPOINT"
+
+step "Inference: one prediction of that checkpoint, DA3 online"
+python pipelines/predict_once.py --policy "$CHECKPOINT" --cache "$CACHE" --root examples/libero_object_demo \
+  2>"$OUT/predict.log" || { tail -n 30 "$OUT/predict.log" >&2; exit 1; }
+
+step "Parity: cached frames, encoded again"
+geomcache verify "$CACHE" --parity 8 --root examples/libero_object_demo --device cpu
+
+cat <<NOTE
+
+What there is to look at: $OUT/probe.png, $OUT/train.log, $CACHE
+NOTE

@@ -197,7 +197,8 @@ def test_two_processes_under_accelerate_share_the_work(
     options: ExtractOptions, reference: ExtractReport, tmp_path: Path
 ) -> None:
     path = tmp_path / "cache.zarr"
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # Not --cpu: without MPI accelerate would start a single process.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     done = subprocess.run(
         [sys.executable, *launch, "--mixed_precision", "no", "--dynamo_backend", "no", *command(options, path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -207,9 +208,9 @@ def test_two_processes_under_accelerate_share_the_work(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    shares = [line for line in done.stdout.splitlines() if "frames," in line or "complete" in line]
-    counts = [int(line.split(": ")[1].split()[0]) for line in shares if "shards" in line]
-    assert sum(counts) == FRAMES
+    shares = [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith(f"{path}: ")]
+    assert len(shares) == 2, done.stdout  # each process tells what it did
+    assert sum(int(share.split()[0]) for share in shares if not share.startswith("complete")) == FRAMES
     assert_same_rows(path, reference.path)
 
 

@@ -1,0 +1,126 @@
+"""How long a policy takes for a chunk of actions, and for its parts: the geometry, the prefix, the denoising.
+
+    predict_action_chunk ─┬─ geometry_of                    DA3, where the policy encodes pictures
+                          ├─ (all else)                     picture sizes, adapter, embedding and pass of the prefix
+                          └─ model.denoise_step, repeated   the denoising
+
+The three methods are wrapped on the policy object itself; its class stays as it is.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkTime:
+    """Seconds that one chunk took."""
+
+    total: float
+    geometry: float
+    """DA3's part; about zero where geometry was given."""
+    denoising: float
+    denoising_steps: int
+
+    @property
+    def prefix(self) -> float:
+        """All that is neither geometry nor denoising."""
+        return self.total - self.geometry - self.denoising
+
+
+class ChunkTimer:
+    """Times every chunk that a policy predicts from now on.
+
+    A policy that is compiled (`compile_model`) denoises inside of the compiled function: its prefix and denoising are
+    not told apart.
+
+    Attributes:
+        times: of the chunks, in order.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        """Begin to watch.
+
+        Args:
+            policy: LeRobot's Pi0.5 or `PI05GeometryPolicy`; wrapped in a `PeftModel` or not.
+        """
+        self.times: list[ChunkTime] = []
+        self._policy = unwrapped(policy)
+        self._cuda = str(self._policy.config.device).startswith("cuda")
+        self._geometry: list[float] = []
+        self._denoising: list[float] = []
+        predict = self._policy.predict_action_chunk
+        if hasattr(self._policy, "geometry_of"):
+            self._policy.geometry_of = self._timed(self._policy.geometry_of, self._geometry)
+        if not self._policy.config.compile_model:
+            self._policy.model.denoise_step = self._timed(self._policy.model.denoise_step, self._denoising)
+        self._policy.predict_action_chunk = lambda *args, **kwargs: self._chunk(predict, *args, **kwargs)
+
+    @property
+    def encoder_calls(self) -> int:
+        """How often the policy's DA3 encoder ran, since it was loaded."""
+        encoder = getattr(getattr(self._policy, "online", None), "encoder", None)
+        return 0 if encoder is None else int(encoder.calls)
+
+    def lines(self) -> list[str]:
+        """A table for the user: median and 95th percentile in milliseconds, of all chunks but the first.
+
+        The first chunk loads the encoder and warms up; it stands for itself.
+        """
+        if not self.times:
+            return ["chunks of actions: 0"]
+        found = [
+            f"chunks of actions: {len(self.times)}; calls of the encoder: {self.encoder_calls}",
+            f"first chunk: {self.times[0].total:.2f} s, with loading",
+        ]
+        warm = self.times[1:]
+        if not warm:
+            return found
+        parts = {"DA3": [chunk.geometry for chunk in warm], "prefix": [chunk.prefix for chunk in warm]}
+        if warm[0].denoising_steps:
+            parts["denoising"] = [chunk.denoising for chunk in warm]
+        parts["chunk"] = [chunk.total for chunk in warm]
+        found.append(f"{'latency, ms':<12}{'median':>9}{'p95':>9}")
+        for name, seconds in parts.items():
+            median, p95 = np.percentile(seconds, (50, 95)) * 1e3
+            found.append(f"  {name:<10}{median:>9.1f}{p95:>9.1f}")
+        return found
+
+    def _chunk(self, predict: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._geometry.clear()
+        self._denoising.clear()
+        total: list[float] = []
+        chunk = self._timed(predict, total)(*args, **kwargs)
+        self.times.append(
+            ChunkTime(
+                total=total[0],
+                geometry=sum(self._geometry),
+                denoising=sum(self._denoising),
+                denoising_steps=len(self._denoising),
+            )
+        )
+        return chunk
+
+    def _timed(self, function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = self._now()
+            result = function(*args, **kwargs)
+            seconds.append(self._now() - began)
+            return result
+
+        return timed
+
+    def _now(self) -> float:
+        if self._cuda:
+            import torch
+
+            torch.cuda.synchronize()  # kernels run on after the call that started them returns
+        return time.perf_counter()
+
+
+def unwrapped(policy: Any) -> Any:
+    """The policy itself, without the `PeftModel` around it."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy

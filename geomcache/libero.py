@@ -1,0 +1,248 @@
+"""Set LIBERO up for evaluation: its configuration, assets and rendering, without a question on standard input.
+
+hf-libero asks at its first import where its data lie. It looks for assets inside its own package, then in the user's
+cache; its own download does not work with today's huggingface_hub. What is found or made here is left where LIBERO
+looks for it, so that the simulator's worker processes and stock `lerobot-eval` find it too. Nothing of LIBERO is
+imported before its configuration is there, and MUJOCO_GL is set before MuJoCo is imported.
+"""
+
+import ctypes.util
+import difflib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from geomcache.errors import SimulatorError, UserInputError, one_line
+
+ASSETS_VARIABLE = "LIBERO_ASSETS"
+ASSETS_REPO = "lerobot/libero-assets"  # a dataset on the Hub, which hf-libero names
+ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
+
+
+def prepare(suites: str, task_ids: Sequence[int] | None, *, say: Callable[[str], None] = print) -> None:
+    """Make LIBERO ready to be used in this process and its children.
+
+    Args:
+        suites: names of suites, separated by commas.
+        task_ids: numbers of their tasks; all where None.
+        say: takes each line for the user.
+
+    Raises:
+        SimulatorError: LIBERO, its assets or a rendering library is missing.
+        UserInputError: there is no such suite or task.
+    """
+    package = find_package()
+    write_config(package)
+    check_tasks(suites, task_ids)
+    renderer = choose_renderer()
+    say(f"LIBERO: assets of {provide_assets(package)}, rendering with MUJOCO_GL={renderer}")
+
+
+def find_package() -> Path:
+    """The folder of the module `libero.libero`.
+
+    Raises:
+        SimulatorError: LIBERO is not installed.
+    """
+    found = importlib.util.find_spec("libero")
+    for place in (found.submodule_search_locations or ()) if found is not None else ():
+        package = Path(place) / "libero"
+        if (package / "bddl_files").is_dir():
+            return package
+    raise SimulatorError(
+        "libero: expected the simulator, it is not installed: install geomcache with it (pip install"
+        " 'geomcache[libero]')"
+    )
+
+
+def write_config(package: Path) -> Path:
+    """Write LIBERO's ``config.yaml`` where it is missing: without it, LIBERO asks a question when it is imported.
+
+    Args:
+        package: of `find_package`.
+
+    Returns:
+        The file, in the folder that LIBERO_CONFIG_PATH names, else in ``~/.libero``.
+
+    Raises:
+        SimulatorError: it cannot be written, or the one that is there names folders that are not.
+    """
+    import yaml
+
+    folder = Path(os.environ.get("LIBERO_CONFIG_PATH", Path("~/.libero").expanduser()))
+    file = folder / "config.yaml"
+    if file.exists():
+        _check_config(file)
+        return file
+    content = {
+        "benchmark_root": str(package),
+        "bddl_files": str(package / "bddl_files"),
+        "init_states": str(package / "init_files"),
+        "datasets": str(package.parent / "datasets"),
+        "assets": str(package / "assets"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Another process may read it at the same time: it appears whole.
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix="config.", delete=False) as draft:
+            yaml.safe_dump(content, draft)
+        Path(draft.name).replace(file)
+    except OSError as error:
+        raise SimulatorError(
+            f"libero: expected to write its configuration, cannot write {file} ({error.strerror}): name a folder that"
+            " can be written in LIBERO_CONFIG_PATH"
+        ) from error
+    return file
+
+
+def _check_config(file: Path) -> None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SimulatorError(f"libero: cannot read {file}: {one_line(error)}: delete it") from error
+    for key in ("bddl_files", "init_states"):
+        folder = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(folder, str) or not Path(folder).is_dir():
+            raise SimulatorError(
+                f"libero: {file}: expected a folder in {key}, found {folder!r}: correct it, or delete the file and a"
+                " new one is written"
+            )
+
+
+def provide_assets(package: Path) -> Path:
+    """See that LIBERO finds its meshes and textures.
+
+    A folder given in the environment variable LIBERO_ASSETS is linked into LIBERO's package. Without it, what is there
+    already is used, in the package or in ``~/.cache/libero``; else the assets are downloaded from the Hub.
+
+    Args:
+        package: of `find_package`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SimulatorError: the folder is not one of assets, it cannot be linked, or the download fails.
+    """
+    local = package / "assets"
+    given = os.environ.get(ASSETS_VARIABLE)
+    if given:
+        folder = Path(given).expanduser().absolute()
+        _check_assets(folder, f"{ASSETS_VARIABLE}={given}")
+        if not (local.exists() and local.samefile(folder)):
+            _link(local, folder)
+        return folder
+    if local.exists():  # LIBERO looks nowhere else then
+        _check_assets(local, str(local))
+        return local.resolve()
+    cached = Path("~/.cache/libero/assets").expanduser()
+    if not cached.exists():
+        _download(cached)
+    _check_assets(cached, str(cached))
+    return cached
+
+
+def _check_assets(folder: Path, name: str) -> None:
+    missing = [part for part in ASSET_FOLDERS if not (folder / part).is_dir()]
+    if missing:
+        raise SimulatorError(
+            f"libero: {name}: expected LIBERO's assets, found no {', '.join(missing)} there: give a whole copy of its"
+            f" libero/libero/assets in {ASSETS_VARIABLE}"
+        )
+
+
+def _link(local: Path, folder: Path) -> None:
+    if local.is_dir() and not local.is_symlink():
+        raise SimulatorError(
+            f"libero: {ASSETS_VARIABLE}: expected to link it into LIBERO's package, found a folder {local} there:"
+            f" remove that one, or leave {ASSETS_VARIABLE} out to use it"
+        )
+    draft = local.with_name(f"assets.{os.getpid()}")
+    try:
+        draft.symlink_to(folder)
+        draft.replace(local)
+    except OSError as error:
+        raise SimulatorError(
+            f"libero: {ASSETS_VARIABLE}: cannot link it to {local} ({error.strerror}): link ~/.cache/libero/assets to"
+            f" it and leave {ASSETS_VARIABLE} out"
+        ) from error
+
+
+def _download(folder: Path) -> None:
+    """From the Hub to where hf-libero keeps what it downloads. An interrupted download goes on in the next call."""
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    unfinished = folder.with_name("assets.unfinished")
+    try:
+        snapshot_download(ASSETS_REPO, repo_type="dataset", local_dir=unfinished)
+        unfinished.replace(folder)
+    except (OSError, httpx.HTTPError) as error:
+        raise SimulatorError(
+            f"libero: its assets are not here, and {ASSETS_REPO} cannot be had from the Hub ({one_line(error)}):"
+            f" download it elsewhere (hf download --repo-type dataset {ASSETS_REPO} --local-dir DIR), or take"
+            f" libero/libero/assets of the LIBERO repository, and give the folder in {ASSETS_VARIABLE}"
+        ) from error
+
+
+def choose_renderer() -> str:
+    """Set MUJOCO_GL, unless it is set: ``egl`` where there is a GPU, else ``osmesa``.
+
+    Returns:
+        Its value.
+
+    Raises:
+        SimulatorError: the library that it needs is missing.
+    """
+    chosen = os.environ.get("MUJOCO_GL", "").lower()
+    if not chosen:
+        import torch
+
+        chosen = "egl" if torch.cuda.is_available() else "osmesa"
+    library, package = {"egl": ("EGL", "libegl1"), "osmesa": ("OSMesa", "libosmesa6")}.get(chosen, (None, None))
+    if library is not None and ctypes.util.find_library(library) is None:
+        other = "osmesa" if chosen == "egl" else "egl"
+        raise SimulatorError(
+            f"MUJOCO_GL={chosen}: expected lib{library}, which the simulator renders with, it is not installed: install"
+            f" it (Debian, Ubuntu: apt-get install {package}), or set MUJOCO_GL={other}"
+        )
+    os.environ["MUJOCO_GL"] = chosen
+    return chosen
+
+
+def check_tasks(suites: str, task_ids: Sequence[int] | None) -> None:
+    """See that suites and tasks exist. LIBERO's configuration must be there.
+
+    Raises:
+        UserInputError: there is no such suite or task; the message lists those that there are.
+    """
+    from libero.libero.benchmark import get_benchmark_dict
+
+    known = get_benchmark_dict()
+    names = [name.strip() for name in suites.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserInputError(f"env.task: {hint}expected suites of {', '.join(sorted(known))}, got {name!r}")
+        tasks = known[name]().tasks
+        odd = [number for number in task_ids or () if not 0 <= number < len(tasks)]
+        if odd:
+            listed = "; ".join(f"{number} {task.language}" for number, task in enumerate(tasks[:10]))
+            more = "; ..." if len(tasks) > 10 else ""
+            raise UserInputError(
+                f"env.task_ids: expected numbers from 0 to {len(tasks) - 1} for {name}, got {odd[0]}: {listed}{more}"
+            )
+    if not names:
+        raise UserInputError(f"env.task: expected suites of {', '.join(sorted(known))}, got {suites!r}")
+
+
+def task_description(suite: str, task_id: int) -> str:
+    """A task in words, as the policy is told it."""
+    from libero.libero.benchmark import get_benchmark_dict
+
+    return str(get_benchmark_dict()[suite]().get_task(task_id).language)

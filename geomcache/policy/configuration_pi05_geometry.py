@@ -1,0 +1,179 @@
+"""Configuration of the policy `pi05_geometry`: Pi0.5's own, the geometry options, and what geometry was made from."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+
+from geomcache.adapter import GEOMETRY_ATTENTION
+from geomcache.errors import CacheMismatchError, UserInputError
+from geomcache.geometry import PATCH_SIZE, GeometrySpec, differences
+from geomcache.statistics import Moments
+
+MODEL_SIZES = ("full", "small")
+# Enlarging invents nothing: a target grid may be finer than the cached one by a rounding difference, not by more.
+MAX_ENLARGED_CELLS = 4
+
+
+@PreTrainedConfig.register_subclass("pi05_geometry")
+@dataclass
+class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not typed
+    """Options of Pi0.5 with geometry tokens. Written into the checkpoint's ``config.json``."""
+
+    use_geom_prefix: bool = True
+    """Off: plain Pi0.5, bit for bit; no adapter is made."""
+
+    geom_model_id: str | None = None
+    """The DA3 that the online encoder loads, where it is not to be found under the cache's name: a name, a Hub id or a
+    folder. Its weights must be those of the cache."""
+
+    geom_target_hw: tuple[int, int] = (14, 14)
+    """Token grid (h, w) of each view; ``[14,14]`` on the command line."""
+
+    geom_init_alpha: float = 0.1
+    """Start of the learned scale of the geometry tokens."""
+
+    freeze_geom_model: bool = True
+    """False is refused: a cache has no gradient to DA3."""
+
+    geom_attention: str = "full"
+    """``full``: all prefix tokens see each other. ``isolated``: image and text do not see geometry, actions see all."""
+
+    geom_lr_scale: float = 10.0
+    """Learning rate of the adapter over the policy's."""
+
+    geom_modality_embedding: bool = False
+    """A learned embedding for each view, added to its tokens."""
+
+    model_size: str = "full"
+    """``full``: Pi0.5. ``small``: the same classes with 2.7 million parameters, for tests and demonstrations; use it
+    with a small `image_resolution` such as 112x112."""
+
+    tokenizer_name: str | None = None
+    """Tokenizer of newly made processors: a Hub id or a folder, or ``bytes``, a built-in one that needs no file. None:
+    PaliGemma's for ``full`` (gated on the Hub), ``bytes`` for ``small``. A checkpoint's processors bring their own."""
+
+    random_init: bool = False
+    """Allow a ``full`` model without `pretrained_path` to start from random weights."""
+
+    geom_spec: dict[str, Any] | None = None
+    """What the geometry was made from (`GeometrySpec.to_dict`); set from the cache, not by hand."""
+
+    geom_statistics: dict[str, Any] | None = None
+    """Moments of each cached output (`Moments.to_dict`) that the adapter standardises by; set from the cache."""
+
+    geom_fingerprint: str | None = None
+    """Fingerprint of the cache that the policy was last trained from."""
+
+    def check_options(self) -> None:
+        """See that the options above can be used. Called when a cache is bound, and when the policy is built.
+
+        The constructor does not: LeRobot's command line hides the reason of what a constructor refuses.
+
+        Raises:
+            UserInputError: one of them cannot.
+            CacheFormatError: the spec is malformed.
+        """
+        if not self.freeze_geom_model:
+            raise UserInputError(
+                "freeze_geom_model: expected true, got false: a cache has no gradient to DA3, it cannot be trained here"
+            )
+        if self.geom_attention not in GEOMETRY_ATTENTION:
+            raise UserInputError(
+                f"geom_attention: expected {' or '.join(map(repr, GEOMETRY_ATTENTION))}, got {self.geom_attention!r}"
+            )
+        if self.model_size not in MODEL_SIZES:
+            raise UserInputError(f"model_size: expected {' or '.join(map(repr, MODEL_SIZES))}, got {self.model_size!r}")
+        if not all(1 <= cells <= 9999 for cells in self.geom_target_hw):
+            raise UserInputError(f"geom_target_hw: expected 1 to 9999 cells a side, got {self.geom_target_hw}")
+        if not math.isfinite(self.geom_init_alpha):
+            raise UserInputError(f"geom_init_alpha: expected a finite number, got {self.geom_init_alpha}")
+        if not 0 < self.geom_lr_scale < math.inf:
+            raise UserInputError(f"geom_lr_scale: expected a positive number, got {self.geom_lr_scale}")
+        if self.model_size == "small" and any(side % PATCH_SIZE for side in self.image_resolution):
+            raise UserInputError(
+                f"image_resolution: expected multiples of {PATCH_SIZE}, such as [112,112], got {self.image_resolution}"
+            )
+        self._check_target_grid()
+
+    def validate_features(self) -> None:
+        """Check all options; LeRobot calls this when it builds the policy."""
+        self.check_options()
+        super().validate_features()
+
+    @property
+    def geometry_spec(self) -> GeometrySpec | None:
+        """What the geometry was made from; None before a cache is bound.
+
+        Raises:
+            CacheFormatError: the checkpoint's is malformed.
+        """
+        return None if self.geom_spec is None else GeometrySpec.from_dict(self.geom_spec)
+
+    @property
+    def geometry_statistics(self) -> dict[str, Moments]:
+        """Statistics of the spec's outputs, in their order.
+
+        Raises:
+            CacheFormatError: the checkpoint's are malformed or missing.
+        """
+        spec = self.geometry_spec
+        assert spec is not None
+        there = self.geom_statistics or {}
+        return {name: Moments.from_dict(there.get(name), name) for name in spec.outputs}
+
+    def bind_cache(self, spec: GeometrySpec, statistics: Mapping[str, Moments], fingerprint: str) -> None:
+        """Take over what a cache says of itself. Called before the policy is made.
+
+        A configuration that has a spec already comes from a checkpoint: its adapter was trained with that geometry, so
+        the cache must have been made in the same way, and the checkpoint's statistics stay.
+
+        Args:
+            spec: the cache's.
+            statistics: the cache's, of each of the spec's outputs.
+            fingerprint: the cache's.
+
+        Raises:
+            CacheMismatchError: a field of the checkpoint's spec differs.
+            UserInputError: an option cannot be used, or `geom_target_hw` is larger than the cached grid by more than
+                4 cells.
+        """
+        if self.geom_spec is None:
+            self.geom_spec = spec.to_dict()
+            self.geom_statistics = {name: statistics[name].to_dict() for name in spec.outputs}
+        else:
+            check_same_spec(cached=spec.to_dict(), checkpoint=self.geom_spec)
+        self.geom_fingerprint = fingerprint
+        self.check_options()
+
+    def _check_target_grid(self) -> None:
+        spec = self.geometry_spec
+        if spec is None:
+            return
+        for target, cached in zip(self.geom_target_hw, spec.grid_hw, strict=True):
+            if target > cached + MAX_ENLARGED_CELLS:
+                raise UserInputError(
+                    f"geom_target_hw: expected at most {MAX_ENLARGED_CELLS} cells a side more than the cached grid"
+                    f" {spec.grid_hw[0]}x{spec.grid_hw[1]}, got {self.geom_target_hw[0]}x{self.geom_target_hw[1]}:"
+                    " choose a smaller one, or extract on a finer grid"
+                )
+
+
+def check_same_spec(*, cached: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """See that a cache was made as the one that a checkpoint was trained from. The model's name is a label.
+
+    Raises:
+        CacheMismatchError: a field differs.
+    """
+    for field, there, here in differences(cached, checkpoint):
+        if field != "model_id":
+            raise CacheMismatchError(
+                f"spec.{field}: expected {here!r}, which the checkpoint was trained with, the cache has {there!r}:"
+                " extract a cache with the checkpoint's settings, or start from a checkpoint without geometry",
+                f"spec.{field}",
+                there,
+                here,
+            )

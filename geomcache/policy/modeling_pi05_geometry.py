@@ -1,0 +1,352 @@
+"""The policy `pi05_geometry`: LeRobot's Pi0.5 with geometry tokens at the end of its prefix.
+
+    prefix   image tokens | text tokens, padded | geometry tokens       suffix   noisy actions
+
+`embed_prefix` is the seam: LeRobot's `forward` and `sample_actions` both take the prefix from it, and derive position
+ids (cumulative sum of the pad masks) and the attention mask from what it returns. Everything else is inherited.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pi05.modeling_pi05 import PI05Policy, PI05Pytorch, get_gemma_config
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.policies.rtc.modeling_rtc import RTCProcessor
+from torch import Tensor
+
+from geomcache.adapter import GeometryTokenAdapter, GeometryTokens
+from geomcache.errors import ModelError, UserInputError
+from geomcache.geometry import Geometry, batch_key
+from geomcache.policy.checkpoint import ADAPTER_NAME, adopt_geometry, checkpoint_file, load_weights, read_config
+from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+from geomcache.policy.online import OnlineEncoder
+from geomcache.policy.small_pi05 import SMALL_GEMMA, make_small
+
+logger = logging.getLogger(__name__)
+
+
+class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not typed
+    """LeRobot's Pi0.5 network, whose prefix can be longer by tokens from outside.
+
+    Attributes:
+        geometry_adapter: only with `use_geom_prefix`.
+        image_token_norm: mean length of the image tokens in the last training step with extra tokens; logged.
+    """
+
+    def __init__(self, config: PI05GeometryConfig, rtc_processor: RTCProcessor | None = None) -> None:
+        if config.model_size == "small":
+            with torch.device("meta"):  # shapes without memory: what depends on the size is replaced at once
+                super().__init__(config, rtc_processor)
+            make_small(self, config)
+            width = SMALL_GEMMA.width
+        else:
+            super().__init__(config, rtc_processor)
+            width = get_gemma_config(config.paligemma_variant).width
+        if config.use_geom_prefix:
+            spec = config.geometry_spec
+            assert spec is not None
+            self.geometry_adapter = GeometryTokenAdapter(
+                statistics=config.geometry_statistics,
+                views=len(spec.cameras),
+                width=width,
+                target_hw=config.geom_target_hw,
+                init_alpha=config.geom_init_alpha,
+                attention=config.geom_attention,
+                modality_embedding=config.geom_modality_embedding,
+            )
+        self.image_token_norm: Tensor | None = None
+        self._extra_prefix: GeometryTokens | None = None
+
+    @contextmanager
+    def extra_prefix(self, tokens: GeometryTokens | None) -> Iterator[None]:
+        """Append these tokens to every prefix that is embedded inside the `with` block. None changes nothing."""
+        before = self._extra_prefix
+        self._extra_prefix = before if tokens is None else tokens
+        try:
+            yield
+        finally:
+            self._extra_prefix = before
+
+    def embed_prefix(
+        self, images: list[Tensor], img_masks: list[Tensor], tokens: Tensor, masks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As LeRobot's, with the extra tokens at the end: embeddings [B, P, D], pad and attention masks [B, P]."""
+        embs, pad_masks, att_masks = super().embed_prefix(images, img_masks, tokens, masks)
+        extra = self._extra_prefix
+        if extra is None:
+            return embs, pad_masks, att_masks
+        if self.training:
+            image_tokens = embs.shape[1] - tokens.shape[1]
+            # The pad mask leaves out empty cameras.
+            self.image_token_norm = mean_length(embs[:, :image_tokens], pad_masks[:, :image_tokens])
+        return (
+            torch.cat([embs, extra.embs.to(embs.dtype)], dim=1),
+            torch.cat([pad_masks, extra.pad_masks], dim=1),
+            torch.cat([att_masks, extra.att_masks], dim=1),
+        )
+
+    def forward(
+        self,
+        *args: Any,
+        extra_prefix_embs: Tensor | None = None,
+        extra_prefix_pad_masks: Tensor | None = None,
+        extra_prefix_att_masks: Tensor | None = None,
+    ) -> Tensor:
+        """As LeRobot's, with tokens for the end of the prefix.
+
+        Args:
+            args: LeRobot's: images, img_masks, tokens, masks, actions, noise, time.
+            extra_prefix_embs: [B, n, D]; the next two go with it.
+            extra_prefix_pad_masks: [B, n] bool, false for padding.
+            extra_prefix_att_masks: [B, n] bool, true where a block opens that earlier tokens do not see.
+        """
+        with self.extra_prefix(_tokens(extra_prefix_embs, extra_prefix_pad_masks, extra_prefix_att_masks)):
+            losses: Tensor = super().forward(*args)
+        return losses
+
+    def sample_actions(
+        self,
+        *args: Any,
+        extra_prefix_embs: Tensor | None = None,
+        extra_prefix_pad_masks: Tensor | None = None,
+        extra_prefix_att_masks: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As LeRobot's, with tokens for the end of the prefix, given as to `forward`."""
+        with self.extra_prefix(_tokens(extra_prefix_embs, extra_prefix_pad_masks, extra_prefix_att_masks)):
+            actions: Tensor = super().sample_actions(*args, **kwargs)
+        return actions
+
+
+class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not typed
+    """LeRobot's Pi0.5 policy with geometry: from the batch in training, from the batch or its pictures in inference.
+
+    Attributes:
+        allow_resize: accept pictures of another size than the cache was made of when encoding them; false.
+        online: encodes pictures; None without `use_geom_prefix`. `online.encoder` is the DA3 encoder, once loaded.
+    """
+
+    config_class = PI05GeometryConfig
+    name = "pi05_geometry"
+
+    def __init__(self, config: PI05GeometryConfig, *, weights_follow: bool = False, **_: Any) -> None:
+        """Build the policy, with random weights.
+
+        Args:
+            config: with the spec and statistics of a cache (`bind_cache`), unless `use_geom_prefix` is off.
+            weights_follow: the caller loads weights next; otherwise random ones must have been asked for.
+
+        Raises:
+            UserInputError: an option cannot be used, there is no spec, or random weights were not asked for.
+            CacheFormatError: the configuration's spec or statistics are malformed.
+        """
+        config.validate_features()
+        if not weights_follow and config.model_size == "full" and not config.random_init:
+            raise UserInputError(
+                "policy pi05_geometry: expected pretrained weights, got none: give --policy.pretrained_path, such as"
+                " lerobot/pi05_base, or ask for random weights with --policy.random_init=true"
+            )
+        if config.use_geom_prefix and config.geom_spec is None:
+            raise UserInputError(
+                "policy pi05_geometry: expected the cache's spec in geom_spec, found none: train with `geomcache train"
+                " --cache PATH`, load a pi05_geometry checkpoint, or set use_geom_prefix=false"
+            )
+        # Not the parent's constructor, which would build LeRobot's network first: 3.6 billion parameters for nothing.
+        PreTrainedPolicy.__init__(self, config)
+        self.init_rtc_processor()
+        self.model = PI05GeometryPytorch(config, rtc_processor=self.rtc_processor)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.model.to(config.device)
+        self.reset()
+        self.allow_resize = False
+        spec = config.geometry_spec if config.use_geom_prefix else None
+        self.online = None if spec is None else OnlineEncoder(spec, config.geom_model_id)
+        self._adapter_grad_norm: Tensor | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a checkpoint of `pi05_geometry`, or of plain `pi05` into a policy with a fresh adapter. Always strict.
+
+        Args:
+            pretrained_name_or_path: folder or Hub id.
+            config: of the run; the checkpoint's own where None.
+            force_download: of the Hub, as the next four.
+            token: for gated and private checkpoints.
+            cache_dir: where downloads are kept.
+            local_files_only: do not ask the Hub.
+            revision: branch, tag or commit.
+            kwargs: what LeRobot gives to a policy's constructor.
+
+        Raises:
+            ModelNotFoundError: the checkpoint, or a file of it, is not there.
+            ModelError: it is of another policy, or a key is missing, unexpected or of the wrong shape.
+            CacheMismatchError: its geometry was made in another way than the run's.
+        """
+        path = str(pretrained_name_or_path)
+        hub: dict[str, Any] = {
+            "force_download": force_download,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "revision": revision,
+        }
+        saved = read_config(path, **hub)
+        weights = checkpoint_file(path, SAFETENSORS_SINGLE_FILE, **hub)
+        if config is None:
+            config = PreTrainedConfig.from_pretrained(path, **hub)
+        if not isinstance(config, PI05GeometryConfig):
+            raise ModelError(
+                f"policy {path}: expected a pi05_geometry configuration, got {config.type}: give config=, or load it"
+                " with LeRobot's own policy class"
+            )
+        has_adapter = adopt_geometry(config, saved)
+        policy = cls(config, weights_follow=True, **kwargs)
+        load_weights(policy, path, weights, has_adapter=has_adapter)
+        policy.eval()
+        return policy
+
+    def get_optim_params(self) -> Any:
+        """Parameters for the optimizer: the adapter in a group of its own, at its own rate (`geom_lr_scale`)."""
+        if not self.config.use_geom_prefix:
+            return super().get_optim_params()
+        adapter = list(self.model.geometry_adapter.parameters())
+        apart = {id(parameter) for parameter in adapter}
+        return [
+            {"params": [parameter for parameter in self.parameters() if id(parameter) not in apart]},
+            {"params": adapter, "lr": self.config.optimizer_lr * self.config.geom_lr_scale},
+        ]
+
+    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
+        """Loss of a batch that brings its geometry, and numbers for the log.
+
+        Beside LeRobot's, the numbers are ``geom_alpha``; ``geom_token_norm`` and ``image_token_norm``, mean lengths of
+        the prefix's tokens; and ``geom_grad_norm``, of the adapter's gradient in the step before, not clipped, of this
+        process alone; it is missing in the first step.
+
+        Raises:
+            GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for.
+        """
+        if not self.config.use_geom_prefix:
+            plain: tuple[Tensor, dict[str, Any]] = super().forward(batch, reduction)
+            return plain
+        tokens = self._tokens(Geometry.from_batch(batch))
+        with self.model.extra_prefix(tokens):
+            loss, numbers = super().forward(batch, reduction)
+        return loss, numbers | self._signs_of_learning(tokens)
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """Actions [B, chunk, action dim] of a batch that brings its geometry, or pictures to encode.
+
+        Args:
+            batch: an observation, as LeRobot's preprocessor leaves it.
+            kwargs: LeRobot's, for real-time chunking.
+
+        Raises:
+            GeometryError: geometry or pictures do not fit what the policy was trained with.
+            ModelError: the DA3 that the policy was trained with cannot be had.
+        """
+        self.eval()
+        if self.config.use_geom_prefix:
+            tokens = self._tokens(self.geometry_of(batch))
+            kwargs["extra_prefix_embs"] = tokens.embs
+            kwargs["extra_prefix_pad_masks"] = tokens.pad_masks
+            kwargs["extra_prefix_att_masks"] = tokens.att_masks
+        chunk: Tensor = super().predict_action_chunk(batch, **kwargs)
+        return chunk
+
+    def geometry_of(self, batch: Mapping[str, Any]) -> Geometry:
+        """The geometry that a batch brings, or else that of its pictures.
+
+        Raises:
+            GeometryError: pictures are missing or do not fit what the policy was trained with.
+            ModelError: the DA3 that the policy was trained with cannot be had.
+        """
+        if batch_key("ray") in batch:
+            return Geometry.from_batch(batch)
+        assert self.online is not None
+        device = self.model.action_in_proj.weight.device
+        return self.online(batch, device, allow_resize=self.allow_resize)
+
+    def _tokens(self, geometry: Geometry) -> GeometryTokens:
+        assert self.online is not None
+        geometry.check(self.online.spec)
+        tokens: GeometryTokens = self.model.geometry_adapter(geometry)
+        return tokens
+
+    def _signs_of_learning(self, tokens: GeometryTokens) -> dict[str, float]:
+        numbers = {
+            "geom_alpha": self.model.geometry_adapter.alpha.detach().squeeze(),
+            "geom_token_norm": mean_length(tokens.embs, tokens.pad_masks),
+        }
+        if self.model.image_token_norm is not None:
+            numbers["image_token_norm"] = self.model.image_token_norm
+        if self._adapter_grad_norm is not None:
+            numbers["geom_grad_norm"] = self._adapter_grad_norm
+        if self.training and torch.is_grad_enabled():
+            self._watch_next_gradient()
+        values = torch.stack([number.float() for number in numbers.values()]).tolist()  # one transfer
+        return dict(zip(numbers, values, strict=True))
+
+    def _watch_next_gradient(self) -> None:
+        """Note the norm of the adapter's gradient in the next backward pass; the optimizer clears it after its step."""
+        watched = [parameter for parameter in self.model.geometry_adapter.parameters() if parameter.requires_grad]
+
+        def note(gradients: Sequence[Tensor | None]) -> None:
+            self._adapter_grad_norm = torch.stack([g.float().norm() for g in gradients if g is not None]).norm()
+            handle.remove()
+
+        if watched:
+            handle = torch.autograd.graph.register_multi_grad_hook(watched, note)
+
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        """LeRobot's LoRA targets; the adapter is trained in full and saved with them."""
+        targets: dict[str, Any] = super()._get_default_peft_targets()
+        if self.config.use_geom_prefix:
+            targets["modules_to_save"] = [*targets["modules_to_save"], ADAPTER_NAME]
+        return targets
+
+    def _validate_peft_config(self, peft_config: Any) -> None:
+        """Refuse to freeze a fresh adapter.
+
+        Raises:
+            UserInputError: modules to train in full were given, without the adapter.
+        """
+        super()._validate_peft_config(peft_config)
+        if self.config.use_geom_prefix and ADAPTER_NAME not in (peft_config.modules_to_save or ()):
+            raise UserInputError(
+                f"peft.full_training_modules: expected {ADAPTER_NAME} among them, got {peft_config.modules_to_save}:"
+                " add it, or leave the option out"
+            )
+
+
+def mean_length(tokens: Tensor, pad_masks: Tensor) -> Tensor:
+    """Mean Euclidean length of the tokens [B, n, D] that are no padding, without gradient."""
+    lengths: Tensor = torch.linalg.vector_norm(tokens.detach().float(), dim=-1)
+    return (lengths * pad_masks).sum() / pad_masks.sum()
+
+
+def _tokens(embs: Tensor | None, pad_masks: Tensor | None, att_masks: Tensor | None) -> GeometryTokens | None:
+    if embs is None:
+        return None
+    assert pad_masks is not None
+    assert att_masks is not None
+    return GeometryTokens(embs=embs, pad_masks=pad_masks, att_masks=att_masks)

@@ -1,0 +1,112 @@
+"""Geometry of an observation at inference: pictures of a batch back to uint8, then through the cache's encoder.
+
+The encoder is no part of the policy's module tree: not in its state_dict, optimizer, copies or uploads.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from geomcache.errors import GeometryError
+from geomcache.geometry import Camera, Geometry, GeometrySpec
+
+if TYPE_CHECKING:
+    from geomcache.encoder import DA3Encoder
+
+# k / 255 in float32, times 255, is k to 2e-5. What is farther off never was an 8-bit picture, or was changed since.
+_WHOLE = 1e-3
+
+
+class OnlineEncoder:
+    """Encodes the pictures of a batch. The DA3 model is loaded at the first call, and only then imported.
+
+    Attributes:
+        encoder: None before the first call. A copy or a pickle of this object starts without it.
+    """
+
+    def __init__(self, spec: GeometrySpec, model: str | None) -> None:
+        """Remember what to load.
+
+        Args:
+            spec: what the policy was trained with.
+            model: where its DA3 is found, if not under the spec's `model_id`.
+        """
+        self.spec = spec
+        self.model = model
+        self.encoder: DA3Encoder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"encoder": None}
+
+    def __call__(self, batch: Mapping[str, Any], device: torch.device, *, allow_resize: bool) -> Geometry:
+        """Geometry of all pictures of a batch in one call of the encoder.
+
+        Args:
+            batch: has [B, 3, H, W] uint8, or floats in [0, 1] made of uint8, of every camera of the spec.
+            device: where the encoder is loaded to, and where the result lies then.
+            allow_resize: accept pictures of another size than the cache was made of.
+
+        Raises:
+            GeometryError: a camera is missing, or its pictures have another size, shape or content.
+            ModelError: the spec's DA3 cannot be had, or its weights are not those of the cache.
+            CacheMismatchError: this installation's encoder would not compute what the cache's did.
+        """
+        images = [self._pictures(batch, camera, allow_resize=allow_resize) for camera in self.spec.cameras]
+        if self.encoder is None:
+            from geomcache.encoder import DA3Encoder
+
+            # With the cameras' own sizes, which differ from the cache's only where that was allowed.
+            cameras = tuple(
+                dataclasses.replace(camera, height=image.shape[1], width=image.shape[2])
+                for camera, image in zip(self.spec.cameras, images, strict=True)
+            )
+            spec = dataclasses.replace(self.spec, cameras=cameras)
+            # Building a network draws random numbers. The policy's noise is the same whether or not it was built here.
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                self.encoder = DA3Encoder.from_spec(spec, model=self.model, device=device)
+        return self.encoder.encode(images)
+
+    def _pictures(self, batch: Mapping[str, Any], camera: Camera, *, allow_resize: bool) -> Tensor:
+        """One view, [B, H, W, 3] uint8, to the bit what the camera or the dataset gave."""
+        if camera.key not in batch:
+            pictures = ", ".join(sorted(key for key in batch if "image" in key)) or "no pictures"
+            raise GeometryError(
+                f"camera {camera.key}: expected in the batch, found {pictures}: the policy needs the cameras it was"
+                f" trained with ({', '.join(self.spec.camera_keys)}), or geometry in the batch"
+            )
+        image: Tensor = batch[camera.key]
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise GeometryError(f"camera {camera.key}: expected shape [B, 3, H, W], got {list(image.shape)}")
+        height, width = image.shape[2:]
+        if (height, width) != (camera.height, camera.width) and not allow_resize:
+            raise GeometryError(
+                f"camera {camera.key}: expected {camera.height}x{camera.width} pixels, as in the cache, got"
+                f" {height}x{width}: set the environment's picture size to the cache's, or give `geomcache eval` the"
+                " option --allow-resize"
+            )
+        return to_uint8(image, camera.key).permute(0, 2, 3, 1)
+
+
+def to_uint8(image: Tensor, name: str) -> Tensor:
+    """Undo LeRobot's division by 255.
+
+    Args:
+        image: uint8, which is returned as it is, or floats that are whole multiples of 1/255 from 0 to 1.
+        name: of the camera, for the message.
+
+    Raises:
+        GeometryError: the floats were not made from 8-bit pictures, or were changed since.
+    """
+    if image.dtype == torch.uint8:
+        return image
+    scaled = image.float() * 255.0
+    whole = scaled.round().clamp(0, 255)
+    if not bool(((scaled - whole).abs() <= _WHOLE).all()):  # NaN is not <= either
+        raise GeometryError(
+            f"camera {name}: expected uint8, or its values divided by 255, got {image.dtype} from {image.min():.4g} to"
+            f" {image.max():.4g} that are no multiples of 1/255 in [0, 1]: give the policy the pictures as recorded"
+        )
+    return whole.to(torch.uint8)

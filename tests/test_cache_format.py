@@ -1,0 +1,130 @@
+"""A reader written from docs/cache-format.md alone, with none of geomcache's code, finds what the page promises."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from tests.support.stores import Maps, fill, make_maps, make_spec, make_store, open_writer
+
+TRAILING = {"ray": 6, "ray_conf": 1, "depth": 1, "depth_conf": 1}
+
+
+def crc(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+def canonical(data: object) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], dict[int, tuple[list[Any], list[int], list[str]]]]:
+    first: dict[str, Any] = {}
+    shards = {}
+    for line in path.read_bytes().splitlines():
+        content, _, tail = line.rpartition(b',"crc32c":"')
+        assert tail == b'%08x"}' % int.from_bytes(crc(content), "little")
+        record = json.loads(line)
+        if not first:
+            assert record["record"] == "begin"
+            first = record
+        elif record["record"] == "commit":
+            shards[record["shard"]] = record["rows"], record["bytes"], record["sha256"]
+        else:
+            del shards[record["shard"]]
+    return first, shards
+
+
+def read_manifest(path: Path) -> tuple[dict[str, Any], dict[int, tuple[list[int], list[str]]]]:
+    content, _, tail = path.read_bytes().rpartition(b',\n"sha256":"')
+    assert tail == hashlib.sha256(content).hexdigest().encode() + b'"\n}\n'
+    data = json.loads(path.read_bytes())
+    return data, {shard: (sizes, hashes) for shard, sizes, hashes in data["shards"]}
+
+
+def read_rows(folder: Path, rows: list[int]) -> dict[str, dict[int, bytes]]:
+    """Every map of every row, by column, each check of the page made."""
+    about = json.loads((folder / "zarr.json").read_bytes())["attributes"]["geomcache"]
+    assert (about["schema_version"], about["codec"]) == (1, "raw")
+    identity: dict[str, Any] = {"spec": dict(about["spec"]), "dataset": dict(about["dataset"])}
+    del identity["spec"]["model_id"], identity["dataset"]["repo_id"]
+    assert about["fingerprint"] == hashlib.sha256(canonical(identity)).hexdigest()
+    k = about["shard_frames"]
+    h, w = about["spec"]["grid_hw"]
+    columns = [
+        f"{camera['key']}/{output}" for camera in about["spec"]["cameras"] for output in about["spec"]["outputs"]
+    ]
+    found: dict[str, dict[int, bytes]] = {column: {} for column in columns}
+    for shard in sorted({row // k for row in rows}):
+        here = [row - shard * k for row in rows if row // k == shard]
+        names = [column + f"/c.{shard}" + ".0" * (3 if column.endswith("/ray") else 2) for column in columns]
+        table = (folder / f"frame_crc32c/c.{shard}.0").read_bytes()
+        assert table[-4:] == crc(table[:-4])
+        sums = np.frombuffer(table[:-4], "<u4").reshape(k, len(columns))
+        for number, (column, name) in enumerate(zip(columns, names, strict=True)):
+            size = 2 * h * w * TRAILING[column.rpartition("/")[2]]
+            content = (folder / name).read_bytes()
+            assert len(content) == len(here) * (size + 4) + 16 * k + 4
+            index = content[len(here) * (size + 4) :]
+            entries = {row: (slot * (size + 4), size + 4) for slot, row in enumerate(here)}
+            expected = b"".join(struct.pack("<QQ", *entries.get(row, (2**64 - 1,) * 2)) for row in range(k))
+            assert index == expected + crc(expected)
+            for row, (offset, length) in entries.items():
+                payload = content[offset : offset + length - 4]
+                assert (
+                    content[offset + length - 4 : offset + length]
+                    == crc(payload)
+                    == struct.pack("<I", sums[row, number])
+                )
+                found[column][shard * k + row] = payload
+            assert not sums[[row for row in range(k) if row not in here]].any()
+    return found
+
+
+def check_maps(maps: Maps, rows: list[int], found: dict[str, dict[int, bytes]]) -> None:
+    for camera, outputs in maps.items():
+        for output, values in outputs.items():
+            assert list(found[f"{camera}/{output}"]) == rows
+            assert b"".join(found[f"{camera}/{output}"].values()) == values.tobytes()
+
+
+@pytest.mark.parametrize("outputs", [("ray", "ray_conf"), ("ray", "ray_conf", "depth", "depth_conf")])
+def test_the_page_describes_a_sealed_cache(tmp_path: Path, outputs: tuple[str, ...]) -> None:
+    spec = make_spec(outputs=outputs)
+    folder = make_store(tmp_path / "cache", [(0, 37), (70, 90)], spec=spec)
+    data, shards = read_manifest(folder / "manifest.json")
+    rows = [row for start, stop in data["rows"] for row in range(start, stop)]
+    assert data["rows"] == [[0, 37], [70, 90]]
+    found = read_rows(folder, rows)
+    check_maps(make_maps(spec, rows), rows, found)
+    first, journaled = read_journal(folder / "journal.jsonl")
+    assert {shard: (sizes, hashes) for shard, (_, sizes, hashes) in journaled.items()} == shards
+    assert first["files"] == {name: entry for name, entry in data["files"].items() if name != "zarr.json"}
+    for name, (nbytes, digest) in data["files"].items():
+        content = (folder / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (nbytes, digest)
+    for shard, (sizes, hashes) in shards.items():
+        names = [f"{column}/c.{shard}" + ".0" * (3 if column.endswith("/ray") else 2) for column in data["columns"]]
+        for name, nbytes, digest in zip([*names, f"frame_crc32c/c.{shard}.0"], sizes, hashes, strict=True):
+            content = (folder / name).read_bytes()
+            assert (len(content), hashlib.sha256(content).hexdigest()) == (nbytes, digest)
+    named = {*data["files"], "manifest.json", "journal.jsonl", "lock"}
+    others = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - named
+    assert len(others) == len(shards) * (len(data["columns"]) + 1)
+
+
+def test_the_page_describes_a_growing_cache(tmp_path: Path) -> None:
+    spec = make_spec()
+    with open_writer(tmp_path / "cache", [(5, 40)]) as writer:
+        fill(writer, 2)
+        assert not (tmp_path / "cache" / "manifest.json").exists()
+        first, shards = read_journal(tmp_path / "cache" / "journal.jsonl")
+        assert (first["shard_frames"], sorted(shards)) == (16, [0, 1])
+        rows = [row for ranges, _, _ in shards.values() for start, stop in ranges for row in range(start, stop)]
+        assert rows == list(range(5, 32))
+        check_maps(make_maps(spec, rows), rows, read_rows(tmp_path / "cache", rows))
