@@ -7,12 +7,14 @@ SHELL := bash
 # uv where there is one that pyproject.toml's required-version takes, else one in a venv of its own: a system Python may
 # refuse `pip install` outside a venv.
 UV := $(or $(shell uv tree --frozen --depth 0 >/dev/null 2>&1 && command -v uv),.tools/bin/uv)
+# The system's certificates where there are any: behind a company's proxy uv's own list is not enough.
+export UV_SYSTEM_CERTS := $(if $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt),true,false)
 RUN := .venv/bin
 READY := .venv/.ready
 
 export POLICY SUITE TASKS N_EPISODES OUTPUT ARGS
 
-.PHONY: help setup demo eval-libero e2e-libero test test-all lint format bench clean system-libraries
+.PHONY: help setup demo eval-libero e2e-libero test faults test-all lint format bench clean system-libraries
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +44,9 @@ e2e-libero: $(READY) system-libraries ## Extract, train and solve a task in LIBE
 
 test: $(READY) system-libraries ## Run the tests (minutes)
 	$(RUN)/python -m pytest -n auto -m "not slow"
+
+faults: $(READY) ## Run every fault test and print the figures of docs/RELIABILITY.md (up to an hour)
+	$(RUN)/python -m pytest tests/faults -p no:xdist
 
 test-all: $(READY) system-libraries ## Run the tests, the slow ones too
 	$(RUN)/python -m pytest -n auto

@@ -13,8 +13,9 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from geomcache import cli_help
-from geomcache.errors import GeomcacheError
+from geomcache.errors import GeomcacheError, UserInputError
 
+EXIT_DAMAGE = 1
 EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128  # plus the signal's number, as a shell reports it
 
@@ -153,11 +154,14 @@ def probe(
 def train(
     context: typer.Context,
     cache: Annotated[Path, typer.Option(help="A sealed cache of the dataset.", metavar="PATH")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the whole cache first, as `geomcache verify`.")
+    ] = False,
 ) -> None:
     """Train Pi0.5 with geometry tokens from a cache: LeRobot's trainer, no DA3 in the loop."""
     from geomcache.train import train as run
 
-    run(cache, context.args)
+    run(cache, context.args, verify=verify)
 
 
 @app.command(name="eval", context_settings=PASS_THROUGH, epilog=cli_help.EVAL)
@@ -178,7 +182,13 @@ def evaluate(
 @app.command(epilog=cli_help.VERIFY)
 def verify(
     path: Annotated[Path, typer.Argument(help="A cache.")],
-    parity: Annotated[int, typer.Option(help="Encode so many random frames again and compare.", metavar="N")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Give damaged shards up, so that extract makes just those again.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+    parity: Annotated[
+        int | None, typer.Option(help="Instead: encode so many random frames again and compare.", metavar="N")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="The dataset's name.", show_default="as in the cache")] = None,
     root: Annotated[Path | None, typer.Option(help="The dataset's folder, where it is local.", metavar="DIR")] = None,
     revision: Annotated[str | None, typer.Option(help="The dataset's branch, tag or commit.", metavar="REV")] = None,
@@ -189,7 +199,13 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of frames.")] = 0,
 ) -> None:
-    """Check that the online encoder gives here what a cache holds: the parity of training and inference."""
+    """Check that a cache is as it was written; with --parity, that the online encoder gives here what it holds."""
+    if parity is None:
+        given = {"dataset": dataset, "root": root, "revision": revision, "model": model, "device": device}
+        _refuse("without --parity", {**given, "max-steps": max_steps})
+        _verify_files(path, repair=repair, as_json=as_json)
+        return
+    _refuse("with --parity", {"repair": repair or None, "json": as_json or None})
     from geomcache.parity import parity as run
 
     report = run(
@@ -206,6 +222,25 @@ def verify(
     for line in report.lines():
         typer.echo(line)
     report.check()
+
+
+def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
+    import json
+
+    from geomcache.verify import verify as run
+
+    report = run(path, repair=repair)
+    for line in [json.dumps(report.to_dict(), indent=2)] if as_json else report.lines():
+        typer.echo(line)
+    if report.problems:
+        raise typer.Exit(EXIT_DAMAGE)
+
+
+def _refuse(when: str, options: dict[str, object]) -> None:
+    """Options that would be read by nobody."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserInputError(f"--{name}: expected none {when}, got one: leave it out")
 
 
 def _split(text: str | None) -> tuple[str, ...] | None:

@@ -48,5 +48,13 @@ EVAL = _paragraphs("""
 """)
 
 VERIFY = _paragraphs("""
-    [bold]Example[/bold]  geomcache verify libero.zarr --parity 32
+    Every shard, frame and row against the hashes in manifest and journal: exit code 0 where all is as it was written,
+    1 with a list where something is not. Nobody should write the cache meanwhile.
+
+    [bold]Example[/bold]  geomcache verify libero.zarr
+
+    [bold]Repair[/bold]  geomcache verify libero.zarr --repair, then the extract command that it prints: it makes what
+    was dropped again, and seals
+
+    [bold]Parity[/bold]  geomcache verify libero.zarr --parity 32
 """)

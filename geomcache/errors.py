@@ -37,6 +37,14 @@ class NonFiniteGeometryError(GeometryError):
         self.places = places
 
 
+class EncoderMemoryError(GeomcacheError, MemoryError):
+    """The encoder finds no memory, even for one frame at a time."""
+
+
+class WorkerDiedError(GeomcacheError, RuntimeError):
+    """A decoding process ended before its work did: killed, or crashed."""
+
+
 class DatasetError(GeomcacheError, ValueError):
     """A dataset that is none, has another format version, or lacks what was asked for."""
 

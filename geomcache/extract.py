@@ -9,12 +9,14 @@ processes (accelerate, array jobs, a command given twice) share a cache by claim
 until nothing is left to claim.
 """
 
+import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +26,15 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from geomcache.encoder import DA3Encoder, DA3Preprocessor
-from geomcache.errors import GeomcacheError, NonFiniteGeometryError, OutOfSpaceError, UserInputError
+from geomcache.errors import (
+    EncoderMemoryError,
+    GeomcacheError,
+    NonFiniteGeometryError,
+    OutOfSpaceError,
+    UserInputError,
+    WorkerDiedError,
+    one_line,
+)
 from geomcache.frames import FrameReader
 from geomcache.geometry import DEFAULT_OUTPUTS, ComputeDtype, GeometrySpec, Views
 from geomcache.progress import Progress, Say, human_bytes, human_time
@@ -138,6 +148,9 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
         GeomcacheError: of the kind that says what is wrong; shards written before are kept.
     """
     process = _Process.current()
+    workers = _default_workers(process) if options.num_workers is None else options.num_workers
+    if workers:
+        _start_fork_server()
     dataset, episodes = open_dataset(
         options.dataset,
         root=options.root,
@@ -181,7 +194,7 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
             if 0 < done < total:
                 say(f"{writer.path}: {done} of {total} frames are there; going on with the rest")
         _require_space(writer.path, encoder.spec, total - done)
-        return _Run(dataset, encoder, writer, batch_size, options.num_workers, process, say).until_sealed(total)
+        return _Run(dataset, encoder, writer, batch_size, workers, process, say).until_sealed(total)
 
 
 class _Run:
@@ -193,13 +206,14 @@ class _Run:
         encoder: DA3Encoder,
         writer: StoreWriter,
         batch_size: int,
-        workers: int | None,
+        workers: int,
         process: "_Process",
         say: Say,
     ) -> None:
         self.dataset, self.encoder, self.writer = dataset, encoder, writer
         self.batch_size, self.process, self.say = batch_size, process, say
-        self.report = ExtractReport(path=writer.path, workers=_default_workers(process) if workers is None else workers)
+        self.together = batch_size  # frames a forward; fewer once memory has run out
+        self.report = ExtractReport(path=writer.path, workers=workers)
 
     def until_sealed(self, total: int) -> ExtractReport:
         """Work until every row that was asked for is durable, by whoever, and the cache is sealed."""
@@ -224,7 +238,7 @@ class _Run:
     def _work(self, first: Claim, progress: Progress) -> None:
         """Encode and write `first` and all that can be claimed after it."""
         report, encoded = self.report, 0
-        with ShardSink(self.writer, self.encoder.spec) as sink:
+        with ShardSink(self.writer, self.encoder.spec) as sink, _named_worker_death():
             for work in self._decode(first, sink):
                 report.decode_s += work.decode_s
                 report.preprocess_s += work.preprocess_s
@@ -256,14 +270,48 @@ class _Run:
             yield work
 
     def _encode(self, work: "_Work") -> dict[str, NDArray[np.float16]]:
+        parts: list[dict[str, NDArray[np.float16]]] = []
+        start, size = 0, work.stop - work.start
+        while start < size:
+            stop = min(start + self.together, size)
+            part = self._forward(work, start, stop)
+            if part is None:
+                self._halve(stop - start)
+            else:
+                parts.append(part)
+                start = stop
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _forward(self, work: "_Work", start: int, stop: int) -> dict[str, NDArray[np.float16]] | None:
+        """Geometry of the frames at these positions; None where memory does not suffice."""
+        inputs = work.inputs
+        part = [view[start:stop] for view in inputs] if isinstance(inputs, list) else inputs[start:stop]
         try:
-            geometry = self.encoder.forward(work.inputs)
+            geometry = self.encoder.forward(part)
+            return {name: values.cpu().numpy() for name, values in geometry.items()}
         except NonFiniteGeometryError as error:
-            places = "; ".join(self._place(work.start + b, view, name) for b, view, name in error.places[:4])
+            places = "; ".join(self._place(work.start + start + b, view, name) for b, view, name in error.places[:4])
             raise NonFiniteGeometryError(
                 f"{places}: the encoder gave NaN: check the weights, or try --dtype fp32", error.places
             ) from error
-        return {name: values.cpu().numpy() for name, values in geometry.items()}
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        return None  # outside of the handler: what the traceback held of the device's memory is free again
+
+    def _halve(self, frames: int) -> None:
+        if frames == 1:
+            raise EncoderMemoryError(
+                f"{self.encoder.device}: expected memory for one frame of {self.encoder.spec.model_name} at"
+                f" {self.encoder.spec.process_res} px, found too little: free some, or take a smaller --model or"
+                " --process-res; shards written before are kept"
+            )
+        self.together = frames // 2
+        if self.encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.say(f"{self.encoder.device}: out of memory with {frames} frames a forward; going on with {self.together}")
 
     def _place(self, index: int, view: int, output: str) -> str:
         episode, frame = self.dataset.reader.locate(index)
@@ -352,8 +400,33 @@ class _Process:
             yield
 
 
+@contextmanager
+def _named_worker_death() -> Iterator[None]:
+    """One line instead of torch's error for a dead worker, which its signal handler raises at any place."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise WorkerDiedError(
+            f"a decoding process died ({one_line(error)}): often for lack of memory; give the same command again, it"
+            " goes on, with fewer --num-workers or a smaller --batch-size"
+        ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """There is a class for accelerators' memory alone; the CPU's allocator says it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def _as_it_is(work: Any) -> Any:
     return work
+
+
+def _start_fork_server() -> None:
+    """Import what decoding needs in the process that workers are forked from, while this one loads the model."""
+    multiprocessing.set_forkserver_preload(["geomcache.extract", "lerobot.datasets.video_utils"])
+    forkserver.ensure_running()
 
 
 def _default_workers(process: _Process) -> int:

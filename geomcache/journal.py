@@ -187,6 +187,11 @@ class Journal:
         """The rows that are there."""
         return merge_ranges(part for commit in self.commits.values() for part in commit.rows)
 
+    @property
+    def digests(self) -> dict[int, tuple[bytes, ...]]:
+        """As of `Manifest`: sha256 of the files of the shards that exist."""
+        return {shard: commit.digests for shard, commit in self.commits.items()}
+
     def statistics(self) -> Statistics:
         """Over the rows that are there, merged in the order of the shards. Empty where there are none."""
         parts = []

@@ -5,7 +5,7 @@ it. docs/cache-format.md has the format. Rows are the dataset's frame numbers; r
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from geomcache.compatibility import extract_command
 from geomcache.errors import CacheCorruptError, MissingFrameError, UserInputError
 from geomcache.geometry import Geometry
 from geomcache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_TABLE, GROUP, Header
-from geomcache.journal import JOURNAL, MANIFEST, Journal, Manifest, Statistics, pool
+from geomcache.journal import JOURNAL, MANIFEST, Files, Journal, Manifest, Statistics, pool
 from geomcache.shard_reader import ShardReader
 from geomcache.shards import CHECKSUMS, Ranges, RowSet, without_crc
 from geomcache.statistics import Moments
@@ -50,15 +50,11 @@ class GeometryStore:
         self.fingerprint, self.shard_frames = header.fingerprint, header.shard_frames
         self.sealed = isinstance(contents, Manifest)
         self._contents, self._layout = contents, header.layout
-        digests = (
-            contents.digests
-            if isinstance(contents, Manifest)
-            else {shard: commit.digests for shard, commit in contents.commits.items()}
-        )
+        digests = contents.digests
         self._held = RowSet(contents.rows)
         self.rows, self.frames_present = self._held.ranges, self._held.count
         self.nbytes = self._layout.nbytes(self.frames_present, len(digests))
-        self.episode_start, self.episode_length = _read_episodes(path, header)
+        self.episode_start, self.episode_length = read_episodes(path, header)
         checksums = {shard: files[-1] for shard, files in digests.items()}
         self._reader = ShardReader(str(path), self._layout, self._held, checksums, self._name)
 
@@ -294,22 +290,46 @@ def check_files(folder: Path, header: Header, contents: Manifest | Journal) -> N
     small = [*header.metadata(), *(f"{name}/c.0" for name in EPISODE_TABLE)]
     if isinstance(contents, Manifest):
         small.append(GROUP)
-    for name in small:
+    for _, error in damaged_files(folder, small, contents.files):
+        raise error
+
+
+def damaged_files(folder: Path, names: Iterable[str], files: Files) -> Iterator[tuple[str, CacheCorruptError]]:
+    """Compare files with their bytes and sha256: the names of those that are missing or differ, each with its error."""
+    for name in names:
         path = folder / name
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            raise CacheCorruptError(f"{path}: expected the file, found none: restore it from a copy") from None
-        expected, found = contents.files.get(name), (len(content), sha256(content).hexdigest())
+            yield name, CacheCorruptError(f"{path}: expected the file, found none: restore it from a copy")
+            continue
+        expected, found = files.get(name), (len(content), sha256(content).hexdigest())
         if found != expected:
-            raise CacheCorruptError(
-                f"{path}: expected {expected or 'no such file'} (bytes, sha256), found {found}: the file was changed;"
-                " restore it from a copy"
+            yield (
+                name,
+                CacheCorruptError(
+                    f"{path}: expected {expected or 'no such file'} (bytes, sha256), found {found}: the file was"
+                    " changed; restore it from a copy"
+                ),
             )
 
 
-def _read_episodes(folder: Path, header: Header) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Start and length of every episode. The files' hashes are checked; this compares them with the dataset's."""
+def read_coordinates(folder: Path) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """(first row, episode of each row, frame of each row), chunk after chunk: what other readers see."""
+    import zarr
+
+    arrays = [zarr.open_array(folder / name, mode="r") for name in COORDINATES]
+    for start in range(0, arrays[0].shape[0], COORDINATE_CHUNK):
+        episodes, frames = (np.asarray(array[start : start + COORDINATE_CHUNK]) for array in arrays)
+        yield start, episodes, frames
+
+
+def read_episodes(folder: Path, header: Header) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Start and length of every episode, int64 [E] each. The files' hashes are checked before.
+
+    Raises:
+        CacheCorruptError: they are not the dataset's.
+    """
     arrays = []
     for name in EPISODE_TABLE:
         path = folder / name / "c.0"

@@ -12,6 +12,7 @@ go into the policy's configuration, and with it into checkpoints.
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,16 +21,18 @@ from typing import Any
 from geomcache.errors import DatasetError, GeomcacheError, UserInputError, one_line
 from geomcache.lerobot_options import given, parse_options
 from geomcache.store import GeometryStore
+from geomcache.verify import require_intact
 
 POLICY_TYPE = "pi05_geometry"
 
 
-def train(cache: str | Path, lerobot_args: Sequence[str]) -> None:
+def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = False) -> None:
     """Train a policy with geometry from a cache.
 
     Args:
         cache: path of a sealed cache.
         lerobot_args: options of `lerobot-train`, as on its command line.
+        verify: read the whole cache first, by the main process, and stop where it is damaged.
 
     Raises:
         UserInputError: LeRobot does not know an option or refuses its value, or it does not go with a cache.
@@ -37,6 +40,8 @@ def train(cache: str | Path, lerobot_args: Sequence[str]) -> None:
         GeomcacheError: dataset or checkpoint cannot be had, or geometry cannot be read.
     """
     store = GeometryStore.open(cache)  # before LeRobot is imported: a wrong path is told at once
+    if verify and os.environ.get("RANK", "0") == "0":
+        require_intact(cache)
     config = parse_config(lerobot_args)
     bind(config, store)
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from geomcache import durable
 from geomcache.creation import check_episodes, check_rows, create, matching_header
 from geomcache.errors import (
+    CacheCorruptError,
     CacheLockedError,
     GeometryError,
     NonFiniteGeometryError,
@@ -90,6 +91,7 @@ class StoreWriter:
         try:
             with self._current():
                 check_files(path, header, self._journal)
+                self._check_seal()
                 owed = (part for rows in self._journal.owed.values() for part in rows)
                 self.wanted = merge_ranges((*wanted, *owed))
                 for shard in self._layout.shards_of(self.wanted):
@@ -197,6 +199,29 @@ class StoreWriter:
         self._lock.release(claim.shard)
         return sum(self._layout.file_sizes(count_rows(claim.rows)))
 
+    def drop(self, shard: int, digests: tuple[bytes, ...], reason: str) -> bool:
+        """Give a damaged shard up: its rows are owed, and whoever writes next makes them again.
+
+        Args:
+            shard: its number.
+            digests: sha256 of the files that it was found damaged by.
+            reason: for the journal.
+
+        Returns:
+            False where another process works on it, or has made it again.
+        """
+        if not self._lock.claim(shard):
+            return False
+        try:
+            with self._current():
+                commit = self._journal.commits.get(shard)
+                if commit is None or commit.digests != digests:
+                    return False
+                self._append(Drop(shard, reason))
+                return True
+        finally:
+            self._lock.release(shard)
+
     def frames_done(self) -> int:
         """How many of the wanted rows are there, by whoever made them."""
         with self._current():
@@ -217,7 +242,7 @@ class StoreWriter:
             manifest = Manifest(
                 rows=self._journal.rows,
                 files={**self._journal.files, GROUP: (len(group), sha256(group).hexdigest())},
-                digests={shard: commit.digests for shard, commit in self._journal.commits.items()},
+                digests=self._journal.digests,
                 statistics=statistics,
             ).encode(self._layout, self._header.fingerprint)
             sealed = {self.path / GROUP: group, self.path / MANIFEST: manifest}
@@ -246,8 +271,27 @@ class StoreWriter:
         with self._lock.exclusive():
             for shard in self._journal.read():
                 self._update(shard)
+            # Who appends unseals first: beside a manifest every line was acknowledged, and a bad one is no torn append.
+            if self._journal.torn and (self.path / MANIFEST).exists():
+                raise CacheCorruptError(
+                    f"{self._journal.path}: expected whole lines, as the cache is sealed, found {self._journal.torn}"
+                    " bytes that are none: the file was damaged; restore it from a copy"
+                )
             self.torn_bytes += self._journal.repair()
             yield
+
+    def _check_seal(self) -> None:
+        """See that a manifest has the journal's shards. One that cannot be read is made again by `seal`."""
+        path = self.path / MANIFEST
+        try:
+            digests = Manifest.parse(path.read_bytes(), path, self._layout, self._header.fingerprint).digests
+        except (FileNotFoundError, CacheCorruptError):
+            return
+        if digests != self._journal.digests:
+            raise CacheCorruptError(
+                f"{self._journal.path}: expected the {len(digests)} shards that {MANIFEST} has, found"
+                f" {len(self._journal.digests)}, or others: one of the files was damaged; restore it from a copy"
+            )
 
     def _target(self, shard: int) -> Ranges:
         """Rows that a shard is to have: those asked for, and those it has or had."""

@@ -1,0 +1,207 @@
+"""Bits flipped, files cut off, missing and swapped: found when read, found by verify, and never a wrong number."""
+
+import itertools
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from geomcache.errors import CacheCorruptError, CacheError
+from geomcache.store import GeometryStore
+from geomcache.verify import verify
+from tests.faults.common import SHORT, Figure, few_or_many, flip_bit, held_rows
+from tests.support.stores import CAMERAS, make_spec, make_store
+
+SMALL = make_spec(cameras=CAMERAS[:1], outputs=("ray",), grid_hw=(1, 2))
+RAY = f"{CAMERAS[0]}/ray"
+
+
+def small_store(path: Path) -> Path:
+    """32 frames in two shards, one array: every bit of its files can be tried."""
+    return make_store(path, spec=SMALL, lengths=SHORT)
+
+
+def read_all(path: Path) -> str:
+    """``refused``, ``missing`` or ``whole``. A wrong number, and an error that is none of ours, fail the test."""
+    try:
+        rows = held_rows(path)
+    except CacheError as error:
+        assert "\n" not in str(error)
+        assert str(path) in str(error)
+        return "refused"
+    return "whole" if len(rows) == sum(SHORT) else "missing"
+
+
+def is_clean(path: Path) -> bool:
+    try:
+        return verify(path).problems == ()
+    except CacheError:
+        return False
+
+
+# What a reader of ours needs, and what it says of a flipped bit there. The journal is read where there is no manifest;
+# in its last line, which a kill may have torn, damage reads as a shard that was never made.
+FILES = {
+    "manifest.json": {"refused"},
+    "journal.jsonl": {"refused", "missing"},
+    "zarr.json": {"refused"},
+    f"{RAY}/zarr.json": {"refused"},
+    "frame_index/zarr.json": {"refused"},
+    "episodes/start/c.0": {"refused"},
+    "episodes/length/c.0": {"refused"},
+    "frame_crc32c/c.0.0": {"refused"},
+    "frame_crc32c/c.1.0": {"refused"},
+    "index": {"refused"},
+}
+
+
+@few_or_many("step", 97, 1)
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_beside_the_maps_is_found(tmp_path: Path, name: str, step: int, figure: Figure) -> None:
+    path = small_store(tmp_path / "cache")
+    if name == "journal.jsonl":
+        (path / "manifest.json").unlink()
+    file = path / (f"{RAY}/c.1.0.0.0" if name == "index" else name)
+    bits = range(8 * (file.stat().st_size - 260 if name == "index" else 0), 8 * file.stat().st_size, step)
+    found = {"refused": 0, "missing": 0, "whole": 0}
+    for bit in bits:
+        flip_bit(file, bit)
+        found[read_all(path)] += 1
+        flip_bit(file, bit)
+    assert read_all(path) == "whole"
+    assert {what for what, count in found.items() if count} <= FILES[name], found
+    figure(f"{len(bits)} bits tried: {found}")
+
+
+@few_or_many("step", 997, 16)
+def test_verify_finds_a_flipped_bit_in_every_file(tmp_path: Path, step: int, figure: Figure) -> None:
+    """In all files of the cache, also in those that only other readers use."""
+    path = small_store(tmp_path / "cache")
+    tried = 0
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.name != "lock":
+            for bit in range(tried % step, 8 * file.stat().st_size, step):
+                flip_bit(file, bit)
+                assert not is_clean(path), (file, bit)
+                flip_bit(file, bit)
+                tried += 1
+    assert is_clean(path)
+    figure(f"{tried} bits tried, {tried} found")
+
+
+@few_or_many("places", 500, 100_000)
+def test_a_flipped_bit_in_a_map_is_found_when_its_frame_is_read(tmp_path: Path, places: int, figure: Figure) -> None:
+    path = make_store(tmp_path / "cache", spec=make_spec(grid_hw=(14, 14)))
+    generator, spec = random.Random(0), make_spec(grid_hw=(14, 14))
+    cells = 14 * 14 * 2
+    with GeometryStore.open(path) as store:
+        whole = store.read(range(90))  # type: ignore[arg-type]
+        for _ in range(places):
+            row, camera, output = generator.randrange(90), generator.choice(CAMERAS), generator.choice(spec.outputs)
+            nbytes = cells * (6 if output == "ray" else 1)
+            file = path / camera / output / (f"c.{row // 16}" + ".0" * (3 if output == "ray" else 2))
+            bit = 8 * (row % 16) * (nbytes + 4) + generator.randrange(8 * nbytes)
+            flip_bit(file, bit)
+            episode, frame = store.locate(row)
+            with pytest.raises(CacheCorruptError) as caught:
+                store.read([row])
+            assert str(caught.value).startswith(f"{file}: episode {episode} frame {frame}: expected checksum")
+            flip_bit(file, bit)
+        again = store.read(range(90))  # type: ignore[arg-type]
+    assert all(np.array_equal(one, other) for (_, one), (_, other) in zip(whole.items(), again.items(), strict=True))
+    figure(f"{places} places tried, {places} found, each by file, episode and frame")
+
+
+def damages(path: Path, step: int) -> Iterator[tuple[str, list[Path]]]:
+    """Files of the cache, one or two of them changed at a time; the caller puts them back."""
+    shards = sorted({*path.rglob("c.?.0.0*"), *path.glob("frame_crc32c/c.*")})
+    for file in shards:
+        content = file.read_bytes()
+        for length in range(0, len(content), 4096 * step):
+            file.write_bytes(content[:length])
+            yield f"cut to {length}", [file]
+        file.write_bytes(content + b"\0")
+        yield "longer", [file]
+        file.unlink()
+        yield "missing", [file]
+    for one, other in itertools.islice(itertools.combinations(shards, 2), 0, None, step):
+        first, second = one.read_bytes(), other.read_bytes()
+        one.write_bytes(second)
+        other.write_bytes(first)
+        yield "swapped files", [one, other]
+
+
+@few_or_many("step", 20, 1)
+def test_cut_missing_and_swapped_shards_are_found(tmp_path: Path, step: int, figure: Figure) -> None:
+    spec = make_spec(grid_hw=(40, 40))
+    path = make_store(tmp_path / "cache", spec=spec, lengths=SHORT)
+    original = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    tried: dict[str, int] = {}
+    for what, files in damages(path, step):
+        with (
+            GeometryStore.open(path) as store,
+            pytest.raises(CacheCorruptError, match=r"episode \d+ frame \d+: expected"),
+        ):
+            store.read(range(32))  # type: ignore[arg-type]
+        named = {path / problem.file for problem in verify(path).problems}
+        assert {*files} <= named, what
+        for file in files:
+            file.write_bytes(original[file])
+        kind = what.split(" to ")[0]
+        tried[kind] = tried.get(kind, 0) + 1
+    assert verify(path).problems == ()
+    figure(f"all found: {tried}")
+
+
+@few_or_many("step", 11, 1)
+def test_swapped_and_forgotten_frames_are_found(tmp_path: Path, step: int, figure: Figure) -> None:
+    """Two frames of a shard change places with their checksums; a frame vanishes from the shard's index."""
+    path = make_store(tmp_path / "cache", lengths=SHORT)
+    swaps = forgotten = 0
+    for output, stride in (("ray", 148), ("ray_conf", 28)):
+        for file in sorted((path / CAMERAS[1] / output).glob("c.*")):
+            content = file.read_bytes()
+            frames = [content[at : at + stride] for at in range(0, 16 * stride, stride)]
+            for one, other in itertools.islice(itertools.combinations(range(16), 2), 0, None, step):
+                changed = list(frames)
+                changed[one], changed[other] = frames[other], frames[one]
+                file.write_bytes(b"".join(changed) + content[16 * stride :])
+                assert read_all(path) == "refused"
+                swaps += 1
+            for frame in range(0, 16, step):
+                index = bytearray(content[16 * stride : -4])
+                index[16 * frame : 16 * frame + 16] = b"\xff" * 16
+                checksum = google_crc32c.value(bytes(index)).to_bytes(4, "little")
+                file.write_bytes(content[: 16 * stride] + index + checksum)
+                assert read_all(path) == "refused"
+                forgotten += 1
+            file.write_bytes(content)
+    assert read_all(path) == "whole"
+    figure(f"all found: {swaps} pairs of frames swapped, {forgotten} inner chunks missing")
+
+
+def test_swapped_shards_with_all_their_checksums_are_found(tmp_path: Path, figure: Figure) -> None:
+    """Every pair of shards, each with its own checksum table: only the hash in the manifest tells them apart."""
+    path = make_store(tmp_path / "cache")
+    pairs = [(a, b) for a, b in itertools.combinations(range(5), 2)]  # the full ones
+    for sealed in (True, False):
+        if not sealed:
+            (path / "manifest.json").unlink()
+        for one, other in pairs:
+            copy = shutil.copytree(path, tmp_path / "swapped")
+            for first in sorted({*copy.rglob(f"c.{one}.0.0*"), copy / f"frame_crc32c/c.{one}.0"}):
+                second = first.with_name(first.name.replace(f"c.{one}.", f"c.{other}."))
+                content = first.read_bytes()
+                first.write_bytes(second.read_bytes())
+                second.write_bytes(content)
+            with GeometryStore.open(copy) as store:
+                for shard in (one, other):
+                    with pytest.raises(CacheCorruptError, match="expected sha256"):
+                        store.read([16 * shard])
+            assert {problem.shard for problem in verify(copy).problems} - {None} == {one, other}
+            shutil.rmtree(copy)
+    figure(f"{2 * len(pairs)} pairs swapped, all found")

@@ -1,0 +1,247 @@
+"""Stage one under faults, with the real encoder on random weights: memory runs out, workers and ranks die."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from geomcache.encoder import DA3Encoder
+from geomcache.errors import EncoderMemoryError, WorkerDiedError
+from geomcache.extract import ExtractOptions, extract
+from geomcache.geometry import Geometry
+from geomcache.store import GeometryStore
+from geomcache.verify import verify
+from tests.faults.common import Figure
+from tests.support.da3 import assert_one_step
+from tests.support.datasets import make_dataset
+
+FRAMES = 40
+
+
+@pytest.fixture(scope="module")
+def options(random_da3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractOptions:
+    root = tmp_path_factory.mktemp("faults") / "dataset"
+    make_dataset(root, (20, 20))
+    return ExtractOptions(
+        model=str(random_da3_folder),
+        dataset="geomcache/test",
+        root=root,
+        output=root.with_name("cache.zarr"),
+        process_res=28,
+        grid="native",
+        batch_size=8,
+        num_workers=0,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(options: ExtractOptions) -> Path:
+    return extract(options, say=lambda _: None).path
+
+
+def assert_same_rows(path: Path, reference: Path) -> None:
+    here, there = GeometryStore.open(path), GeometryStore.open(reference)
+    assert here.rows == there.rows == ((0, FRAMES),)
+    assert here.sealed
+    rows = np.arange(FRAMES)
+    for (_, ours), (_, theirs) in zip(here.read(rows).items(), there.read(rows).items(), strict=True):
+        assert_one_step(ours, theirs)
+
+
+def cpu_error() -> RuntimeError:
+    """What torch's allocator says on a CPU."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    return caught.value
+
+
+@pytest.mark.parametrize("views", ["joint", "independent"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), cpu_error()])
+def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(
+    options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, views: str
+) -> None:
+    plain = extract(replace(options, output=tmp_path / "plain.zarr", views=views), say=lambda _: None).path
+    forward, sizes = DA3Encoder.forward, []
+
+    def limited(self: DA3Encoder, inputs: torch.Tensor | list[torch.Tensor]) -> Geometry:
+        size = len(inputs[0]) if isinstance(inputs, list) else len(inputs)
+        if size > 3:
+            raise error
+        sizes.append(size)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(DA3Encoder, "forward", limited)
+    lines: list[str] = []
+    report = extract(replace(options, output=tmp_path / "cache.zarr", views=views), say=lines.append)
+    assert lines == [
+        "cpu: out of memory with 8 frames a forward; going on with 4",
+        "cpu: out of memory with 4 frames a forward; going on with 2",
+    ]
+    assert sizes == [2] * 20  # said once, and remembered
+    assert report.frames == FRAMES
+    assert_same_rows(report.path, plain)
+
+
+def test_memory_for_not_even_one_frame_is_told(
+    options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(self: DA3Encoder, inputs: torch.Tensor) -> Geometry:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DA3Encoder, "forward", never)
+    with pytest.raises(EncoderMemoryError, match="cpu: expected memory for one frame of da3-small at 28 px") as caught:
+        extract(replace(options, output=tmp_path / "cache.zarr"), say=lambda _: None)
+    assert "\n" not in str(caught.value)
+    assert GeometryStore.open(tmp_path / "cache.zarr").frames_present == 0
+
+
+def test_another_error_of_the_network_is_not_taken_for_that(
+    options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: DA3Encoder, inputs: torch.Tensor) -> Geometry:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(DA3Encoder, "forward", wrong)
+    with pytest.raises(RuntimeError, match="^mat1 and mat2"):
+        extract(replace(options, output=tmp_path / "cache.zarr"), say=lambda _: None)
+
+
+@pytest.mark.slow
+def test_a_decoding_worker_that_dies_is_one_line_and_the_next_run_goes_on(
+    options: ExtractOptions, reference: Path, tmp_path: Path
+) -> None:
+    def kill_worker() -> None:
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.001)
+        os.kill(children[0].pid or 0, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_worker, daemon=True)
+    thread.start()
+    path = tmp_path / "cache.zarr"
+    with pytest.raises(
+        WorkerDiedError, match=r"^a decoding process died \(DataLoader worker .*fewer --num-workers"
+    ) as caught:
+        extract(replace(options, output=path, num_workers=1), say=lambda _: None)
+    assert "\n" not in str(caught.value)
+    thread.join()
+    extract(replace(options, output=path), say=lambda _: None)
+    assert_same_rows(path, reference)
+
+
+def command(options: ExtractOptions, output: Path) -> list[str]:
+    return [
+        *("-m", "geomcache", "extract", "--model", options.model, "--dataset", options.dataset),
+        *("--root", str(options.root), "--output", str(output), "--process-res", str(options.process_res)),
+        *("--grid", options.grid, "--batch-size", "2", "--num-workers", "0", "--device", "cpu"),
+    ]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_ends_the_run_without_a_traceback_and_loses_nothing(
+    options: ExtractOptions, reference: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "cache.zarr"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, *command(options, path)], stdout=write, stderr=subprocess.PIPE, env=ENVIRONMENT, check=False
+    )
+    os.close(write)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+    extract(replace(options, output=path), say=lambda _: None)
+    assert_same_rows(path, reference)
+
+
+@pytest.mark.slow
+def test_a_real_extraction_killed_again_and_again_finishes(
+    options: ExtractOptions, reference: Path, tmp_path: Path, figure: Figure
+) -> None:
+    path, there = tmp_path / "cache.zarr", [0]
+    for at in (1, 17, 18, 5, 20):
+        arguments = [sys.executable, "-c", KILLED_AT_FRAME, str(at), *command(options, path)[2:]]
+        assert subprocess.run(arguments, env=ENVIRONMENT, timeout=240, check=False).returncode == -signal.SIGKILL
+        there.append(GeometryStore.open(path).frames_present)
+        assert there[-1] in range(there[-2], there[-2] + at, 16)  # whole shards of what was encoded
+        if there[-1] == 32:
+            break
+    extract(replace(options, output=path), say=lambda _: None)
+    assert_same_rows(path, reference)
+    assert verify(path).problems == ()
+    figure(f"{len(there) - 1} kills, frames there after each {there[1:]}")
+
+
+# SIGKILL in front of the n-th frame that this run encodes.
+KILLED_AT_FRAME = """
+import os, signal, sys
+from geomcache import cli
+from geomcache.encoder import DA3Encoder
+at, sys.argv = int(sys.argv[1]), ["geomcache", *sys.argv[2:]]
+forward, encoded = DA3Encoder.forward, 0
+def counted(self, inputs):
+    global encoded
+    encoded += len(inputs)
+    if encoded >= at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, inputs)
+DA3Encoder.forward = counted
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_and_the_next_run_finishes(
+    options: ExtractOptions, reference: Path, tmp_path: Path
+) -> None:
+    path, script = tmp_path / "cache.zarr", tmp_path / "rank.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from geomcache import cli\n"
+        "from geomcache.encoder import DA3Encoder\n"
+        "forward = DA3Encoder.forward\n"
+        "def dies(self, inputs):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    signal.pause() if os.environ['RANK'] == '0' else None\n"
+        "    return forward(self, inputs)\n"
+        "DA3Encoder.forward = dies\n"
+        "if __name__ == '__main__':\n"
+        "    cli.main()\n"
+    )
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *launch,
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            script,
+            *command(options, path)[2:],
+        ],
+        env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "geomcache: stopped by SIGTERM: the same command, given again, goes on from here" in done.stderr
+    assert re.search(r"exitcode\s*:\s*-9", done.stderr)  # the launcher's own line has the reason
+    extract(replace(options, output=path), say=lambda _: None)
+    assert_same_rows(path, reference)
