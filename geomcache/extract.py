@@ -9,33 +9,28 @@ processes (accelerate, array jobs, a command given twice) share a cache by claim
 until nothing is left to claim.
 """
 
-import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from geomcache.encoder import DA3Encoder, DA3Preprocessor
+from geomcache.decoding import Batches, Decoder, Work, decode, naming_worker_death, start_fork_server
+from geomcache.encoder import DA3Encoder
 from geomcache.errors import (
     EncoderMemoryError,
     GeomcacheError,
     NonFiniteGeometryError,
     OutOfSpaceError,
     UserInputError,
-    WorkerDiedError,
-    one_line,
 )
-from geomcache.frames import FrameReader
 from geomcache.geometry import DEFAULT_OUTPUTS, ComputeDtype, GeometrySpec, Views
 from geomcache.progress import Progress, Say, human_bytes, human_time
 from geomcache.sink import ShardSink
@@ -150,7 +145,7 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
     process = _Process.current()
     workers = _default_workers(process) if options.num_workers is None else options.num_workers
     if workers:
-        _start_fork_server()
+        start_fork_server()
     dataset, episodes = open_dataset(
         options.dataset,
         root=options.root,
@@ -238,8 +233,9 @@ class _Run:
     def _work(self, first: Claim, progress: Progress) -> None:
         """Encode and write `first` and all that can be claimed after it."""
         report, encoded = self.report, 0
-        with ShardSink(self.writer, self.encoder.spec) as sink, _named_worker_death():
-            for work in self._decode(first, sink):
+        with ShardSink(self.writer, self.encoder.spec) as sink, naming_worker_death():
+            batches = Batches(self.writer, first, sink, self.batch_size)
+            for work in decode(self.dataset.reader, self.encoder.preprocessor, batches, report.workers):
                 report.decode_s += work.decode_s
                 report.preprocess_s += work.preprocess_s
                 began = time.perf_counter()
@@ -253,23 +249,7 @@ class _Run:
         report.nbytes += sink.nbytes_written
         report.write_s += sink.write_s
 
-    def _decode(self, first: Claim, sink: ShardSink) -> "Iterator[_Work]":
-        """Network input, batch after batch, in the order of the claims."""
-        loader: DataLoader[_Work | GeomcacheError] = DataLoader(
-            _Decoder(self.dataset.reader, self.encoder.preprocessor),
-            batch_size=None,
-            sampler=_Batches(self.writer, first, sink, self.batch_size),
-            num_workers=self.report.workers,
-            # Not fork: this process has threads, and may have used CUDA.
-            multiprocessing_context="forkserver" if self.report.workers else None,
-            collate_fn=_as_it_is,
-        )
-        for work in loader:
-            if isinstance(work, GeomcacheError):
-                raise work
-            yield work
-
-    def _encode(self, work: "_Work") -> dict[str, NDArray[np.float16]]:
+    def _encode(self, work: Work) -> dict[str, NDArray[np.float16]]:
         parts: list[dict[str, NDArray[np.float16]]] = []
         start, size = 0, work.stop - work.start
         while start < size:
@@ -284,7 +264,7 @@ class _Run:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _forward(self, work: "_Work", start: int, stop: int) -> dict[str, NDArray[np.float16]] | None:
+    def _forward(self, work: Work, start: int, stop: int) -> dict[str, NDArray[np.float16]] | None:
         """Geometry of the frames at these positions; None where memory does not suffice."""
         inputs = work.inputs
         part = [view[start:stop] for view in inputs] if isinstance(inputs, list) else inputs[start:stop]
@@ -316,55 +296,6 @@ class _Run:
     def _place(self, index: int, view: int, output: str) -> str:
         episode, frame = self.dataset.reader.locate(index)
         return f"episode {episode} frame {frame} camera {self.encoder.spec.camera_keys[view]} {output}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """One batch on its way from a worker: the network's input for the rows `start` to `stop`."""
-
-    start: int
-    stop: int
-    inputs: torch.Tensor | list[torch.Tensor]
-    decode_s: float
-    preprocess_s: float
-
-
-class _Decoder(Dataset[_Work | GeomcacheError]):
-    """Row range -> network input. Runs in the workers.
-
-    An error travels as a value: raised there, the loader would wrap its line in a traceback.
-    """
-
-    def __init__(self, reader: FrameReader, preprocessor: DA3Preprocessor) -> None:
-        self.reader, self.preprocessor = reader, preprocessor
-
-    def __getitem__(self, rows: tuple[int, int]) -> _Work | GeomcacheError:
-        start, stop = rows
-        began = time.perf_counter()
-        try:
-            batch = self.reader.read(start, stop)
-            decoded = time.perf_counter()
-            inputs = self.preprocessor(batch.images)
-        except GeomcacheError as error:
-            return error
-        done = time.perf_counter()
-        return _Work(start=start, stop=stop, inputs=inputs, decode_s=decoded - began, preprocess_s=done - decoded)
-
-
-class _Batches(Sampler[tuple[int, int]]):
-    """Row ranges of batches, shard after shard; a shard is claimed when decoding gets to it."""
-
-    def __init__(self, writer: StoreWriter, first: Claim, sink: ShardSink, batch_size: int) -> None:
-        self.writer, self.first, self.sink, self.batch_size = writer, first, sink, batch_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        claim: Claim | None = self.first
-        while claim is not None:
-            self.sink.expect(claim)
-            for start, stop in claim.rows:
-                for row in range(start, stop, self.batch_size):
-                    yield row, min(row + self.batch_size, stop)
-            claim = self.writer.claim()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,33 +331,9 @@ class _Process:
             yield
 
 
-@contextmanager
-def _named_worker_death() -> Iterator[None]:
-    """One line instead of torch's error for a dead worker, which its signal handler raises at any place."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise WorkerDiedError(
-            f"a decoding process died ({one_line(error)}): often for lack of memory; give the same command again, it"
-            " goes on, with fewer --num-workers or a smaller --batch-size"
-        ) from error
-
-
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """There is a class for accelerators' memory alone; the CPU's allocator says it in words."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _as_it_is(work: Any) -> Any:
-    return work
-
-
-def _start_fork_server() -> None:
-    """Import what decoding needs in the process that workers are forked from, while this one loads the model."""
-    multiprocessing.set_forkserver_preload(["geomcache.extract", "lerobot.datasets.video_utils"])
-    forkserver.ensure_running()
 
 
 def _default_workers(process: _Process) -> int:
@@ -472,7 +379,7 @@ def _plan(
     yield f"output    {path}: {human_bytes(_disk_bytes(spec, frames))}; free {human_bytes(_free_bytes(path))}"
     start, stop = rows[0]
     size = min(batch_size, stop - start)
-    decoder = _Decoder(dataset.reader, encoder.preprocessor)
+    decoder = Decoder(dataset.reader, encoder.preprocessor)
     decode_s, encode_s = [], []
     for number in range(1 + TIMED_BATCHES):
         first = start + number * size % (stop - start - size + 1)
