@@ -26,7 +26,7 @@ from geomcache.extract import ExtractOptions, extract
 from geomcache.source import open_dataset
 from pipelines.make_random_da3 import save_random_da3
 
-# Runs one extraction and prints its own peak memory and that of its largest decoding process, in kilobytes.
+# Runs one extraction and prints its peak memory in kilobytes.
 MEMORY = """
 import json, resource, sys
 from pathlib import Path
@@ -34,8 +34,7 @@ from geomcache.extract import ExtractOptions, extract
 options = json.loads(sys.argv[1])
 options.update(root=Path(options["root"]), output=Path(options["output"]))
 report = extract(ExtractOptions(**options), say=lambda line: None)
-peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-print(json.dumps([report.frames, *peaks]))
+print(json.dumps([report.frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 """
 
 
@@ -117,13 +116,13 @@ def memory(arguments: argparse.Namespace, model: str, root: Path, folder: Path) 
         }
         command = [sys.executable, "-c", MEMORY, json.dumps(options)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        count, own, worker = json.loads(done.stdout.splitlines()[-1])
-        rows.append([str(count), f"{own / 1024:.0f}", f"{worker / 1024:.0f}"])
+        count, own = json.loads(done.stdout.splitlines()[-1])
+        rows.append([str(count), f"{own / 1024:.0f}"])
     table(
         "Peak memory",
         "Whole episodes that hold at least 100 and 1,000 frames, at 112 px on the native grid; peak resident memory of"
-        " the process and of its decoding process, MiB.",
-        ["frames", "extract", "decoding process"],
+        " the process, MiB. Its decoding processes are a fork server's children and not in it.",
+        ["frames", "extract"],
         rows,
     )
 

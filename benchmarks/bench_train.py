@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--da3", type=Path, help="a DA3 folder; without it, random weights in a temporary one")
     parser.add_argument("--process-res", type=int, default=504 if cuda else 252)
     parser.add_argument("--batch-size", type=int, default=8 if cuda else 2)
-    parser.add_argument("--steps", type=int, default=16 if cuda else 6, help="of a turn")
+    parser.add_argument("--steps", type=int, default=16 if cuda else 4, help="of a turn")
     parser.add_argument("--rounds", type=int, default=5 if cuda else 10)
     parser.add_argument("--num-workers", type=int, default=4 if cuda else 1)
     arguments = parser.parse_args()
