@@ -14,7 +14,7 @@ READY := .venv/.ready
 
 export POLICY SUITE TASKS N_EPISODES OUTPUT ARGS
 
-.PHONY: help setup demo eval-libero e2e-libero test faults test-all lint format bench clean system-libraries
+.PHONY: help setup demo eval-libero e2e-libero test faults test-all coverage lint format bench docs clean system-libraries
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -51,10 +51,14 @@ faults: $(READY) ## Run every fault test and print the figures of docs/RELIABILI
 test-all: $(READY) system-libraries ## Run the tests, the slow ones too
 	$(RUN)/python -m pytest -n auto
 
-lint: $(READY) ## Check style and types
+lint: $(READY) ## Check style, types and shell scripts
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/shellcheck .ci/run pipelines/*.sh pipelines/slurm/*.sh
+
+coverage: $(READY) system-libraries ## Run the tests and say which lines of geomcache/ they miss (slower than `test`)
+	$(RUN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 format: $(READY) ## Format the code
 	$(RUN)/ruff check --fix .
@@ -62,6 +66,11 @@ format: $(READY) ## Format the code
 
 bench: $(READY) ## Print the tables of benchmarks/RESULTS.md again
 	@for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(RUN)/python "$$bench"; done
+
+docs: $(READY) ## Build the documents into outputs/site, and check their links
+	@$(UV) sync --locked --quiet --all-extras --group docs
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+	@echo "outputs/site/index.html"
 
 clean: ## Remove what was built and fetched
 	rm -rf .venv .tools outputs dist .pytest_cache .mypy_cache .ruff_cache

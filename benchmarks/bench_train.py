@@ -109,7 +109,7 @@ class Turns:
     def __init__(self, setup: Setup, ways: Sequence[str], rounds: int, store: GeometryStore) -> None:
         self.ways, self.rounds, self.steps, self.cuda = ways, rounds, setup.steps, setup.device == "cuda"
         self.from_cache = multiprocessing.get_context("spawn").Value("b", 0)
-        geometry = store.read(np.arange(setup.batch_size)).to_batch()
+        geometry = store.batch(np.arange(setup.batch_size)).to_batch()
         self.constant = {key: torch.from_numpy(values).to(setup.device) for key, values in geometry.items()}
         self.seconds: dict[str, list[float]] = {way: [] for way in ways}
         self.waiting: dict[str, list[float]] = {way: [] for way in ways}
@@ -236,7 +236,7 @@ def added_by_cache(setup: Setup, repeats: int = 200) -> dict[str, float]:
     for _ in range(repeats):
         rows = generator.permutation(store.dataset.frames)[: setup.batch_size]
         began = time.perf_counter()
-        geometry = {key: torch.from_numpy(array) for key, array in store.read(rows).to_batch().items()}
+        geometry = {key: torch.from_numpy(array) for key, array in store.batch(rows).to_batch().items()}
         read = time.perf_counter()
         batch = default_collate([{key: maps[i] for key, maps in geometry.items()} for i in range(len(rows))])
         collated = time.perf_counter()

@@ -11,8 +11,9 @@ from types import FrameType
 from typing import Annotated, Literal, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
-from geomcache import cli_help
+from geomcache import cli_help, cli_look, cli_share
 from geomcache.errors import GeomcacheError, UserInputError
 
 EXIT_DAMAGE = 1
@@ -20,6 +21,10 @@ EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128  # plus the signal's number, as a shell reports it
 
 DEVICE_HELP, DEVICE_DEFAULT = "Such as cuda:1 or cpu.", "the GPU where there is one"
+DATASET_PANEL = "Dataset: which part of it, and where it is"
+GEOMETRY_PANEL = "Geometry: what the cache's numbers depend on"
+MACHINE_PANEL = "Machine: the numbers do not depend on these"
+NOT_KEPT = {"config", "dry_run", "overwrite", "help"}  # options of extract that a --config file cannot have
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -47,40 +52,96 @@ def _root(
     """Options before the command."""
 
 
-@app.command(epilog=cli_help.EXTRACT)
+def _read_config(context: typer.Context, file: Path | None) -> Path | None:
+    """Options of a file take the defaults' place, before the others are parsed; the command line comes first."""
+    if file is not None:
+        from geomcache.run_config import read_run_config
+
+        known = [str(option.name) for option in context.command.params if option.name not in NOT_KEPT]
+        context.default_map = dict(read_run_config(file, known))
+    return file
+
+
+@app.command(epilog=cli_help.EXTRACT, rich_help_panel=cli_help.STAGES)
 def extract(
     model: Annotated[str, typer.Option(help="A DA3 name such as DA3-LARGE, a Hub id, or a folder.")],
     dataset: Annotated[str, typer.Option(help="A LeRobotDataset on the Hub; with --root, the name of that folder.")],
-    root: Annotated[Path | None, typer.Option(help="The dataset's folder, where it is local.", metavar="DIR")] = None,
-    revision: Annotated[str | None, typer.Option(help="The dataset's branch, tag or commit.", metavar="REV")] = None,
-    model_revision: Annotated[str | None, typer.Option(help="The model's, likewise.", metavar="REV")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The cache.", show_default="the dataset's name + .zarr")
     ] = None,
-    episodes: Annotated[str | None, typer.Option(help="Such as 0:100 or 0,3,5:8.", show_default="all")] = None,
-    cameras: Annotated[
-        str | None, typer.Option(help="Keys in the order of the views; the first is the reference.", show_default="all")
-    ] = None,
-    views: Annotated[
-        Literal["joint", "independent"],
-        typer.Option(help="A frame's cameras as views of one scene, or each camera alone."),
-    ] = "joint",
-    process_res: Annotated[int, typer.Option(help="Longest side of what the network sees, pixels.")] = 504,
-    grid: Annotated[str, typer.Option(help="patch, native, or cells such as 14x14.")] = "patch",
-    outputs: Annotated[str, typer.Option(help="Any of ray, ray_conf, depth, depth_conf.")] = "ray,ray_conf",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Frames a forward.", show_default="16 on a GPU, 4 on a CPU")
-    ] = None,
-    num_workers: Annotated[
-        int | None, typer.Option(help="Decoding processes.", show_default="the spare cores, up to 8")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT)] = None,
-    dtype: Annotated[
-        Literal["bf16", "fp32"] | None,
-        typer.Option(help="Of the backbone.", show_default="bf16 on CUDA, fp32 elsewhere"),
+    config: Annotated[  # noqa: ARG001 - its callback reads it
+        Path | None,
+        typer.Option(
+            help="Options out of a file, such as the .run.yaml beside a cache; those given here come first.",
+            metavar="FILE",
+            callback=_read_config,
+            is_eager=True,
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print frames, bytes and time, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the cache that is there.")] = False,
+    root: Annotated[
+        Path | None,
+        typer.Option(help="The dataset's folder, where it is local.", metavar="DIR", rich_help_panel=DATASET_PANEL),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="The dataset's branch, tag or commit.", metavar="REV", rich_help_panel=DATASET_PANEL),
+    ] = None,
+    episodes: Annotated[
+        str | None, typer.Option(help="Such as 0:100 or 0,3,5:8.", show_default="all", rich_help_panel=DATASET_PANEL)
+    ] = None,
+    cameras: Annotated[
+        str | None,
+        typer.Option(
+            help="Keys in the order of the views; the first is the reference.",
+            show_default="all",
+            rich_help_panel=DATASET_PANEL,
+        ),
+    ] = None,
+    views: Annotated[
+        Literal["joint", "independent"],
+        typer.Option(
+            help="A frame's cameras as views of one scene, or each camera alone.", rich_help_panel=GEOMETRY_PANEL
+        ),
+    ] = "joint",
+    process_res: Annotated[
+        int, typer.Option(help="Longest side of what the network sees, pixels.", rich_help_panel=GEOMETRY_PANEL)
+    ] = 504,
+    grid: Annotated[
+        str, typer.Option(help="patch, native, or cells such as 14x14.", rich_help_panel=GEOMETRY_PANEL)
+    ] = "patch",
+    outputs: Annotated[
+        str, typer.Option(help="Any of ray, ray_conf, depth, depth_conf.", rich_help_panel=GEOMETRY_PANEL)
+    ] = "ray,ray_conf",
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None,
+        typer.Option(
+            help="Of the backbone.", show_default="bf16 on CUDA, fp32 elsewhere", rich_help_panel=GEOMETRY_PANEL
+        ),
+    ] = None,
+    model_revision: Annotated[
+        str | None,
+        typer.Option(help="The model's branch, tag or commit.", metavar="REV", rich_help_panel=GEOMETRY_PANEL),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT, rich_help_panel=MACHINE_PANEL)
+    ] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Frames a forward, or auto: as many as fit and help.",
+            metavar="N|auto",
+            show_default="16 on a GPU, 4 on a CPU",
+            rich_help_panel=MACHINE_PANEL,
+        ),
+    ] = None,
+    num_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Decoding processes.", show_default="the spare cores, up to 8", rich_help_panel=MACHINE_PANEL
+        ),
+    ] = None,
 ) -> None:
     """Run DA3 once over every frame of a dataset and write a cache. The same command again continues."""
     from geomcache.extract import ExtractOptions
@@ -100,7 +161,7 @@ def extract(
             process_res=process_res,
             grid=grid,
             outputs=_split(outputs) or (),
-            batch_size=batch_size,
+            batch_size=_batch_size(batch_size),
             num_workers=num_workers,
             device=device,
             dtype=dtype,
@@ -114,7 +175,7 @@ def extract(
             typer.echo(line)
 
 
-@app.command(epilog=cli_help.INFO)
+@app.command(epilog=cli_help.INFO, rich_help_panel=cli_help.CACHES)
 def info(
     path: Annotated[Path, typer.Argument(help="A cache.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
@@ -132,7 +193,7 @@ def info(
             typer.echo(line)
 
 
-@app.command(epilog=cli_help.PROBE)
+@app.command(epilog=cli_help.PROBE, rich_help_panel=cli_help.MODELS)
 def probe(
     model: Annotated[str, typer.Option(help="A DA3 name such as DA3-LARGE, a Hub id, or a folder.")],
     image: Annotated[
@@ -150,21 +211,24 @@ def probe(
         typer.echo(line)
 
 
-@app.command(context_settings=PASS_THROUGH, epilog=cli_help.TRAIN)
+@app.command(context_settings=PASS_THROUGH, epilog=cli_help.TRAIN, rich_help_panel=cli_help.STAGES)
 def train(
     context: typer.Context,
-    cache: Annotated[Path, typer.Option(help="A sealed cache of the dataset.", metavar="PATH")],
+    cache: Annotated[
+        str, typer.Option(help="A sealed cache of the dataset; hf:// and s3:// are pulled first.", metavar="PATH")
+    ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the whole cache first, as `geomcache verify`.")
     ] = False,
 ) -> None:
     """Train Pi0.5 with geometry tokens from a cache: LeRobot's trainer, no DA3 in the loop."""
+    from geomcache.pull import local_copy
     from geomcache.train import train as run
 
-    run(cache, context.args, verify=verify)
+    run(local_copy(cache, say=typer.echo), context.args, verify=verify)
 
 
-@app.command(name="eval", context_settings=PASS_THROUGH, epilog=cli_help.EVAL)
+@app.command(name="eval", context_settings=PASS_THROUGH, epilog=cli_help.EVAL, rich_help_panel=cli_help.STAGES)
 def evaluate(
     context: typer.Context,
     policy: Annotated[str, typer.Option(help="A pi05_geometry or pi05 checkpoint: a folder or a Hub id.")],
@@ -179,7 +243,7 @@ def evaluate(
         typer.echo(line)
 
 
-@app.command(epilog=cli_help.VERIFY)
+@app.command(epilog=cli_help.VERIFY, rich_help_panel=cli_help.CACHES)
 def verify(
     path: Annotated[Path, typer.Argument(help="A cache.")],
     repair: Annotated[
@@ -224,6 +288,10 @@ def verify(
     report.check()
 
 
+cli_look.register(app)
+cli_share.register(app)
+
+
 def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
     import json
 
@@ -241,6 +309,17 @@ def _refuse(when: str, options: dict[str, object]) -> None:
     for name, value in options.items():
         if value is not None:
             raise UserInputError(f"--{name}: expected none {when}, got one: leave it out")
+
+
+def _batch_size(text: str | None) -> int | Literal["auto"] | None:
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise UserInputError(f"batch-size: expected a number of frames, or auto, got {text!r}") from None
 
 
 def _split(text: str | None) -> tuple[str, ...] | None:
@@ -264,7 +343,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # both unwind: what is half written is dropped in order
         signal.signal(number, _stop)
     try:
-        app()
+        code = app(prog_name="geomcache", standalone_mode=False)
+    except TyperException as error:  # a call that cannot be parsed; typer has shown the help where nothing was given
+        if error.format_message():
+            _fail(_usage_message(error), EXIT_USER_ERROR)
+        sys.exit(EXIT_USER_ERROR)
     except GeomcacheError as error:
         _fail(str(error), EXIT_USER_ERROR)
     except OSError as error:  # the file system's own refusal: read-only, no permission, a file in the way
@@ -274,6 +357,18 @@ def main() -> None:
     except _Stopped as stopped:
         name = signal.Signals(stopped.number).name
         _fail(f"stopped by {name}: the same command, given again, goes on from here", EXIT_SIGNAL + stopped.number)
+    sys.exit(code)
+
+
+def _usage_message(error: TyperException) -> str:
+    """Typer's words on one line, where options came from if not from the command line, and where help is."""
+    context: typer.Context | None = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if context is None:
+        return f"{message}: see `geomcache --help`"
+    config = context.params.get("config")
+    beside = f" (other options are from {config})" if config is not None else ""
+    return f"{message}{beside}: see `{context.command_path} --help`"
 
 
 def _fail(message: str, code: int) -> NoReturn:

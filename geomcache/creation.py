@@ -64,6 +64,18 @@ def create(target: Path, header: Header, episode_lengths: NDArray[np.int64]) -> 
         return False
 
 
+def replace_cache(target: Path, draft: Path) -> None:
+    """Put a whole cache that was made beside `target` into the place of the one there, which is removed.
+
+    Raises:
+        CacheExistsError: something that is no cache is there.
+        CacheLockedError: the cache there is being written, or the file system has no POSIX locks.
+    """
+    with contextlib.ExitStack() as stack:
+        _take_over(target, stack)
+        _swap(target, draft)
+
+
 def _fill(draft: Path, header: Header, episode_lengths: NDArray[np.int64]) -> None:
     with durable.naming(draft):
         create_arrays(draft, header, episode_lengths)

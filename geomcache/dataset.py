@@ -51,7 +51,7 @@ class _WithGeometry:
     def _add_geometry(self, items: Sequence[Item]) -> list[Item]:
         """Items with the geometry of their rows, in one read."""
         indices = np.array([int(item["index"]) for item in items], dtype=np.int64)
-        geometry = {key: torch.from_numpy(array) for key, array in self._store.read(indices).to_batch().items()}
+        geometry = {key: torch.from_numpy(array) for key, array in self._store.batch(indices).to_batch().items()}
         return [item | {key: maps[i] for key, maps in geometry.items()} for i, item in enumerate(items)]
 
 

@@ -1,12 +1,12 @@
 """Decoding in stage one: worker processes that turn pictures into the network's input, ahead of the forward."""
 
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing import forkserver
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -27,6 +27,12 @@ class Work:
     inputs: torch.Tensor | list[torch.Tensor]
     decode_s: float
     preprocess_s: float
+
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory, which a GPU copies from while it computes. The loader's thread calls it."""
+        inputs = self.inputs
+        pinned = [view.pin_memory() for view in inputs] if isinstance(inputs, list) else inputs.pin_memory()
+        return replace(self, inputs=pinned)
 
 
 class Decoder(Dataset[Work | GeomcacheError]):
@@ -52,22 +58,58 @@ class Decoder(Dataset[Work | GeomcacheError]):
 
 
 class Batches(Sampler[tuple[int, int]]):
-    """Row ranges of batches, shard after shard; a shard is claimed when decoding gets to it."""
+    """Row ranges of batches, shard after shard, once; a shard is claimed when decoding gets to it."""
 
     def __init__(self, writer: StoreWriter, first: Claim, sink: ShardSink, batch_size: int) -> None:
-        self.writer, self.first, self.sink, self.batch_size = writer, first, sink, batch_size
+        self._ranges = self._all(writer, first, sink, batch_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        claim: Claim | None = self.first
+        return self._ranges
+
+    @staticmethod
+    def _all(writer: StoreWriter, first: Claim, sink: ShardSink, batch_size: int) -> Iterator[tuple[int, int]]:
+        claim: Claim | None = first
         while claim is not None:
-            self.sink.expect(claim)
+            sink.expect(claim)
             for start, stop in claim.rows:
-                for row in range(start, stop, self.batch_size):
-                    yield row, min(row + self.batch_size, stop)
-            claim = self.writer.claim()
+                for row in range(start, stop, batch_size):
+                    yield row, min(row + batch_size, stop)
+            claim = writer.claim()
 
 
-def decode(reader: FrameReader, preprocessor: DA3Preprocessor, batches: Batches, workers: int) -> Iterator[Work]:
+class ForkServer:
+    """The process that workers are forked from. It imports LeRobot for seconds, once, while this one does other things.
+
+    Not plain fork: this process has threads, and may have used CUDA.
+    """
+
+    def __init__(self) -> None:
+        self._starting = threading.Thread(target=self._start, name="geomcache-fork-server", daemon=True)
+        self._starting.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a worker would start at once."""
+        return not self._starting.is_alive()
+
+    @staticmethod
+    def _start() -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["geomcache.decoding", "lerobot.datasets.video_utils"])
+        first = context.Process(target=_nothing, daemon=True)  # the server answers when its imports are done
+        first.start()
+        first.join()
+
+
+def decode(
+    reader: FrameReader,
+    preprocessor: DA3Preprocessor,
+    batches: Batches,
+    workers: int,
+    *,
+    server: ForkServer | None,
+    pin_memory: bool,
+) -> Iterator[Work]:
     """Network input, batch after batch, in the order of the claims.
 
     Args:
@@ -75,23 +117,30 @@ def decode(reader: FrameReader, preprocessor: DA3Preprocessor, batches: Batches,
         preprocessor: of the encoder.
         batches: which rows; taken ahead of what is given, by as many batches as the workers hold.
         workers: processes; 0 decodes in this one.
+        server: where they come from; until it is ready, this process decodes by itself.
+        pin_memory: whether a GPU reads the input.
 
     Raises:
         GeomcacheError: a frame cannot be decoded.
     """
+    decoder = Decoder(reader, preprocessor)
+    rows = iter(batches)
+    while server is not None and not server.ready:
+        batch = next(rows, None)
+        if batch is None:
+            return
+        yield _raising(decoder[batch])
     loader: DataLoader[Work | GeomcacheError] = DataLoader(
-        Decoder(reader, preprocessor),
+        decoder,
         batch_size=None,
         sampler=batches,
         num_workers=workers,
-        # Not fork: this process has threads, and may have used CUDA.
         multiprocessing_context="forkserver" if workers else None,
         collate_fn=_as_it_is,
+        pin_memory=pin_memory,
     )
     for work in loader:
-        if isinstance(work, GeomcacheError):
-            raise work
-        yield work
+        yield _raising(work)
 
 
 @contextmanager
@@ -108,11 +157,15 @@ def naming_worker_death() -> Iterator[None]:
         ) from error
 
 
+def _raising(work: Work | GeomcacheError) -> Work:
+    if isinstance(work, GeomcacheError):
+        raise work
+    return work
+
+
 def _as_it_is(work: Any) -> Any:
     return work
 
 
-def start_fork_server() -> None:
-    """Import what decoding needs in the process that workers are forked from, while this one loads the model."""
-    multiprocessing.set_forkserver_preload(["geomcache.decoding", "lerobot.datasets.video_utils"])
-    forkserver.ensure_running()
+def _nothing() -> None:
+    pass

@@ -111,6 +111,27 @@ class DA3Preprocessor:
         return height, width
 
 
+class PendingGeometry:
+    """Geometry that the device is computing, on its way to the host."""
+
+    def __init__(self, maps: dict[str, Tensor], nan: Tensor, camera_keys: tuple[str, ...]) -> None:
+        # On CUDA into page-locked memory, without waiting for it.
+        self._maps = {name: values.to("cpu", non_blocking=True) for name, values in maps.items()}
+        self._nan = nan.to("cpu", non_blocking=True)
+        self._camera_keys = camera_keys
+        self._done: torch.cuda.Event | None = None
+        if nan.is_cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record(torch.cuda.current_stream(nan.device))
+
+    def result(self) -> Geometry:
+        """Wait for it: what `DA3Encoder.forward` gives, on the CPU. Raises what that raises for NaN."""
+        if self._done is not None:
+            self._done.synchronize()
+        _raise_nan(self._nan, list(self._maps), self._camera_keys)
+        return Geometry(**self._maps)
+
+
 class DA3Encoder:
     """Depth Anything 3 with fixed settings: images of B frames -> their geometry.
 
@@ -126,6 +147,7 @@ class DA3Encoder:
         self.calls = 0
         """How often `forward` ran."""
         self._network = network
+        self._copies: torch.cuda.Stream | None = None
 
     @classmethod
     def from_pretrained(
@@ -248,6 +270,20 @@ class DA3Encoder:
             GeometryError: shapes are not those of `preprocess`.
             NonFiniteGeometryError: the network gave NaN.
         """
+        maps, nan = self._compute(inputs)
+        _raise_nan(nan, list(maps), self.spec.camera_keys)
+        return Geometry(**maps)
+
+    def launch(self, inputs: NetworkInput) -> PendingGeometry:
+        """Start `forward` and do not wait for the device: the next batch can be handed over before this one is read.
+
+        Raises:
+            GeometryError: shapes are not those of `preprocess`.
+        """
+        return PendingGeometry(*self._compute(inputs), self.spec.camera_keys)
+
+    def _compute(self, inputs: NetworkInput) -> tuple[dict[str, Tensor], Tensor]:
+        """Rounded maps [B, V, h, w, ...] of each output, and whether each has a NaN, bool [B, V, outputs]."""
         self._check_inputs(inputs)
         self.calls += 1
         with torch.inference_mode(), _default_numerics():
@@ -264,12 +300,24 @@ class DA3Encoder:
             name: values.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16, memory_format=torch.contiguous_format)
             for name, values in maps.items()
         }
-        self._check_nan(rounded)
-        return Geometry(**rounded)
+        return rounded, torch.stack([values.isnan().flatten(2).any(-1) for values in rounded.values()], dim=-1)
+
+    def _upload(self, images: Tensor) -> Tensor:
+        """The images on the device. Page-locked ones are copied while the device computes what it was given before."""
+        if not images.is_pinned():
+            return images.to(self.device)
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copies):
+            uploaded = images.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        uploaded.record_stream(computing)  # its memory is not given away while it is in use there
+        return uploaded
 
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
         """float32 [N, S, 3, H, W] -> float32 [N, S, h, w, ...] of each output, on the spec's grid."""
-        images = images.to(self.device, non_blocking=True)
+        images = self._upload(images)
         height, width = images.shape[-2:]
         backbone, head = self._network["backbone"], self._network["head"]
         bf16 = self.spec.compute_dtype == "bf16"
@@ -293,19 +341,19 @@ class DA3Encoder:
         if isinstance(inputs, Tensor) != one_size or found != expected or batch == 0:
             raise GeometryError(f"inputs: expected what preprocess gives, {expected}, got shapes {found}")
 
-    def _check_nan(self, maps: dict[str, Tensor]) -> None:
-        found = torch.stack([values.isnan().flatten(2).any(-1) for values in maps.values()], dim=-1)  # [B, V, outputs]
-        if not found.any():
-            return
-        names = list(maps)
-        places = tuple((frame, view, names[output]) for frame, view, output in found.nonzero().tolist())
-        frame, view, name = places[0]
-        more = f" and {len(places) - 1} more maps" if len(places) > 1 else ""
-        raise NonFiniteGeometryError(
-            f"encoder: expected numbers, got NaN for frame {frame} of the batch, {self.spec.camera_keys[view]},"
-            f" {name}{more}: look at the frame and the weights, or try --dtype fp32",
-            places,
-        )
+
+def _raise_nan(nan: Tensor, outputs: list[str], camera_keys: tuple[str, ...]) -> None:
+    """Name the maps with a NaN, if there are any: bool [B, V, outputs]."""
+    places = tuple((frame, view, outputs[output]) for frame, view, output in nan.nonzero().tolist())
+    if not places:
+        return
+    frame, view, name = places[0]
+    more = f" and {len(places) - 1} more maps" if len(places) > 1 else ""
+    raise NonFiniteGeometryError(
+        f"encoder: expected numbers, got NaN for frame {frame} of the batch, {camera_keys[view]},"
+        f" {name}{more}: look at the frame and the weights, or try --dtype fp32",
+        places,
+    )
 
 
 def _average(values: Tensor, grid_hw: tuple[int, int]) -> Tensor:

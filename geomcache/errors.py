@@ -4,6 +4,11 @@ Each error also inherits the builtin that a caller would catch. A message is one
 expected, what was found, and what to do next; the command line prints it alone and leaves with exit code 2.
 """
 
+import difflib
+from collections.abc import Iterable
+
+_CAMERA_PREFIX = "observation.images."  # LeRobot's, of most cameras; it would make all keys look alike
+
 
 class GeomcacheError(Exception):
     """Base of all errors that geomcache raises on purpose."""
@@ -109,8 +114,23 @@ class OutOfSpaceError(CacheError, OSError):
     """The file system has, or will have, no room for the cache."""
 
 
+class RemoteError(CacheError, OSError):
+    """A place elsewhere (the Hub, an object store) that cannot be used, or refuses what was asked of it."""
+
+
+class ConnectionFailedError(RemoteError, ConnectionError):
+    """A transfer that failed on its way: the same, tried again later, may succeed."""
+
+
 class SimulatorError(GeomcacheError, RuntimeError):
     """The simulator cannot be started: it, its assets, or a library that it renders with, is missing."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean X? ``, X the known name nearest to an unknown one in any case; nothing where none is near."""
+    spellings = {each.removeprefix(_CAMERA_PREFIX).casefold(): each for each in known}
+    near = difflib.get_close_matches(name.removeprefix(_CAMERA_PREFIX).casefold(), spellings, n=1)
+    return f"did you mean {spellings[near[0]]}? " if near else ""
 
 
 def one_line(error: BaseException) -> str:

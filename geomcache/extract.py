@@ -10,36 +10,35 @@ until nothing is left to claim.
 """
 
 import os
-import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from geomcache.decoding import Batches, Decoder, Work, decode, naming_worker_death, start_fork_server
-from geomcache.encoder import DA3Encoder
+from geomcache.decoding import Batches, ForkServer, Work, decode, naming_worker_death
+from geomcache.encoder import DA3Encoder, PendingGeometry
 from geomcache.errors import (
-    EncoderMemoryError,
-    GeomcacheError,
     NonFiniteGeometryError,
-    OutOfSpaceError,
     UserInputError,
 )
-from geomcache.geometry import DEFAULT_OUTPUTS, ComputeDtype, GeometrySpec, Views
+from geomcache.geometry import DEFAULT_OUTPUTS, ComputeDtype, Views
+from geomcache.memory import find_batch_size, is_out_of_memory, memory_error
+from geomcache.plan import describe_plan, require_space
 from geomcache.progress import Progress, Say, human_bytes, human_time
+from geomcache.run_config import resolve, write_run_config
+from geomcache.shards import count_rows
 from geomcache.sink import ShardSink
 from geomcache.source import FrameDataset, open_dataset
 from geomcache.writer import Claim, StoreWriter
 
 POLL_S = 0.5  # how often a process that has nothing left to do looks after the others' shards
-BYTES_PER_MAP = 24  # checksum, shard index entry and row of the checksum table, for each map of each frame
-TIMED_BATCHES = 3  # of a dry run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +69,8 @@ class ExtractOptions:
     """``patch``, ``native`` or ``HxW``."""
     outputs: tuple[str, ...] = DEFAULT_OUTPUTS
     """What is cached."""
-    batch_size: int | None = None
-    """Frames a forward; 16 on an accelerator and 4 on a CPU where None."""
+    batch_size: int | Literal["auto"] | None = None
+    """Frames a forward; ``auto`` finds out; 16 on an accelerator and 4 on a CPU where None."""
     num_workers: int | None = None
     """Processes that decode and preprocess; as many as there are cores to spare, at most 8, where None."""
     device: str | None = None
@@ -84,8 +83,8 @@ class ExtractOptions:
     """Replace a cache that is there."""
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserInputError(f"batch-size: expected at least 1, got {self.batch_size}")
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise UserInputError(f"batch-size: expected at least 1, or auto, got {self.batch_size}")
         if self.num_workers is not None and self.num_workers < 0:
             raise UserInputError(f"num-workers: expected at least 0, got {self.num_workers}")
 
@@ -144,8 +143,7 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
     """
     process = _Process.current()
     workers = _default_workers(process) if options.num_workers is None else options.num_workers
-    if workers:
-        start_fork_server()
+    server = ForkServer() if workers and not options.dry_run else None
     dataset, episodes = open_dataset(
         options.dataset,
         root=options.root,
@@ -164,14 +162,17 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
         device=options.device or process.device,
         dtype=options.dtype,
     )
-    batch_size = options.batch_size or (4 if encoder.device.type == "cpu" else 16)
+    if options.batch_size == "auto":
+        batch_size = find_batch_size(encoder, say if process.is_main else _silent)
+    else:
+        batch_size = options.batch_size or (4 if encoder.device.type == "cpu" else 16)
     rows = dataset.rows(episodes)
     if options.dry_run:
-        for line in _plan(options.output_path, dataset, encoder, rows, batch_size):
+        for line in describe_plan(options.output_path, dataset, encoder, rows, batch_size):
             say(line)
         return ExtractReport(path=options.output_path)
     if not options.output_path.exists():
-        _require_space(options.output_path, encoder.spec, _count(rows))
+        require_space(options.output_path, encoder.spec, count_rows(rows))
     with process.main_first():  # the others find what the main process made, also where it overwrote a cache
         writer = StoreWriter.create_or_open(
             options.output_path,
@@ -182,14 +183,18 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
             overwrite=options.overwrite and process.is_main,
         )
     with writer:
-        done, total = writer.frames_done(), _count(writer.wanted)
+        if process.is_main:
+            note = write_run_config(writer.path, resolve(options, encoder.spec, dataset.spec))
+            if note is not None:
+                say(note)
+        done, total = writer.frames_done(), count_rows(writer.wanted)
         if process.is_main:
             if writer.removed_leftovers:
                 say(f"{writer.path}: removed {writer.removed_leftovers} left-over files of an interrupted run")
             if 0 < done < total:
                 say(f"{writer.path}: {done} of {total} frames are there; going on with the rest")
-        _require_space(writer.path, encoder.spec, total - done)
-        return _Run(dataset, encoder, writer, batch_size, workers, process, say).until_sealed(total)
+        require_space(writer.path, encoder.spec, total - done)
+        return _Run(dataset, encoder, writer, batch_size, workers, server, process, say).until_sealed(total)
 
 
 class _Run:
@@ -202,11 +207,12 @@ class _Run:
         writer: StoreWriter,
         batch_size: int,
         workers: int,
+        server: ForkServer | None,
         process: "_Process",
         say: Say,
     ) -> None:
         self.dataset, self.encoder, self.writer = dataset, encoder, writer
-        self.batch_size, self.process, self.say = batch_size, process, say
+        self.batch_size, self.server, self.process, self.say = batch_size, server, process, say
         self.together = batch_size  # frames a forward; fewer once memory has run out
         self.report = ExtractReport(path=writer.path, workers=workers)
 
@@ -233,61 +239,79 @@ class _Run:
     def _work(self, first: Claim, progress: Progress) -> None:
         """Encode and write `first` and all that can be claimed after it."""
         report, encoded = self.report, 0
+        on_gpu = self.encoder.device.type == "cuda"
+        ahead = 1 if on_gpu else 0  # forwards that a GPU has to do while the one before them is read and written
+        flying: deque[_Flight] = deque()
         with ShardSink(self.writer, self.encoder.spec) as sink, naming_worker_death():
+
+            def land(most: int) -> None:
+                nonlocal encoded
+                while len(flying) > most:
+                    began = time.perf_counter()
+                    flight = flying.popleft()
+                    maps = self._land(flight)
+                    report.encode_s += time.perf_counter() - began
+                    sink.put(maps)
+                    encoded += flight.stop - flight.start
+                    progress.update(unwritten=encoded - sink.frames_written, nbytes=report.nbytes + sink.nbytes_written)
+
             batches = Batches(self.writer, first, sink, self.batch_size)
-            for work in decode(self.dataset.reader, self.encoder.preprocessor, batches, report.workers):
+            for work in decode(
+                self.dataset.reader,
+                self.encoder.preprocessor,
+                batches,
+                report.workers,
+                server=self.server,
+                pin_memory=on_gpu,
+            ):
                 report.decode_s += work.decode_s
                 report.preprocess_s += work.preprocess_s
-                began = time.perf_counter()
-                maps = self._encode(work)
-                report.encode_s += time.perf_counter() - began
-                sink.put(maps)
-                encoded += work.stop - work.start
-                progress.update(unwritten=encoded - sink.frames_written, nbytes=report.nbytes + sink.nbytes_written)
+                for flight in self._launch(work):
+                    flying.append(flight)
+                    land(ahead)
+            land(0)
         report.frames += sink.frames_written
         report.shards += sink.shards_written
         report.nbytes += sink.nbytes_written
         report.write_s += sink.write_s
 
-    def _encode(self, work: Work) -> dict[str, NDArray[np.float16]]:
-        parts: list[dict[str, NDArray[np.float16]]] = []
-        start, size = 0, work.stop - work.start
-        while start < size:
-            stop = min(start + self.together, size)
-            part = self._forward(work, start, stop)
-            if part is None:
+    def _launch(self, work: Work) -> Iterator["_Flight"]:
+        """Forwards of a batch: one, or several where memory did not suffice for one."""
+        start = work.start
+        while start < work.stop:
+            stop = min(start + self.together, work.stop)
+            began = time.perf_counter()
+            pending = self._try(work, start, stop)
+            self.report.encode_s += time.perf_counter() - began
+            if pending is None:
                 self._halve(stop - start)
             else:
-                parts.append(part)
+                yield _Flight(start, stop, pending)
                 start = stop
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _forward(self, work: Work, start: int, stop: int) -> dict[str, NDArray[np.float16]] | None:
-        """Geometry of the frames at these positions; None where memory does not suffice."""
-        inputs = work.inputs
-        part = [view[start:stop] for view in inputs] if isinstance(inputs, list) else inputs[start:stop]
+    def _try(self, work: Work, start: int, stop: int) -> PendingGeometry | None:
+        """Begin with the geometry of these rows; None where memory does not suffice."""
+        rows = slice(start - work.start, stop - work.start)
+        inputs = [view[rows] for view in work.inputs] if isinstance(work.inputs, list) else work.inputs[rows]
         try:
-            geometry = self.encoder.forward(part)
-            return {name: values.cpu().numpy() for name, values in geometry.items()}
-        except NonFiniteGeometryError as error:
-            places = "; ".join(self._place(work.start + start + b, view, name) for b, view, name in error.places[:4])
-            raise NonFiniteGeometryError(
-                f"{places}: the encoder gave NaN: check the weights, or try --dtype fp32", error.places
-            ) from error
+            return self.encoder.launch(inputs)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         return None  # outside of the handler: what the traceback held of the device's memory is free again
 
+    def _land(self, flight: "_Flight") -> dict[str, NDArray[np.float16]]:
+        try:
+            return {name: values.numpy() for name, values in flight.pending.result().items()}
+        except NonFiniteGeometryError as error:
+            places = "; ".join(self._place(flight.start + b, view, name) for b, view, name in error.places[:4])
+            raise NonFiniteGeometryError(
+                f"{places}: the encoder gave NaN: check the weights, or try --dtype fp32", error.places
+            ) from error
+
     def _halve(self, frames: int) -> None:
         if frames == 1:
-            raise EncoderMemoryError(
-                f"{self.encoder.device}: expected memory for one frame of {self.encoder.spec.model_name} at"
-                f" {self.encoder.spec.process_res} px, found too little: free some, or take a smaller --model or"
-                " --process-res; shards written before are kept"
-            )
+            raise memory_error(self.encoder)
         self.together = frames // 2
         if self.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -296,6 +320,14 @@ class _Run:
     def _place(self, index: int, view: int, output: str) -> str:
         episode, frame = self.dataset.reader.locate(index)
         return f"episode {episode} frame {frame} camera {self.encoder.spec.camera_keys[view]} {output}"
+
+
+class _Flight(NamedTuple):
+    """Consecutive rows whose geometry is being computed."""
+
+    start: int
+    stop: int
+    pending: PendingGeometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,68 +363,10 @@ class _Process:
             yield
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """There is a class for accelerators' memory alone; the CPU's allocator says it in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def _silent(_line: str) -> None:
+    pass
 
 
 def _default_workers(process: _Process) -> int:
     cores = len(os.sched_getaffinity(0)) // process.local_count
     return max(1, min(8, cores - 1))
-
-
-def _count(rows: Iterable[tuple[int, int]]) -> int:
-    return sum(stop - start for start, stop in rows)
-
-
-def _disk_bytes(spec: GeometrySpec, frames: int) -> int:
-    return frames * (spec.frame_nbytes + BYTES_PER_MAP * len(spec.cameras) * len(spec.outputs))
-
-
-def _free_bytes(path: Path) -> int:
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def _require_space(path: Path, spec: GeometrySpec, frames: int) -> None:
-    needed, free = _disk_bytes(spec, frames), _free_bytes(path)
-    if needed > free:
-        raise OutOfSpaceError(
-            f"{path}: expected {human_bytes(needed)} of free space for {frames} frames, found {human_bytes(free)}:"
-            " free some, choose another --output, or a coarser --grid"
-        )
-
-
-def _plan(
-    path: Path, dataset: FrameDataset, encoder: DA3Encoder, rows: list[tuple[int, int]], batch_size: int
-) -> Iterator[str]:
-    """What a run would do. The time is measured: a few batches are decoded and encoded, one after the other."""
-    spec, frames = encoder.spec, _count(rows)
-    yield f"dataset   {dataset.spec.repo_id}: {dataset.spec.episodes} episodes, {dataset.spec.frames} frames"
-    yield f"frames    {frames}"
-    yield f"views     {frames * len(spec.cameras)} ({', '.join(spec.camera_keys)})"
-    yield f"model     {spec.model_id} ({spec.model_name}) on {encoder.device}, {spec.compute_dtype}"
-    cells = "x".join(map(str, spec.grid_hw))
-    yield f"grid      {cells} ({spec.grid} at {spec.process_res} px), {', '.join(spec.outputs)}, {spec.storage_dtype}"
-    yield f"output    {path}: {human_bytes(_disk_bytes(spec, frames))}; free {human_bytes(_free_bytes(path))}"
-    start, stop = rows[0]
-    size = min(batch_size, stop - start)
-    decoder = Decoder(dataset.reader, encoder.preprocessor)
-    decode_s, encode_s = [], []
-    for number in range(1 + TIMED_BATCHES):
-        first = start + number * size % (stop - start - size + 1)
-        work = decoder[first, first + size]
-        if isinstance(work, GeomcacheError):
-            raise work
-        began = time.perf_counter()
-        encoder.forward(work.inputs).ray.cpu()  # the copy waits for the device
-        if number:  # the first warms up
-            encode_s.append((time.perf_counter() - began) / size)
-            decode_s.append((work.decode_s + work.preprocess_s) / size)
-    encode, decode = float(np.median(encode_s)), float(np.median(decode_s))
-    yield (
-        f"time      about {human_time(frames * encode)} for this process, {1e3 * encode:.0f} ms a frame;"
-        f" decoding takes {1e3 * decode:.0f} ms a frame in each worker beside it"
-    )

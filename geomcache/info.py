@@ -1,6 +1,6 @@
 """What is in a cache, for people and for scripts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +39,35 @@ def describe(path: Path) -> dict[str, Any]:
         }
 
 
-def describe_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """The same, for people."""
+def describe_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The same for people, but for the statistics: (name, value), indented names belong to the one before."""
     spec, dataset = facts["spec"], facts["dataset"]
     state = "sealed" if facts["sealed"] else "not sealed: the extract command that made it, given again, continues it"
-    yield f"cache        {facts['path']} ({state})"
-    yield f"fingerprint  {facts['fingerprint']}"
-    yield f"model        {spec['model_id']} ({spec['model_name']}, {spec['compute_dtype']})"
-    yield f"  revision   {spec['model_revision'] or 'local'}"
-    yield f"  weights    sha256 {spec['weights_sha256']}"
-    yield f"  package    depth-anything-3 {spec['da3_version']}"
+    yield "cache", f"{facts['path']} ({state})"
+    yield "fingerprint", facts["fingerprint"]
+    yield "model", f"{spec['model_id']} ({spec['model_name']}, {spec['compute_dtype']})"
+    yield "  revision", spec["model_revision"] or "local"
+    yield "  weights", f"sha256 {spec['weights_sha256']}"
+    yield "  package", f"depth-anything-3 {spec['da3_version']}"
     size = f"{dataset['frames']} frames, {dataset['episodes']} episodes, {dataset['fps']} fps"
-    yield f"dataset      {dataset['repo_id']}: {size}"
-    yield f"  revision   {dataset['revision'] or 'local'}"
-    yield f"views        {spec['views']}"
+    yield "dataset", f"{dataset['repo_id']}: {size}"
+    yield "  revision", dataset["revision"] or "local"
+    yield "views", spec["views"]
     for number, camera in enumerate(spec["cameras"]):
-        yield f"  view {number}     {camera['key']} {camera['height']}x{camera['width']}"
+        yield f"  view {number}", f"{camera['key']} {camera['height']}x{camera['width']}"
     height, width = spec["grid_hw"]
-    yield f"grid         {height}x{width} ({spec['grid']} at {spec['process_res']} px)"
-    yield f"outputs      {', '.join(spec['outputs'])} as {spec['storage_dtype']}"
-    yield f"frames       {facts['frames_present']} there, in shards of {facts['shard_frames']}"
-    yield f"episodes     {_ranges(facts['episodes_present'])} there; {_ranges(facts['episodes_missing'])} missing"
-    yield f"bytes        {facts['nbytes']} ({human_bytes(facts['nbytes'])})"
+    yield "grid", f"{height}x{width} ({spec['grid']} at {spec['process_res']} px)"
+    yield "outputs", f"{', '.join(spec['outputs'])} as {spec['storage_dtype']}"
+    yield "frames", f"{facts['frames_present']} there, in shards of {facts['shard_frames']}"
+    there, missing = (format_episodes(facts[name]) for name in ("episodes_present", "episodes_missing"))
+    yield "episodes", f"{there} there; {missing} missing"
+    yield "bytes", f"{facts['nbytes']} ({human_bytes(facts['nbytes'])})"
+
+
+def describe_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """The same with the statistics, a line each."""
+    for name, value in describe_rows(facts):
+        yield f"{name:<13}{value}"
     if facts["statistics"]:
         yield "statistics   channel                mean          std"
     for name, values in facts["statistics"].items():
@@ -70,5 +77,6 @@ def describe_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield f"             {name}: {values['saturated']} values at float16's limit"
 
 
-def _ranges(parts: list[list[int]]) -> str:
+def format_episodes(parts: Iterable[Sequence[int]]) -> str:
+    """Half-open ranges as ``0:3,7``, the form that `geomcache extract --episodes` takes; ``none``."""
     return ",".join(f"{first}:{last}" if last > first + 1 else str(first) for first, last in parts) or "none"

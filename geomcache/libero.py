@@ -7,14 +7,13 @@ imported before its configuration is there, and MUJOCO_GL is set before MuJoCo i
 """
 
 import ctypes.util
-import difflib
 import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from geomcache.errors import SimulatorError, UserInputError, one_line
+from geomcache.errors import SimulatorError, UserInputError, did_you_mean, one_line
 
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 ASSETS_REPO = "lerobot/libero-assets"  # a dataset on the Hub, which hf-libero names
@@ -226,9 +225,9 @@ def check_tasks(suites: str, task_ids: Sequence[int] | None) -> None:
     names = [name.strip() for name in suites.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UserInputError(f"env.task: {hint}expected suites of {', '.join(sorted(known))}, got {name!r}")
+            raise UserInputError(
+                f"env.task: {did_you_mean(name, known)}expected suites of {', '.join(sorted(known))}, got {name!r}"
+            )
         tasks = known[name]().tasks
         odd = [number for number in task_ids or () if not 0 <= number < len(tasks)]
         if odd:

@@ -4,13 +4,12 @@ Names, licenses and replacements are those of upstream's README (depth-anything-
 models have the architecture of the ones they replace: they were trained again after a bug had been fixed.
 """
 
-import difflib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from geomcache.errors import ModelError, ModelNotFoundError, UserInputError
+from geomcache.errors import ModelError, ModelNotFoundError, UserInputError, did_you_mean
 
 HUB_OWNER = "depth-anything"
 CONFIG_FILE = "config.json"
@@ -37,7 +36,22 @@ class PublishedModel:
         """Where the Hub has it."""
         return f"{HUB_OWNER}/{self.name}"
 
+    @property
+    def parameters(self) -> int:
+        """Of the whole network, also of parts that do not run here: camera decoder, gaussians, metric branch."""
+        return _PARAMETERS[self.preset]
 
+
+# Counted in upstream's networks, built from its configurations without memory for weights; a test counts again.
+_PARAMETERS = {
+    "da3-small": 34_299_463,
+    "da3-base": 135_366_599,
+    "da3-large": 410_941_767,
+    "da3-giant": 1_355_674_125,
+    "da3nested-giant-large": 1_689_845_519,
+    "da3metric-large": 334_171_394,
+    "da3mono-large": 334_171_394,
+}
 _FREE, _NON_COMMERCIAL = "Apache-2.0", "CC BY-NC 4.0"
 
 MODELS: dict[str, PublishedModel] = {
@@ -104,10 +118,9 @@ def find_model(model: str, revision: str | None = None) -> ModelFiles:
         return _download(known.name, known.hub_id, revision) if known else _download(model, model, revision)
     if path_like or "/" in model:
         raise ModelNotFoundError(f"model {model}: there is no such folder")
-    close = difflib.get_close_matches(model.upper(), MODELS, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
     raise ModelError(
-        f"model {model!r}: {hint}expected one of {_usable_names()}, a Hub id such as {HUB_OWNER}/DA3-SMALL, or a folder"
+        f"model {model!r}: {did_you_mean(model, MODELS)}expected one of {_usable_names()}, a Hub id such as"
+        f" {HUB_OWNER}/DA3-SMALL, or a folder"
     )
 
 

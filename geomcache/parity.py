@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from geomcache.compatibility import compare_cameras, compare_datasets, format_ranges
 from geomcache.encoder import DA3Encoder
 from geomcache.errors import CacheIncompleteError, GeometryError, UserInputError
 from geomcache.geometry import ComputeDtype
-from geomcache.source import open_dataset
+from geomcache.pictures import open_pictures
+from geomcache.shards import RowSet
 from geomcache.store import GeometryStore
 
 SMALLEST_STEP_AT = 2.0**-8
@@ -106,22 +106,14 @@ def parity(
     with GeometryStore.open(path) as store:
         rows = choose_rows(store, frames, seed)
         episodes = np.unique([store.locate(row)[0] for row in rows.tolist()])
-        found, _ = open_dataset(
-            dataset or store.dataset.repo_id,
-            root=root,
-            revision=revision if revision or root else store.dataset.revision,
-            cameras=store.spec.camera_keys,
-            episodes=format_ranges(episodes),
-        )
-        compare_cameras(store.spec, {camera.key: camera for camera in found.cameras})
-        compare_datasets(store.dataset, found.spec)
+        reader = open_pictures(store, episodes, dataset=dataset, root=root, revision=revision)
         encoder = DA3Encoder.from_spec(store.spec, model=model, device=device)
         names, steps = store.spec.outputs, []
         for start in range(0, len(rows), ENCODED_TOGETHER):
             part = rows[start : start + ENCODED_TOGETHER].tolist()
-            pictures = [found.reader.read(row, row + 1).images for row in part]
+            pictures = [reader.read(row, row + 1).images for row in part]
             here = encoder.encode([np.concatenate(views) for views in zip(*pictures, strict=True)])
-            there = dict(store.read(part).items())
+            there = dict(store.batch(part).items())
             steps.append({name: float16_steps(maps.cpu().numpy(), there[name]) for name, maps in here.items()})
         compared = {name: np.concatenate([part[name] for part in steps]) for name in names}  # [n, V, h, w, ...]
         bound = MAX_STEPS[store.spec.compute_dtype] if max_steps is None else max_steps
@@ -150,11 +142,7 @@ def choose_rows(store: GeometryStore, count: int, seed: int) -> NDArray[np.int64
     chosen = np.random.default_rng(seed).choice(
         store.frames_present, size=min(count, store.frames_present), replace=False
     )
-    starts = np.array([start for start, _ in store.rows])
-    before = np.cumsum([0, *(stop - start for start, stop in store.rows)])[:-1]  # rows there, ahead of each range
-    place = np.searchsorted(before, np.sort(chosen), side="right") - 1
-    rows: NDArray[np.int64] = starts[place] + np.sort(chosen) - before[place]
-    return rows
+    return RowSet(store.rows).rows_at(np.sort(chosen))
 
 
 def _summary(store: GeometryStore, output: str, rows: NDArray[np.int64], steps: NDArray[np.float64]) -> OutputParity:

@@ -151,13 +151,19 @@ class ShardReader:
         shards = self._open_shards(numbers.tolist(), block)
         slots = ranks[first : first + self._capacity] - [shard.first for shard in shards]
         runs = _find_runs(block, numbers)
-        of_columns = zip(
-            self._layout.columns,
-            zip(*[shard.files for shard in shards], strict=True),
-            (self._strides * slots).tolist(),
-            self._checksums(shards, block - (numbers << self._shift)),
-            strict=True,
+        of_columns = list(
+            zip(
+                self._layout.columns,
+                zip(*[shard.files for shard in shards], strict=True),
+                (self._strides * slots).tolist(),
+                self._checksums(shards, block - (numbers << self._shift)),
+                strict=True,
+            )
         )
+        if any(_would_wait(descriptors[0], offsets[0]) for _, descriptors, offsets, _ in of_columns):
+            for column, descriptors, offsets, _ in of_columns:  # all at once: the disk takes many requests at a time
+                for descriptor, offset in zip(descriptors, offsets, strict=True):
+                    os.posix_fadvise(descriptor, offset, column.nbytes, os.POSIX_FADV_WILLNEED)
         for number, (column, descriptors, offsets, checksums) in enumerate(of_columns):
             target, view = targets[column.output], number // self._outputs
             maps = target.read(first, view, descriptors, offsets, runs)
@@ -273,6 +279,17 @@ class _Target:
     def array(self) -> NDArray[np.float16]:
         """All maps."""
         return np.frombuffer(bytearray().join(self._maps), "<f2").reshape(self._shape) if self._small else self._array
+
+
+def _would_wait(descriptor: int, offset: int) -> bool:
+    """Whether this byte has to come from the disk. False where the file system cannot tell."""
+    try:
+        os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:  # not supported, or a failure that the read itself will meet
+        return False
+    return False
 
 
 def _find_runs(rows: NDArray[np.int64], numbers: NDArray[np.int64]) -> list[tuple[int, int]] | None:

@@ -79,8 +79,8 @@ def common_ranges(ranges: Ranges, others: Ranges) -> Ranges:
     return tuple(part for start, stop in others for part in clip_ranges(ranges, start, stop))
 
 
-def count_rows(ranges: Ranges) -> int:
-    """How many rows merged ranges hold."""
+def count_rows(ranges: Iterable[tuple[int, int]]) -> int:
+    """How many rows disjoint ranges hold."""
     return sum(stop - start for start, stop in ranges)
 
 
@@ -112,6 +112,12 @@ class RowSet:
         """How many rows of the set lie before each row; negative where the row is not in the set."""
         at = self._starts.searchsorted(rows, "right") - 1
         return np.where(rows < self._stops[at], rows + self._shifts[at], -1)
+
+    def rows_at(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of these ranks, each from 0 to `count` - 1: the other way round."""
+        at = (self._starts + self._shifts).searchsorted(ranks, "right") - 1
+        rows: NDArray[np.int64] = ranks - self._shifts[at]
+        return rows
 
     def count_before(self, row: int) -> int:
         """How many rows of the set lie before this one."""
@@ -244,3 +250,9 @@ class Layout:
         table = np.zeros((self.shard_frames, len(self.columns)), dtype="<u4")
         table[local] = np.stack(checksums, axis=1)
         return with_crc(table.tobytes())
+
+
+def shards_nbytes(spec: GeometrySpec, frames: int) -> int:
+    """Bytes of all shards of a cache with so many frames, one behind the other."""
+    layout = Layout.of(spec, frames, choose_shard_frames(spec, frames))
+    return layout.nbytes(frames, layout.shards)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.errors import DatasetError, DatasetNotFoundError, UserInputError, one_line
+from geomcache.errors import DatasetError, DatasetNotFoundError, UserInputError, did_you_mean, one_line
 from geomcache.frames import DECODER, FrameReader, VideoColumn
 from geomcache.geometry import Camera, DatasetSpec, canonical_json, check_camera_key
 
@@ -66,12 +66,15 @@ def open_dataset(
         UserInputError: episodes that are malformed or out of range.
     """
     meta = open_metadata(repo_id, root, revision)
-    keys = list(cameras) if cameras else [key for key in meta.camera_keys if key not in meta.depth_keys]
+    known = [key for key in meta.camera_keys if key not in meta.depth_keys]
+    keys = list(cameras) if cameras else known
     for key in keys:
         check_camera_key(key)
-        if key not in meta.camera_keys or key in meta.depth_keys:
-            known = ", ".join(key for key in meta.camera_keys if key not in meta.depth_keys)
-            raise DatasetError(f"dataset {repo_id}: expected a camera, got {key!r}; it has {known or 'none'}")
+        if key not in known:
+            raise DatasetError(
+                f"dataset {repo_id}: {did_you_mean(key, known)}expected a camera, got {key!r}; it has"
+                f" {', '.join(known) or 'none'}"
+            )
     if not keys:
         raise DatasetError(f"dataset {repo_id}: expected at least one camera (a video or image feature), found none")
     wanted = parse_episodes(episodes, int(meta.total_episodes))

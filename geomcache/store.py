@@ -142,11 +142,11 @@ class GeometryStore:
         return episode, index - int(self.episode_start[episode])
 
     def frame(self, episode: int, frame: int) -> Geometry:
-        """Geometry of one frame, B = 1. Raises as `index` and `read` do."""
-        return self.read([self.index(episode, frame)])
+        """Geometry of one frame of an episode: a batch of one. Raises as `index` and `batch` do."""
+        return self.batch([self.index(episode, frame)])
 
-    def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Geometry:
-        """Geometry of many rows: C-contiguous float16 arrays, in the order asked for, duplicates kept.
+    def batch(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Geometry:
+        """Geometry of rows: C-contiguous float16 arrays [B, V, h, w(, 6)], in the order asked for, duplicates kept.
 
         Raises:
             UserInputError: a row is none of the dataset's.
@@ -159,27 +159,34 @@ class GeometryStore:
             raise self._missing(int(rows[ranks < 0][0]))
         return Geometry(**self._reader.read(rows, ranks))
 
-    def read_plain(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Geometry:
-        """The same through zarr-python alone: slower, and the reference that `read` is compared with."""
+    def batch_plain(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Geometry:
+        """The same through zarr-python alone: slower, and the reference that `batch` is compared with."""
         import zarr
 
         rows, places = np.unique(_as_rows(indices), return_inverse=True)
         for row in rows[~self.covers(rows)].tolist():
             raise self._missing(row)
-        group = zarr.open_group(self.path, mode="r")
+        group = zarr.open_group(self._zarr_store(), mode="r")
         outputs: dict[str, Any] = {}
         for output in self.spec.outputs:
             maps = []
             for camera in self.spec.camera_keys:
-                array = group[f"{camera}/{output}"]
-                assert isinstance(array, zarr.Array)
-                maps.append(np.asarray(array.oindex[rows])[places])
-                if np.isnan(maps[-1]).any():  # the fill value: zarr found no chunk
+                values = self._plain_maps(group, f"{camera}/{output}", rows)
+                if np.isnan(values).any():  # the fill value: zarr found no chunk
                     raise CacheCorruptError(
                         f"{self.path}: {camera}/{output}: expected the frames asked for, found gaps"
                     )
+                maps.append(values[places])
             outputs[output] = np.stack(maps, axis=1)
         return Geometry(**outputs)
+
+    def _zarr_store(self) -> Any:
+        """Where zarr-python finds the cache."""
+        return self.path
+
+    def _plain_maps(self, group: Any, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """What zarr-python reads of an array."""
+        return np.asarray(group[name].oindex[rows])
 
     def close(self) -> None:
         """Close the files. A later read opens them again."""

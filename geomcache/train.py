@@ -117,6 +117,12 @@ def bind(config: Any, store: GeometryStore) -> None:
         return
     if config.dataset.repo_type != "dataset":
         raise UserInputError(f"dataset.repo_type: expected 'dataset', got {config.dataset.repo_type!r}")
+    if not config.use_policy_training_preset and policy.geom_lr_scale != 1:
+        raise UserInputError(
+            f"policy.geom_lr_scale: expected 1 with use_policy_training_preset=false, got {policy.geom_lr_scale:g}:"
+            " LeRobot then gives all parameters one learning rate, the adapter too; say so with"
+            " --policy.geom_lr_scale=1, or leave the preset on"
+        )
     # LeRobot's streaming dataset reads every episode, whichever it is asked for.
     episodes = None if config.dataset.streaming else config.dataset.episodes
     compatibility.require_episodes(store, episodes, config.dataset.root)

@@ -3,7 +3,7 @@
     root attributes, journal, manifest      their own checksums; manifest and journal against each other
     metadata, coordinates, episode table    bytes and sha256; coordinates against the episode table
     each shard                              bytes and sha256 of its files, crc32c of every map
-    rows                                    the seal; none owed; no episode in part
+    rows                                    the seal; none owed; no episode in part within a shard
 
 Repair gives damaged shards up, and makes a damaged manifest again from the journal. It makes no geometry: the next
 extraction does. A cache that is written meanwhile may be found damaged in a shard that was just made again.
@@ -26,7 +26,18 @@ from geomcache.errors import CacheCorruptError, CacheError, CacheFormatError
 from geomcache.header import EPISODE_TABLE, GROUP, Header
 from geomcache.journal import JOURNAL, MANIFEST, Journal, Manifest
 from geomcache.progress import human_bytes
-from geomcache.shards import CRC_NBYTES, Layout, Ranges, RowSet, clip_ranges, count_rows, crc32c, merge_ranges, rows_of
+from geomcache.shards import (
+    CRC_NBYTES,
+    Layout,
+    Ranges,
+    RowSet,
+    clip_ranges,
+    common_ranges,
+    count_rows,
+    crc32c,
+    merge_ranges,
+    rows_of,
+)
 from geomcache.store import GeometryStore, damaged_files, read_coordinates, read_episodes
 from geomcache.writer import StoreWriter
 
@@ -254,7 +265,10 @@ class _Check:
                 )
 
     def _check_rows(self) -> None:
-        """A sealed cache has whole episodes."""
+        """Episodes are asked for as wholes: a shard of a sealed cache has all of its rows of an episode, or none.
+
+        A cache of some shards, as `geomcache pull --episodes` makes it, has episodes that end where a shard does.
+        """
         if self.manifest is None or self.episodes is None:
             return
         starts, lengths = self.episodes
@@ -262,12 +276,18 @@ class _Check:
         for episode in np.flatnonzero(~held.covers(starts, starts + lengths)).tolist():
             start, length = int(starts[episode]), int(lengths[episode])
             count = count_rows(clip_ranges(self.rows, start, start + length))
-            if count:
+            if count and self._is_cut_within_a_shard(((start, start + length),)):
                 self._add(
                     MANIFEST,
                     f"{self.folder / MANIFEST}: episode {episode}: expected all of its {length} frames or none, found"
                     f" {count}: extract the episode again",
                 )
+
+    def _is_cut_within_a_shard(self, episode: Ranges) -> bool:
+        assert self.header is not None
+        layout = self.header.layout
+        parts = (clip_ranges(episode, *layout.shard_rows(shard)) for shard in layout.shards_of(episode))
+        return any(0 < count_rows(common_ranges(self.rows, part)) < count_rows(part) for part in parts)
 
     def _name(self, row: int) -> str:
         if self.episodes is None:

@@ -10,7 +10,9 @@ OUT=outputs/demo
 CACHE=$OUT/libero_object_demo.zarr
 mkdir -p "$OUT"
 
-step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+BOLD="" PLAIN=""
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then BOLD=$'\033[1m' PLAIN=$'\033[0m'; fi
+step() { printf '\n%s== %s%s\n' "$BOLD" "$*" "$PLAIN"; }
 
 MODEL=${MODEL:-}
 if [ -z "$MODEL" ]; then

@@ -30,8 +30,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 # glibc gives large blocks back to the system and asks for them again in every step; keeping them saves a third of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=1073741824
 
+BOLD="" PLAIN=""
+if [[ -t 1 && -z "${NO_COLOR:-}" ]]; then BOLD=$'\033[1m' PLAIN=$'\033[0m'; fi
 stage() {
-    printf '\n\033[1m== %s\033[0m (%d s since the start)\n' "$*" "$SECONDS"
+    printf '\n%s== %s%s (%d s since the start)\n' "$BOLD" "$*" "$PLAIN" "$SECONDS"
 }
 
 rm -rf "$OUT"

@@ -28,7 +28,7 @@ def main() -> None:
     preprocess, postprocess = make_pre_post_processors(policy.config, pretrained_path=arguments.policy)
     item = LeRobotDataset("frame", root=arguments.root, video_backend="pyav")[arguments.index]
     batch = preprocess({key: value for key, value in item.items() if key.startswith("observation.") or key == "task"})
-    row = GeometryStore.open(arguments.cache).read([arguments.index])
+    row = GeometryStore.open(arguments.cache).batch([arguments.index])
     cached = Geometry(**{name: torch.from_numpy(maps) for name, maps in row.items()})
 
     def predict(extra: dict[str, torch.Tensor]) -> torch.Tensor:  # [chunk, action]

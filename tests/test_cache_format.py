@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from tests.support.stores import Maps, fill, make_maps, make_spec, make_store, open_writer
+from tests.support.stores import LENGTHS, Maps, fill, make_maps, make_spec, make_store, open_writer
 
 TRAILING = {"ray": 6, "ray_conf": 1, "depth": 1, "depth_conf": 1}
 
@@ -128,3 +130,72 @@ def test_the_page_describes_a_growing_cache(tmp_path: Path) -> None:
         rows = [row for ranges, _, _ in shards.values() for start, stop in ranges for row in range(start, stop)]
         assert rows == list(range(5, 32))
         check_maps(make_maps(spec, rows), rows, read_rows(tmp_path / "cache", rows))
+
+
+def load_reader() -> dict[str, Any]:
+    """The page's reader, run as it stands there."""
+    page = (Path(__file__).parents[1] / "docs" / "cache-format.md").read_text(encoding="utf-8")
+    code, example = re.findall(
+        r"^```python\n(.*?)^```$", page.partition("\n## A reader\n")[2], re.DOTALL | re.MULTILINE
+    )
+    assert "zarr" not in re.findall(r"^(?:import|from) (\S+)", code, re.MULTILINE)
+    assert "geomcache" not in re.findall(r"^(?:import|from) (\S+)", code, re.MULTILINE)
+    assert 'Cache("libero.zarr")' in example
+    names: dict[str, Any] = {}
+    exec(compile(code, "cache-format.md", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_the_reader_on_the_page_reads_what_was_written(tmp_path: Path, sealed: bool) -> None:
+    reader = load_reader()
+    assert reader["crc32c"](b"123456789") == 0xE3069283
+    spec = make_spec(outputs=("ray", "ray_conf", "depth", "depth_conf"))
+    rows = [row for row in range(90) if not 37 <= row < 70]
+    if sealed:
+        make_store(tmp_path / "cache", [(0, 37), (70, 90)], spec=spec)
+    else:
+        for wanted in ([(5, 37)], [(0, 37), (70, 90)]):  # the first shard is dropped and made again
+            with open_writer(tmp_path / "cache", wanted, spec=spec) as writer:
+                fill(writer)
+        assert b'"record":"drop"' in (tmp_path / "cache" / "journal.jsonl").read_bytes()
+        with (tmp_path / "cache" / "journal.jsonl").open("ab") as file:
+            file.write(b'{"record":"commit","shard":')  # torn off by a kill
+    cache = reader["Cache"](tmp_path / "cache")
+    assert cache.sealed == sealed
+    written = make_maps(spec, rows)
+    for place, row in enumerate(rows):
+        for column, maps in cache.read(row).items():
+            camera, _, output = column.partition("/")
+            assert maps.dtype == np.float16
+            np.testing.assert_array_equal(maps, written[camera][output][place])
+    for row in (37, 69, 90):
+        with pytest.raises(LookupError, match=f"row {row} "):
+            cache.read(row)
+    starts = np.cumsum((0, *LENGTHS))
+    assert [cache.row(episode, 1) for episode in range(len(LENGTHS))] == [start + 1 for start in starts[:-1]]
+
+
+def test_the_reader_on_the_page_finds_damage(tmp_path: Path) -> None:
+    reader = load_reader()
+    folder = make_store(tmp_path / "cache")
+    for name in ("zarr.json", "manifest.json", "episodes/start/c.0", "frame_crc32c/c.1.0"):
+        shutil.copytree(folder, tmp_path / "copy")
+        flip(tmp_path / "copy" / name, -20)
+        with pytest.raises((ValueError, KeyError)):
+            reader["Cache"](tmp_path / "copy").read(20)
+        shutil.rmtree(tmp_path / "copy")
+    column = "observation.images.front/ray/c.1.0.0.0"
+    for place in (4 * (2 * 3 * 4 * 6 + 4), -20):  # of the fifth map of the shard, and of the index
+        before = (folder / column).read_bytes()
+        flip(folder / column, place)
+        with pytest.raises(ValueError, match="not as it was written"):
+            reader["Cache"](folder).read(20)
+        (folder / column).write_bytes(before)
+    assert reader["Cache"](folder).read(20)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)

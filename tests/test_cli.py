@@ -1,17 +1,21 @@
 """The command line: what it prints, what it leaves with, and that asking for help costs nothing."""
 
 import json
+import os
 import subprocess
 import sys
 import typing
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
-from geomcache import cli, geometry
+from geomcache import cli, cli_help, geometry
 from tests.support.datasets import DEMO
+from tests.support.stores import make_store
 
+START = "import sys; sys.argv[0] = 'geomcache'; from geomcache.cli import main; main()"
 HEAVY = ("torch", "zarr", "numpy", "lerobot", "depth_anything_3", "transformers", "av")
 
 
@@ -21,6 +25,11 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     with pytest.raises(SystemExit) as left:
         cli.main()
     return typing.cast("int", left.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("cli") / "cache.zarr")
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -41,6 +50,74 @@ def test_choices_on_the_command_line_are_those_of_the_contract() -> None:
     hints = typing.get_type_hints(cli.extract)
     assert typing.get_args(hints["views"]) == typing.get_args(geometry.Views)
     assert set(typing.get_args(typing.get_args(hints["dtype"])[0])) == set(typing.get_args(geometry.ComputeDtype))
+
+
+def test_without_arguments_the_help_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch) == cli.EXIT_USER_ERROR
+    found = capsys.readouterr()
+    assert "Usage: geomcache" in found.out
+    assert found.err == ""
+
+
+def commands() -> dict[str, typing.Any]:
+    group = typing.cast("typing.Any", typer.main.get_command(cli.app))
+    return dict(group.commands)
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_help_shows_an_example_and_fits_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    command = commands()[name]
+    assert command.rich_help_panel in (cli_help.STAGES, cli_help.CACHES, cli_help.MODELS)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(monkeypatch, name, "--help") == 0
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith(f"geomcache {name} ") for line in shown)
+    for line in command.epilog.splitlines():  # a command that is wrapped cannot be copied
+        if line.startswith(" "):
+            assert line.strip().replace("\\[", "[").replace("\\\\", "\\") in shown, line
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_get_a_completion_script_and_its_answers(shell: str) -> None:
+    script = subprocess.run(
+        [sys.executable, "-c", START],
+        env=os.environ | {"_GEOMCACHE_COMPLETE": f"source_{shell}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert f"_GEOMCACHE_COMPLETE=complete_{shell}" in script
+    typed = {"COMP_WORDS": "geomcache extract --proc", "COMP_CWORD": "2"}
+    typed |= {"_TYPER_COMPLETE_ARGS": "geomcache extract --proc", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    answer = subprocess.run(
+        [sys.executable, "-c", START],
+        env=os.environ | typed | {"_GEOMCACHE_COMPLETE": f"complete_{shell}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "--process-res" in answer.stdout
+    assert answer.stderr == ""
+
+
+def test_no_escape_codes_where_there_is_no_terminal(whole: Path) -> None:
+    for arguments in (["--help"], ["extract", "--help"], ["extrakt"], ["info", whole], ["verify", whole]):
+        done = subprocess.run(
+            [sys.executable, "-c", START, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert "\x1b" not in done.stdout + done.stderr, arguments
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_json_is_all_of_standard_output(whole: Path, command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", START, command, str(whole), "--json"], capture_output=True, text=True, check=True
+    )
+    assert isinstance(json.loads(done.stdout), dict)
 
 
 def test_extract_info_and_a_mistake(
@@ -112,13 +189,24 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["extrakt"], ["extract", "--views", "both"], ["extract", "--grd", "patch"], ["info"]]
+    ("arguments", "part"),
+    [
+        (["extrakt"], "No such command 'extrakt'. Did you mean 'extract'?: see `geomcache --help`"),
+        (["extract", "--views", "both"], "'joint', 'independent'"),
+        (["extract", "--modle", "x"], "--modle (Possible options: --model): see `geomcache extract --help`"),
+        (["extract", "--dataset", "x"], "Missing option '--model': see `geomcache extract --help`"),
+        (["info"], "Missing argument 'path'"),
+        (["info", "--config", "x.yaml", "p"], "No such option: --config"),
+    ],
 )
-def test_a_wrong_call_leaves_with_two(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+def test_a_wrong_call_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
 ) -> None:
-    assert call(monkeypatch, *arguments) == 2
-    assert "Usage" in capsys.readouterr().err
+    assert call(monkeypatch, *arguments) == cli.EXIT_USER_ERROR
+    message = capsys.readouterr().err
+    assert part in message
+    assert message.startswith("geomcache: ")
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize("where", ["file.txt/cache.zarr", "file.txt"])

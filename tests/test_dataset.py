@@ -79,8 +79,8 @@ def test_depth_comes_where_it_was_cached(meta: LeRobotDatasetMetadata, tmp_path:
 
 def test_a_batch_is_one_read(meta: LeRobotDatasetMetadata, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    read = GeometryStore.read
-    monkeypatch.setattr(GeometryStore, "read", lambda self, rows: reads.append(list(rows)) or read(self, rows))
+    read = GeometryStore.batch
+    monkeypatch.setattr(GeometryStore, "batch", lambda self, rows: reads.append(list(rows)) or read(self, rows))
     dataset = GeometryDataset(lerobot_dataset(meta), GeometryStore.open(cache))
     order = [9, 2, 2, 14, 0, 7]
     loader = DataLoader(dataset, batch_size=3, sampler=order)
@@ -105,7 +105,7 @@ def test_an_item_does_not_depend_on_its_batch(meta: LeRobotDatasetMetadata, cach
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_workers_of_every_start_method_read_the_same(meta: LeRobotDatasetMetadata, cache: Path, method: str) -> None:
     store = GeometryStore.open(cache)
-    store.read(np.array([0]))  # the parent has files open when its children start
+    store.batch(np.array([0]))  # the parent has files open when its children start
     loader = DataLoader(
         GeometryDataset(lerobot_dataset(meta), store),
         batch_size=4,

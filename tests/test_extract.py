@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -74,7 +75,7 @@ def assert_same_rows(path: Path, other: Path, frames: int = FRAMES) -> None:
     assert here.fingerprint == there.fingerprint
     assert here.rows == there.rows == ((0, frames),)
     rows = np.arange(frames)
-    for (name, ours), (_, theirs) in zip(here.read(rows).items(), there.read(rows).items(), strict=True):
+    for (name, ours), (_, theirs) in zip(here.batch(rows).items(), there.batch(rows).items(), strict=True):
         assert_one_step(ours, theirs)
         assert np.isfinite(ours).all(), name
 
@@ -299,6 +300,19 @@ def test_a_dry_run_writes_nothing_and_tells_the_bytes(
     told = float(text.partition("output")[2].partition(": ")[2].split()[0]) * 1e6
     assert told == pytest.approx(reference.nbytes, rel=0.02)
     assert "ms a frame" in text
+
+
+def test_the_batch_size_that_is_found_changes_no_number(
+    options: ExtractOptions, reference: ExtractReport, tmp_path: Path
+) -> None:
+    report, lines = run(options, output=tmp_path / "cache.zarr", batch_size="auto")
+    assert re.fullmatch(r"batch size \d+: [\d.]+ views/s; .+", lines[0])
+    assert report.frames == FRAMES
+    whole, found = GeometryStore.open(reference.path), GeometryStore.open(report.path)
+    for (_, ours), (_, theirs) in zip(
+        found.batch(range(FRAMES)).items(), whole.batch(range(FRAMES)).items(), strict=True
+    ):
+        assert_one_step(ours, theirs)
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("num_workers", -1)])

@@ -69,6 +69,23 @@ def test_presets_and_ray_heads_are_upstreams() -> None:
         assert model.ray_head == (head.__object__.name == "DualDPT"), model.name
 
 
+def test_parameters_are_those_of_upstreams_networks() -> None:
+    from accelerate import init_empty_weights
+    from depth_anything_3.cfg import create_object, load_config
+    from depth_anything_3.registry import MODEL_REGISTRY
+
+    for model in MODELS.values():
+        config = load_config(MODEL_REGISTRY[model.preset])
+        branches = (config.anyview, config.metric) if "anyview" in config else (config,)
+        # `gs_adapter`, the one part that is left out, has no parameters, and imports what is not installed here
+        parts = ("net", "head", "cam_enc", "cam_dec", "gs_head")
+        assert {name for branch in branches for name in branch} - {*parts} <= {"__object__", "gs_adapter"}
+        with init_empty_weights():
+            networks = [create_object(branch[part]) for branch in branches for part in parts if part in branch]
+        counted = sum(parameter.numel() for network in networks for parameter in network.parameters())
+        assert model.parameters == counted, model.name
+
+
 def test_replacements_are_published_and_of_the_same_architecture() -> None:
     replaced = [model for model in MODELS.values() if model.replaced_by is not None]
     assert [model.name for model in replaced] == ["DA3-LARGE", "DA3-GIANT", "DA3NESTED-GIANT-LARGE"]

@@ -163,9 +163,9 @@ def test_the_policy_encodes_every_frame_as_the_cache_has_it(cache: Path, dataset
             index = int(item["index"])
             batch = {key: item[key][None] for key in KEYS}
             assert batch[KEYS[0]].dtype == torch.float32
-            assert_same(policy, policy.geometry_of(batch), store.read([index]))
+            assert_same(policy, policy.geometry_of(batch), store.batch([index]))
         # Another frame's geometry is not the same: the comparison can fail.
-        other = store.read([0])
+        other = store.batch([0])
         assert float16_steps(policy.geometry_of(batch).ray.numpy(), other.ray).max() > 10
     assert policy.online is not None
     assert policy.online.encoder is not None
@@ -210,4 +210,4 @@ def test_the_simulators_frames_recorded_and_live_are_the_same(
     with GeometryStore.open(make_cache(root, random_da3_folder)) as store:
         policy = make_policy(store)
         for index, frame in enumerate(live_frames):
-            assert_same(policy, policy.geometry_of(frame), store.read([index]))
+            assert_same(policy, policy.geometry_of(frame), store.batch([index]))

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from geomcache.errors import UserInputError
-from geomcache.probe import PANEL, probe
+from geomcache.look.drawing import PANEL
+from geomcache.probe import probe
 from tests.support.da3 import area_average, upstream_maps, upstream_network
 
 

@@ -67,6 +67,7 @@ def test_row_set_behaves_like_a_sorted_list(parts: list[tuple[int, int]]) -> Non
     rows = np.arange(-3, 80)
     assert held.count == len(there)
     assert held.ranks(rows).clip(min=-1).tolist() == [there.index(row) if row in there else -1 for row in rows.tolist()]
+    assert held.rows_at(np.arange(held.count)).tolist() == there
     assert held.covers(rows, rows + 1).tolist() == [row in there for row in rows.tolist()]
     assert held.covers(rows, rows + 3).tolist() == [{row, row + 1, row + 2} <= set(there) for row in rows.tolist()]
     assert [held.count_before(row) for row in range(80)] == [sum(r < row for r in there) for row in range(80)]

@@ -119,6 +119,10 @@ def test_a_camera_that_is_not_there_lists_those_that_are() -> None:
         open_dataset("test", root=DEMO, cameras=["front"])
     with pytest.raises(DatasetError, match=r"expected a camera, got 'observation\.state'"):
         open_dataset("test", root=DEMO, cameras=["observation.state"])
+    with pytest.raises(
+        DatasetError, match=r"did you mean observation\.images\.image2\? expected a camera, got 'imag2'"
+    ):
+        open_dataset("test", root=DEMO, cameras=["imag2"])
 
 
 @pytest.mark.parametrize(

@@ -131,13 +131,13 @@ def test_tensorstore_reads_every_array_as_zarr_does(path: str, request: pytest.F
 )
 def test_rows_come_in_the_order_asked_for(whole: Path, rows: list[int]) -> None:
     store = GeometryStore.open(whole)
-    assert_equal(store.read(rows), rows)
-    assert_equal(store.read(np.array(rows, dtype=np.uint32)), rows)
-    assert_equal(store.read_plain(rows), rows)
+    assert_equal(store.batch(rows), rows)
+    assert_equal(store.batch(np.array(rows, dtype=np.uint32)), rows)
+    assert_equal(store.batch_plain(rows), rows)
 
 
 def test_no_row_gives_empty_geometry(whole: Path) -> None:
-    for geometry in (GeometryStore.open(whole).read([]), GeometryStore.open(whole).read_plain([])):
+    for geometry in (GeometryStore.open(whole).batch([]), GeometryStore.open(whole).batch_plain([])):
         assert geometry.ray.shape == (0, 2, 3, 4, 6)
 
 
@@ -145,9 +145,9 @@ def test_rows_behind_gaps_are_found(parts: Path) -> None:
     store = GeometryStore.open(parts)
     rows = [row for start, stop in ROWS for row in range(start, stop)]
     shuffled = np.random.default_rng(0).permutation(rows).tolist()
-    assert_equal(store.read(rows), rows)
-    assert_equal(store.read(shuffled), shuffled)
-    assert_equal(store.read_plain(shuffled), shuffled)
+    assert_equal(store.batch(rows), rows)
+    assert_equal(store.batch(shuffled), shuffled)
+    assert_equal(store.batch_plain(shuffled), shuffled)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_every_layout_reads_as_it_was_written(
     spec = make_spec(grid_hw=grid_hw, outputs=outputs, cameras=cameras)
     store = GeometryStore.open(make_store(tmp_path / "cache", spec=spec, lengths=(20, 20)))
     for rows in (list(range(40)), [7, 39, 7, 0, 21], [3]):
-        assert_equal(store.read(rows), rows, spec)
-        assert_equal(store.read_plain(rows), rows, spec)
-    store.read([1]).check(spec)
+        assert_equal(store.batch(rows), rows, spec)
+        assert_equal(store.batch_plain(rows), rows, spec)
+    store.batch([1]).check(spec)
 
 
 def open_files() -> int:
@@ -186,7 +186,7 @@ def test_few_file_descriptors_are_enough(
     before = open_files()
     rows = np.random.default_rng(0).integers(0, 90, 200).tolist()
     for _ in range(2):
-        assert_equal(store.read(rows), rows, spec)
+        assert_equal(store.batch(rows), rows, spec)
         assert open_files() - before <= max(4, descriptors // 2)
     store.close()
     assert open_files() == before
@@ -205,15 +205,15 @@ def test_frame_index_and_locate_agree(whole: Path) -> None:
         with pytest.raises(UserInputError, match="index: expected 0 to 89"):
             store.locate(row)
         with pytest.raises(UserInputError, match="index: expected 0 to 89"):
-            store.read([0, row])
+            store.batch([0, row])
         with pytest.raises(UserInputError, match="index: expected 0 to 89"):
-            store.read_plain([0, row])
+            store.batch_plain([0, row])
 
 
 @pytest.mark.parametrize("indices", [[1.0], [[1, 2]], [True], ["1"], 3, np.zeros((1, 1), int)])
 def test_only_a_row_of_integers_is_taken(whole: Path, indices: object) -> None:
     with pytest.raises(UserInputError, match="indices: expected a sequence of integers, got"):
-        GeometryStore.open(whole).read(indices)  # type: ignore[arg-type]
+        GeometryStore.open(whole).batch(indices)  # type: ignore[arg-type]
 
 
 def test_what_is_there_is_known(parts: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_is_there_is_known(parts: Path) -> None:
 
 def test_a_missing_row_is_an_error_that_says_how_to_add_it(parts: Path) -> None:
     store = GeometryStore.open(parts)
-    for read in (store.read, store.read_plain):
+    for read in (store.batch, store.batch_plain):
         with pytest.raises(
             MissingFrameError, match=r"expected episode 1 frame 18, found none .*--episodes 1`"
         ) as caught:
@@ -327,10 +327,10 @@ def test_damage_is_told_with_file_episode_and_frame(tmp_path: Path, whole: Path,
     damage(path)
     store = GeometryStore.open(path)
     assert store.sealed == sealed
-    assert_equal(store.read([50, 70]), [50, 70])  # of other shards
+    assert_equal(store.batch([50, 70]), [50, 70])  # of other shards
     for _ in range(2):  # an error is none the less at the second time
         with pytest.raises(CacheCorruptError, match=message):
-            store.read([50, row, 70])
+            store.batch([50, row, 70])
 
 
 def test_large_maps_are_checked_as_small_ones_are(tmp_path: Path) -> None:
@@ -338,9 +338,9 @@ def test_large_maps_are_checked_as_small_ones_are(tmp_path: Path) -> None:
     path = make_store(tmp_path / "cache", spec=spec, lengths=(40,))
     _flip(f"{RAY}/c.1.0.0.0", 19_204 + 19_000)(path)
     store = GeometryStore.open(path)
-    assert_equal(store.read([16, 18]), [16, 18], spec)
+    assert_equal(store.batch([16, 18]), [16, 18], spec)
     with pytest.raises(CacheCorruptError, match=r"ray/c.1.0.0.0: episode 0 frame 17: expected checksum .* at 19204"):
-        store.read([16, 17, 18])
+        store.batch([16, 17, 18])
 
 
 @pytest.mark.parametrize("grid_hw", [(3, 4), (40, 40)])
@@ -350,12 +350,12 @@ def test_short_reads_are_finished_and_failing_ones_told(
 ) -> None:
     spec = make_spec(grid_hw=grid_hw)
     store = GeometryStore.open(make_store(tmp_path / "cache", spec=spec, lengths=(40,)))
-    store.read(range(40))  # type: ignore[arg-type]
+    store.batch(range(40))  # type: ignore[arg-type]
     pread, preadv = os.pread, os.preadv
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 23), at))
         patch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:23]], at))
-        assert_equal(store.read(rows), rows, spec)
+        assert_equal(store.batch(rows), rows, spec)
 
     def fails(*arguments: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
@@ -366,17 +366,17 @@ def test_short_reads_are_finished_and_failing_ones_told(
         with pytest.raises(
             CacheCorruptError, match=r"c.*: episode 0 frame \d+: expected to read it, found Input/output"
         ):
-            store.read(rows)
-    assert_equal(store.read(rows), rows, spec)
+            store.batch(rows)
+    assert_equal(store.batch(rows), rows, spec)
 
 
 def test_a_file_cut_off_while_it_is_open_is_told(tmp_path: Path, whole: Path) -> None:
     path = shutil.copytree(whole, tmp_path / "cache")
     store = GeometryStore.open(path)
-    store.read([19])
+    store.batch([19])
     _cut(f"{RAY}/c.1.0.0.0", 3 * RAY_STRIDE + 50)(path)
     with pytest.raises(CacheCorruptError, match="frame 19: expected 144 bytes at 444, found 50"):
-        store.read([19])
+        store.batch([19])
 
 
 def test_shards_that_change_places_after_they_were_read_are_told(
@@ -385,10 +385,10 @@ def test_shards_that_change_places_after_they_were_read_are_told(
     monkeypatch.setattr("geomcache.shard_reader.getrlimit", lambda what: (8, 8))  # one shard is open at a time
     path = shutil.copytree(whole, tmp_path / "cache")
     store = GeometryStore.open(path)
-    assert_equal(store.read([3, 19, 50]), [3, 19, 50])
+    assert_equal(store.batch([3, 19, 50]), [3, 19, 50])
     _swap_tables(path)
     with pytest.raises(CacheCorruptError, match=r"frame_crc32c/c.1.0: episode 0 frame 19: expected sha256"):
-        store.read([19])
+        store.batch([19])
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_the_episode_table_of_another_dataset_is_told(tmp_path: Path) -> None:
 def test_a_sealed_cache_does_without_its_journal_and_an_unsealed_one_does_not(tmp_path: Path, whole: Path) -> None:
     path = shutil.copytree(whole, tmp_path / "cache")
     (path / "journal.jsonl").unlink()
-    assert_equal(GeometryStore.open(path).read([3, 80]), [3, 80])
+    assert_equal(GeometryStore.open(path).batch([3, 80]), [3, 80])
     (path / "manifest.json").unlink()
     with pytest.raises(CacheCorruptError, match=r"journal.jsonl: expected the journal, found none"):
         GeometryStore.open(path)
@@ -446,31 +446,31 @@ def test_no_cache_is_told(tmp_path: Path) -> None:
 def test_a_shard_that_is_made_again_is_not_mixed_with_the_old_one(tmp_path: Path) -> None:
     path = make_store(tmp_path / "cache", [(0, 24)])
     early, late = GeometryStore.open(path), GeometryStore.open(path)
-    early.read([20])
+    early.batch([20])
     with open_writer(path) as writer:
         fill(writer)
         assert writer.seal()
-    assert_equal(early.read([20]), [20])  # its files are still open
+    assert_equal(early.batch([20]), [20])  # its files are still open
     with pytest.raises(CacheCorruptError, match="or was made again since this process opened the cache; open it again"):
-        late.read([20])
-    assert_equal(GeometryStore.open(path).read([20, 30]), [20, 30])
+        late.batch([20])
+    assert_equal(GeometryStore.open(path).batch([20, 30]), [20, 30])
 
 
 def test_plain_reading_tells_of_a_missing_shard(tmp_path: Path, whole: Path) -> None:
     path = shutil.copytree(whole, tmp_path / "cache")
     (path / RAY / "c.1.0.0.0").unlink()
     with pytest.raises(CacheCorruptError, match="ray: expected the frames asked for, found gaps"):
-        GeometryStore.open(path).read_plain([3, 19])
+        GeometryStore.open(path).batch_plain([3, 19])
 
 
 def test_a_store_pickles_by_its_path(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(whole.parent)
     store = GeometryStore.open("cache")
-    store.read([3])
+    store.batch([3])
     monkeypatch.chdir("/")
     data = pickle.dumps(store)
     assert len(data) < 300
-    assert_equal(pickle.loads(data).read([3, 88]), [3, 88])
+    assert_equal(pickle.loads(data).batch([3, 88]), [3, 88])
 
 
 def test_threads_read_at_once(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +483,7 @@ def test_threads_read_at_once(whole: Path, monkeypatch: pytest.MonkeyPatch) -> N
         try:
             for _ in range(40):
                 rows = generator.integers(0, 90, 12).tolist()
-                assert_equal(store.read(rows), rows)
+                assert_equal(store.batch(rows), rows)
         except BaseException as error:  # noqa: BLE001 - shown by the test
             failures.append(error)
 
@@ -503,7 +503,7 @@ from tests.support.stores import expected
 
 def read(store, rows, results):
     for _ in range(20):
-        found = store.read(rows)
+        found = store.batch(rows)
         wanted = expected(store.spec, rows)
         if not all((values == wanted[name]).all() for name, values in found.items()):
             results.put("wrong")
@@ -513,7 +513,7 @@ def read(store, rows, results):
 def main():
     store = GeometryStore.open(sys.argv[1])
     if sys.argv[3] == "read":
-        store.read([0, 20, 40, 60, 89])
+        store.batch([0, 20, 40, 60, 89])
     context = multiprocessing.get_context(sys.argv[2])
     results = context.Queue()
     children = [context.Process(target=read, args=(store, [at, 88 - at, 40], results)) for at in range(3)]
@@ -570,7 +570,7 @@ def test_a_cache_of_millions_of_frames_opens_without_looking_at_them(
     assert (store.sealed, store.frames_present) == (True, 20)
     assert (store.episodes(), store.missing_episodes()) == ((), ((0, 10_000),))
     assert store.locate(2_999_999) == (9_999, 299)
-    assert_equal(store.read([2_999_999, 3, 2_999_990]), [2_999_999, 3, 2_999_990])
+    assert_equal(store.batch([2_999_999, 3, 2_999_990]), [2_999_999, 3, 2_999_990])
     with pytest.raises(MissingFrameError, match="episode 5000 frame 0"):
         store.frame(5_000, 0)
 

@@ -198,6 +198,11 @@ def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--policy.freeze_geom_model=false"], UserInputError, "freeze_geom_model: expected true"),
         (["--policy.geom_attention=sparse"], UserInputError, "geom_attention: expected 'full' or 'isolated'"),
         (["--policy.geom_target_hw=[4,9]"], UserInputError, "geom_target_hw: expected at most 4 cells"),
+        (
+            ["--use_policy_training_preset=false", "--optimizer.type=adamw", "--scheduler.type=diffuser"],
+            UserInputError,
+            "geom_lr_scale: expected 1 with use_policy_training_preset=false, got 10",
+        ),
         (["--dataset.episodes=[0,3]"], UserInputError, "dataset.episodes: expected some of 0 to 2"),
         (["--dataset.episodes=[0,0]"], UserInputError, "Episode indices contain duplicates"),
         (["--dataset.image_transforms.enable=true"], UserInputError, "affine (RandomAffine)"),

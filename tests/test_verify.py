@@ -399,4 +399,4 @@ def test_repaired_rows_hold_what_is_made_again(path: Path) -> None:
         assert writer.seal()
     wanted = expected(SPEC, [19])["ray"]
     wanted[:, 1] += np.float16(1)
-    assert np.array_equal(GeometryStore.open(path).read([19]).ray, wanted)
+    assert np.array_equal(GeometryStore.open(path).batch([19]).ray, wanted)

@@ -47,7 +47,7 @@ def check(path: Path, rows: Ranges, *, sealed: bool = True) -> None:
     store = GeometryStore.open(path)
     assert (store.rows, store.sealed) == (rows, sealed)
     numbers = [row for start, stop in rows for row in range(start, stop)]
-    wanted, found = expected(store.spec, numbers), store.read(numbers)
+    wanted, found = expected(store.spec, numbers), store.batch(numbers)
     for name, values in found.items():
         assert np.array_equal(values, wanted[name])
     assert not [str(file) for file in path.rglob("*.tmp")]
@@ -336,7 +336,7 @@ def test_a_kill_at_any_file_operation_loses_nothing(
         if start == "begun" and len(held) < 16:  # the shard that was being replaced, and no other
             assert held in ({*range(16, 24)}, {*range(8, 16)}, {*range(16)})
         if held:
-            values, wanted = store.read(sorted(held)), expected(SPEC, sorted(held))
+            values, wanted = store.batch(sorted(held)), expected(SPEC, sorted(held))
             assert all(np.array_equal(array, wanted[name]) for name, array in values.items())
         acknowledged(path, [])
         check(path, ((0, 32),))
@@ -365,7 +365,7 @@ def test_a_failing_file_operation_is_told_and_can_be_tried_again(
                 break
             store = GeometryStore.open(path)
             held = [row for start, stop in store.rows for row in range(start, stop)]
-            assert all(np.array_equal(array, expected(SPEC, held)[name]) for name, array in store.read(held).items())
+            assert all(np.array_equal(array, expected(SPEC, held)[name]) for name, array in store.batch(held).items())
             for shard in (0, 1):
                 if writer._lock.holds(shard):
                     writer.release(Claim(shard, ()))

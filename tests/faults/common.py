@@ -30,7 +30,7 @@ def held_rows(path: Path) -> set[int]:
         held = [row for start, stop in store.rows for row in range(start, stop)]
         if held:
             wanted = expected(store.spec, held)
-            for name, values in store.read(held).items():
+            for name, values in store.batch(held).items():
                 assert np.array_equal(values, wanted[name]), f"{path}: a wrong number in {name}"
     return {*held}
 

@@ -99,7 +99,7 @@ def test_a_flipped_bit_in_a_map_is_found_when_its_frame_is_read(tmp_path: Path, 
     generator, spec = random.Random(0), make_spec(grid_hw=(14, 14))
     cells = 14 * 14 * 2
     with GeometryStore.open(path) as store:
-        whole = store.read(range(90))  # type: ignore[arg-type]
+        whole = store.batch(range(90))  # type: ignore[arg-type]
         for _ in range(places):
             row, camera, output = generator.randrange(90), generator.choice(CAMERAS), generator.choice(spec.outputs)
             nbytes = cells * (6 if output == "ray" else 1)
@@ -108,10 +108,10 @@ def test_a_flipped_bit_in_a_map_is_found_when_its_frame_is_read(tmp_path: Path, 
             flip_bit(file, bit)
             episode, frame = store.locate(row)
             with pytest.raises(CacheCorruptError) as caught:
-                store.read([row])
+                store.batch([row])
             assert str(caught.value).startswith(f"{file}: episode {episode} frame {frame}: expected checksum")
             flip_bit(file, bit)
-        again = store.read(range(90))  # type: ignore[arg-type]
+        again = store.batch(range(90))  # type: ignore[arg-type]
     assert all(np.array_equal(one, other) for (_, one), (_, other) in zip(whole.items(), again.items(), strict=True))
     figure(f"{places} places tried, {places} found, each by file, episode and frame")
 
@@ -146,7 +146,7 @@ def test_cut_missing_and_swapped_shards_are_found(tmp_path: Path, step: int, fig
             GeometryStore.open(path) as store,
             pytest.raises(CacheCorruptError, match=r"episode \d+ frame \d+: expected"),
         ):
-            store.read(range(32))  # type: ignore[arg-type]
+            store.batch(range(32))  # type: ignore[arg-type]
         named = {path / problem.file for problem in verify(path).problems}
         assert {*files} <= named, what
         for file in files:
@@ -201,7 +201,7 @@ def test_swapped_shards_with_all_their_checksums_are_found(tmp_path: Path, figur
             with GeometryStore.open(copy) as store:
                 for shard in (one, other):
                     with pytest.raises(CacheCorruptError, match="expected sha256"):
-                        store.read([16 * shard])
+                        store.batch([16 * shard])
             assert {problem.shard for problem in verify(copy).problems} - {None} == {one, other}
             shutil.rmtree(copy)
     figure(f"{2 * len(pairs)} pairs swapped, all found")

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from geomcache.encoder import DA3Encoder
+from geomcache.encoder import DA3Encoder, PendingGeometry
 from geomcache.errors import EncoderMemoryError, WorkerDiedError
 from geomcache.extract import ExtractOptions, extract
-from geomcache.geometry import Geometry
 from geomcache.store import GeometryStore
 from geomcache.verify import verify
 from tests.faults.common import Figure
@@ -55,7 +54,7 @@ def assert_same_rows(path: Path, reference: Path) -> None:
     assert here.rows == there.rows == ((0, FRAMES),)
     assert here.sealed
     rows = np.arange(FRAMES)
-    for (_, ours), (_, theirs) in zip(here.read(rows).items(), there.read(rows).items(), strict=True):
+    for (_, ours), (_, theirs) in zip(here.batch(rows).items(), there.batch(rows).items(), strict=True):
         assert_one_step(ours, theirs)
 
 
@@ -72,16 +71,16 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(
     options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, views: str
 ) -> None:
     plain = extract(replace(options, output=tmp_path / "plain.zarr", views=views), say=lambda _: None).path
-    forward, sizes = DA3Encoder.forward, []
+    launch, sizes = DA3Encoder.launch, []
 
-    def limited(self: DA3Encoder, inputs: torch.Tensor | list[torch.Tensor]) -> Geometry:
+    def limited(self: DA3Encoder, inputs: torch.Tensor | list[torch.Tensor]) -> PendingGeometry:
         size = len(inputs[0]) if isinstance(inputs, list) else len(inputs)
         if size > 3:
             raise error
         sizes.append(size)
-        return forward(self, inputs)
+        return launch(self, inputs)
 
-    monkeypatch.setattr(DA3Encoder, "forward", limited)
+    monkeypatch.setattr(DA3Encoder, "launch", limited)
     lines: list[str] = []
     report = extract(replace(options, output=tmp_path / "cache.zarr", views=views), say=lines.append)
     assert lines == [
@@ -96,10 +95,10 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(
 def test_memory_for_not_even_one_frame_is_told(
     options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(self: DA3Encoder, inputs: torch.Tensor) -> Geometry:
+    def never(self: DA3Encoder, inputs: torch.Tensor) -> PendingGeometry:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(DA3Encoder, "forward", never)
+    monkeypatch.setattr(DA3Encoder, "launch", never)
     with pytest.raises(EncoderMemoryError, match="cpu: expected memory for one frame of da3-small at 28 px") as caught:
         extract(replace(options, output=tmp_path / "cache.zarr"), say=lambda _: None)
     assert "\n" not in str(caught.value)
@@ -109,10 +108,10 @@ def test_memory_for_not_even_one_frame_is_told(
 def test_another_error_of_the_network_is_not_taken_for_that(
     options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(self: DA3Encoder, inputs: torch.Tensor) -> Geometry:
+    def wrong(self: DA3Encoder, inputs: torch.Tensor) -> PendingGeometry:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(DA3Encoder, "forward", wrong)
+    monkeypatch.setattr(DA3Encoder, "launch", wrong)
     with pytest.raises(RuntimeError, match="^mat1 and mat2"):
         extract(replace(options, output=tmp_path / "cache.zarr"), say=lambda _: None)
 
@@ -197,7 +196,7 @@ def counted(self, inputs):
     encoded += len(inputs)
     if encoded >= at:
         os.kill(os.getpid(), signal.SIGKILL)
-    return forward(self, inputs)
+    return launch(self, inputs)
 DA3Encoder.forward = counted
 cli.main()
 """
@@ -217,7 +216,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_next_run_finishes(
         "    if os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    signal.pause() if os.environ['RANK'] == '0' else None\n"
-        "    return forward(self, inputs)\n"
+        "    return launch(self, inputs)\n"
         "DA3Encoder.forward = dies\n"
         "if __name__ == '__main__':\n"
         "    cli.main()\n"

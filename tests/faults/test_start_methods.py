@@ -25,14 +25,14 @@ def load(store, seed, results):
     for _ in range(10):
         rows = [generator.randrange(90) for _ in range(8)]
         wanted = expected(store.spec, rows)
-        wrong += not all((values == wanted[name]).all() for name, values in store.read(rows).items())
+        wrong += not all((values == wanted[name]).all() for name, values in store.batch(rows).items())
     results.put(wrong)
 
 def main():
     path, method, parent, loaders = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
     store = GeometryStore.open(path)
     if parent == "read":
-        store.read([0, 20, 40, 60, 89])
+        store.batch([0, 20, 40, 60, 89])
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["geomcache.store", "tests.support.stores"])

@@ -121,7 +121,7 @@ def make_store(path: Path, wanted: Iterable[tuple[int, int]] | None = None, **op
 
 
 def expected(spec: GeometrySpec, rows: Sequence[int]) -> dict[str, NDArray[np.float16]]:
-    """What `GeometryStore.read` gives: [n, V, h, w(, 6)] by output."""
+    """What `GeometryStore.batch` gives: [n, V, h, w(, 6)] by output."""
     maps = make_maps(spec, rows)
     return {output: np.stack([maps[camera][output] for camera in spec.camera_keys], axis=1) for output in spec.outputs}
 

@@ -1,0 +1,145 @@
+"""One episode of a cache, ready to be shown: its frames one by one, and what has to be known of all of them before.
+
+Legend of shapes:  V views   h, w grid   n frames of the episode
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomcache.compatibility import extract_command
+from geomcache.errors import MissingFrameError, UserInputError
+from geomcache.frames import FrameReader
+from geomcache.info import format_episodes
+from geomcache.look.drawing import CLIP
+from geomcache.look.pinhole import mean_origin
+from geomcache.look.value_counts import ValueCounts
+from geomcache.store import GeometryStore
+
+BLOCK_NBYTES = 32 << 20  # of maps, at hand at a time
+BLOCK_PICTURES = 16  # frames decoded together
+SCALARS = ("ray_conf", "depth", "depth_conf")
+
+Maps = dict[str, NDArray[np.float16]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One frame of an episode."""
+
+    number: int
+    """Within the episode."""
+    maps: Maps  # by output, [V, h, w(, 6)]
+    pictures: tuple[NDArray[np.uint8], ...] | None
+    """For each camera [H, W, 3]; None where no dataset is at hand."""
+
+    @property
+    def directions(self) -> NDArray[np.float16]:
+        """[V, h, w, 3]."""
+        return self.maps["ray"][..., :3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """An episode that is cached as a whole."""
+
+    store: GeometryStore
+    reader: FrameReader | None
+    """Of its pictures, where they are wanted."""
+    number: int
+    limits: dict[str, NDArray[np.float64]]
+    """What colours span, in all frames: [2] of each of `SCALARS` that is cached, [2, 3] of ``direction``."""
+    origins: NDArray[np.float64]  # [n, V, 3] mean origin of the rays, weighted by their confidence
+    confidence: NDArray[np.float64] | None  # [n, V] mean ray_conf, where it is cached
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The cameras' keys without what all of LeRobot's have in front."""
+        return tuple(short_key(key) for key in self.store.spec.camera_keys)
+
+    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
+        """Frames in order, a block in memory at a time."""
+        first = int(self.store.episode_start[self.number])
+        stop = len(self) if stop is None else stop
+        size = min(block_frames(self.store), BLOCK_PICTURES)
+        for begin in range(first + start, first + stop, size):
+            end = min(begin + size, first + stop)
+            maps = dict(self.store.batch(range(begin, end)).items())
+            images = None if self.reader is None else self.reader.read(begin, end).images
+            for at in range(end - begin):
+                yield Frame(
+                    number=begin - first + at,
+                    maps={name: values[at] for name, values in maps.items()},
+                    pictures=None if images is None else tuple(views[at] for views in images),
+                )
+
+
+def require_cached(store: GeometryStore, episode: int) -> None:
+    """See that all frames of an episode are there.
+
+    Raises:
+        UserInputError: the dataset has no such episode.
+        MissingFrameError: it is not in the cache, or not as a whole.
+    """
+    store.index(episode, 0)
+    if any(first <= episode < last for first, last in store.episodes()):
+        return
+    raise MissingFrameError(
+        f"{store.path}: expected episode {episode}, it is not cached as a whole; there are"
+        f" {format_episodes(store.episodes())}: look at one of them, or add it with"
+        f" `{extract_command(store, np.array([episode]))}`"
+    )
+
+
+def require_frame(store: GeometryStore, episode: int, frame: int) -> None:
+    """See that an episode has a frame.
+
+    Raises:
+        UserInputError: it has not.
+    """
+    length = int(store.episode_length[episode])
+    if not 0 <= frame < length:
+        raise UserInputError(f"frame: expected 0 to {length - 1} in episode {episode}, got {frame}")
+
+
+def survey(store: GeometryStore, number: int, reader: FrameReader | None) -> Episode:
+    """Go through an episode's geometry once."""
+    first, length = int(store.episode_start[number]), int(store.episode_length[number])
+    scalars = [name for name in SCALARS if name in store.spec.outputs]
+    counts = {name: ValueCounts() for name in (*scalars, *"xyz")}
+    origins, confidence = [], []
+    size = block_frames(store)
+    for start in range(first, first + length, size):
+        maps = dict(store.batch(range(start, min(start + size, first + length))).items())
+        for name in scalars:
+            counts[name].add(maps[name])
+        for axis, name in enumerate("xyz"):
+            counts[name].add(maps["ray"][..., axis])
+        origins.append(mean_origin(maps["ray"], maps.get("ray_conf")))
+        if "ray_conf" in maps:
+            confidence.append(maps["ray_conf"].mean(axis=(-2, -1), dtype=np.float64))
+    limits = {name: np.array([found.percentile(percent) for percent in CLIP]) for name, found in counts.items()}
+    limits["direction"] = np.stack([limits.pop(axis) for axis in "xyz"], axis=1)
+    return Episode(
+        store=store,
+        reader=reader,
+        number=number,
+        limits=limits,
+        origins=np.concatenate(origins),
+        confidence=np.concatenate(confidence) if confidence else None,
+    )
+
+
+def block_frames(store: GeometryStore) -> int:
+    """Frames that `BLOCK_NBYTES` hold, at least one."""
+    return max(1, BLOCK_NBYTES // store.spec.frame_nbytes)
+
+
+def short_key(camera: str) -> str:
+    """A camera's key without what all of LeRobot's have in front."""
+    return camera.removeprefix("observation.images.")

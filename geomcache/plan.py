@@ -1,0 +1,72 @@
+"""What an extraction will take: rows, bytes, and, measured on a few batches, time."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from geomcache.decoding import Decoder
+from geomcache.encoder import DA3Encoder
+from geomcache.errors import GeomcacheError, OutOfSpaceError
+from geomcache.geometry import GeometrySpec
+from geomcache.progress import human_bytes, human_time
+from geomcache.shards import count_rows, shards_nbytes
+from geomcache.source import FrameDataset
+
+TIMED_BATCHES = 3
+
+
+def describe_plan(
+    path: Path, dataset: FrameDataset, encoder: DA3Encoder, rows: list[tuple[int, int]], batch_size: int
+) -> Iterator[str]:
+    """Lines on what a run would do. A few batches are decoded and encoded, one after the other, for the time."""
+    spec, frames = encoder.spec, count_rows(rows)
+    yield f"dataset   {dataset.spec.repo_id}: {dataset.spec.episodes} episodes, {dataset.spec.frames} frames"
+    yield f"frames    {frames}"
+    yield f"views     {frames * len(spec.cameras)} ({', '.join(spec.camera_keys)})"
+    yield f"model     {spec.model_id} ({spec.model_name}) on {encoder.device}, {spec.compute_dtype}"
+    cells = "x".join(map(str, spec.grid_hw))
+    yield f"grid      {cells} ({spec.grid} at {spec.process_res} px), {', '.join(spec.outputs)}, {spec.storage_dtype}"
+    yield f"output    {path}: {human_bytes(shards_nbytes(spec, frames))}; free {human_bytes(_free_bytes(path))}"
+    start, stop = rows[0]
+    size = min(batch_size, stop - start)
+    decoder = Decoder(dataset.reader, encoder.preprocessor)
+    decode_s, encode_s = [], []
+    for number in range(1 + TIMED_BATCHES):
+        first = start + number * size % (stop - start - size + 1)
+        work = decoder[first, first + size]
+        if isinstance(work, GeomcacheError):
+            raise work
+        began = time.perf_counter()
+        encoder.forward(work.inputs).ray.cpu()  # the copy waits for the device
+        if number:  # the first warms up
+            encode_s.append((time.perf_counter() - began) / size)
+            decode_s.append((work.decode_s + work.preprocess_s) / size)
+    encode, decode = float(np.median(encode_s)), float(np.median(decode_s))
+    yield (
+        f"time      about {human_time(frames * encode)} for this process, {1e3 * encode:.0f} ms a frame;"
+        f" decoding takes {1e3 * decode:.0f} ms a frame in each worker beside it"
+    )
+
+
+def require_space(path: Path, spec: GeometrySpec, frames: int) -> None:
+    """See that there is room for so many frames more.
+
+    Raises:
+        OutOfSpaceError: there is not.
+    """
+    needed, free = shards_nbytes(spec, frames), _free_bytes(path)
+    if needed > free:
+        raise OutOfSpaceError(
+            f"{path}: expected {human_bytes(needed)} of free space for {frames} frames, found {human_bytes(free)}:"
+            " free some, choose another --output, or a coarser --grid"
+        )
+
+
+def _free_bytes(path: Path) -> int:
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

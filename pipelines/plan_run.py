@@ -1,0 +1,120 @@
+"""How long stage one takes and how much disk its cache needs, before anything is there: the tables of README.md here.
+
+    python pipelines/plan_run.py                                                  LIBERO, DROID and a million episodes
+    python pipelines/plan_run.py --frames 273465 --views 2 --rate 80 --gpus 8     one's own run, at a measured rate
+
+Bytes are those of geomcache's own layout, exact for a cache of all frames, without what has nothing to do with the grid
+(journal, coordinates, metadata: under 0.1 %). Hours are frames x views / rate. The rate is an input: measure it with
+`geomcache extract --dry-run` on the machine, or read it off the first minutes of a run.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from geomcache.errors import UserInputError
+from geomcache.geometry import DEFAULT_OUTPUTS, Camera, GeometrySpec
+from geomcache.progress import human_bytes
+from geomcache.shards import shards_nbytes
+
+RATES = (50.0, 100.0, 200.0)  # views a second of one GPU: round numbers to read the table by, measured by nobody
+GRIDS = ((14, 14), (36, 36))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A dataset, as far as its size goes."""
+
+    name: str
+    frames: int
+    views: int
+    grids: tuple[tuple[int, int], ...] = GRIDS
+    """Cells (h, w) of a view's maps."""
+
+
+RUNS = (
+    Run(name="LIBERO", frames=273_465, views=2),
+    Run(name="DROID", frames=27_600_000, views=3, grids=((14, 14), (20, 36))),  # 180x320 pixels: 20x36 patches at 504
+    Run(name="a million episodes", frames=161_500_000, views=2),  # of LIBERO's length, 161.5 frames
+)
+
+
+def cache_nbytes(frames: int, views: int, grid_hw: tuple[int, int], outputs: Sequence[str] = DEFAULT_OUTPUTS) -> int:
+    """Bytes of all shards of a cache of so many frames."""
+    spec = GeometrySpec(
+        model_id="plan",
+        model_revision=None,
+        model_name="plan",
+        weights_sha256="",
+        da3_version="",
+        views="joint",
+        cameras=tuple(Camera(key=f"view{view}", height=256, width=256) for view in range(views)),
+        process_res=504,
+        grid="x".join(map(str, grid_hw)),
+        grid_hw=grid_hw,
+        outputs=tuple(outputs),
+        compute_dtype="bf16",
+    )
+    return shards_nbytes(spec, frames)
+
+
+def gpu_hours(frames: int, views: int, rate: float) -> float:
+    """Of one GPU that encodes so many views a second."""
+    return frames * views / rate / 3600
+
+
+def table(runs: Iterable[Run], rates: Sequence[float], outputs: Sequence[str], gpus: int) -> list[str]:
+    """A line for each run and grid, in Markdown."""
+    unit = "GPU hours" if gpus == 1 else f"hours on {gpus} GPUs"
+    head = ["dataset", "frames", "views", "grid", "disk", *(f"{unit} at {rate:g} views/s" for rate in rates)]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for run in runs:
+        for grid_hw in run.grids:
+            disk = human_bytes(cache_nbytes(run.frames, run.views, grid_hw, outputs))
+            hours = (f"{gpu_hours(run.frames, run.views, rate) / gpus:,.1f}" for rate in rates)
+            cells = [run.name, f"{run.frames:,}", str(run.views), "x".join(map(str, grid_hw)), disk, *hours]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--frames", type=positive, help="of one's own dataset; with --views")
+    parser.add_argument("--views", type=positive, help="cameras a frame")
+    parser.add_argument("--grid", type=cells, action="append", help="cells of a view, such as 14x14; may be repeated")
+    parser.add_argument("--outputs", default=",".join(DEFAULT_OUTPUTS), help="what is cached (%(default)s)")
+    parser.add_argument("--rate", type=float, action="append", help="views/s of a GPU, measured; may be repeated")
+    parser.add_argument("--gpus", type=positive, default=1, help="that share the work (%(default)s)")
+    arguments = parser.parse_args()
+    if (arguments.frames is None) != (arguments.views is None):
+        parser.error("--frames and --views: expected both or none, got one")
+    if any(rate <= 0 for rate in arguments.rate or ()):
+        parser.error("--rate: expected more than 0 views a second")
+    runs: Sequence[Run] = RUNS
+    if arguments.frames is not None:
+        grids = tuple(arguments.grid or GRIDS)
+        runs = [Run(name="this run", frames=arguments.frames, views=arguments.views, grids=grids)]
+    elif arguments.grid:
+        parser.error("--grid: expected --frames and --views beside it")
+    outputs = tuple(name.strip() for name in arguments.outputs.split(","))
+    try:
+        lines = table(runs, arguments.rate or RATES, outputs, arguments.gpus)
+    except UserInputError as error:
+        parser.error(str(error))
+    print(*lines, sep="\n")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return number
+
+
+def cells(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return positive(height), positive(width)
+
+
+if __name__ == "__main__":
+    main()

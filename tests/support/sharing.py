@@ -1,0 +1,53 @@
+"""What the tests of pushing and pulling share: a cache of few files, and comparisons of folders."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geomcache import remote
+from geomcache.store import GeometryStore
+from geomcache.writer import StoreWriter
+from tests.support.stores import claim_rows, expected, fill, make_maps, make_spec, open_writer
+
+SPEC = make_spec(cameras=("observation.images.front",), outputs=("ray",))
+RAY = "observation.images.front/ray"
+FILES = 8 + 4 + 12  # metadata, coordinates and table, two for each of six shards
+CONTROL = 3
+EVERYTHING = ((0, 90),)
+EPISODES = ((0, 20), (20, 50), (50, 75), (75, 90))  # shards are of 16 rows
+
+
+def make_small_store(path: Path, wanted: Iterable[tuple[int, int]] | None = None, *, shift: int = 0) -> Path:
+    """A sealed cache of one camera's rays; with a shift the same rows have other numbers, as of another GPU."""
+    with open_writer(path, wanted, spec=SPEC) as writer:
+        if shift:
+            fill_shifted(writer, shift)
+        else:
+            fill(writer)
+        assert writer.seal()
+    return path
+
+
+def fill_shifted(writer: StoreWriter, shift: int) -> None:
+    while (claim := writer.claim()) is not None:
+        writer.commit(claim, make_maps(writer.spec, [row + shift for row in claim_rows(claim)]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock, which does not travel."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def assert_reads(path: Path, rows: list[int]) -> None:
+    with GeometryStore.open(path) as store:
+        np.testing.assert_array_equal(store.batch(rows).ray, expected(SPEC, rows)["ray"])
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the user is told; nobody waits between attempts."""
+    monkeypatch.setattr(remote, "sleep", lambda _seconds: None)
+    return []
