@@ -102,6 +102,29 @@ def test_the_format_page_names_every_field_of_spec_and_dataset() -> None:
         assert named == [field.name for field in dataclasses.fields(member)]
 
 
+def shown_commands(page: Path) -> Iterator[list[str]]:
+    """Words of each `geomcache COMMAND ...` in a page's blocks of commands, from COMMAND on."""
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            match = re.search(r"(?:^|-m )geomcache (\w+.*)", line.partition("  #")[0])
+            if match:
+                yield match[1].split()
+
+
+def test_options_of_the_commands_on_the_pages_exist() -> None:
+    group = typing.cast("typing.Any", typer.main.get_command(cli.app))
+    seen = set()
+    for page in PAGES:
+        for name, *words in shown_commands(page):
+            command = group.commands[name]
+            seen.add(name)
+            known = {spelling for param in command.params for spelling in (*param.opts, *param.secondary_opts)}
+            options = {word.partition("=")[0] for word in words if word.startswith("-")}
+            if not command.context_settings.get("ignore_unknown_options"):  # else the others are LeRobot's
+                assert options <= known, f"{page.name}: geomcache {name} {' '.join(words)}"
+    assert seen == set(group.commands)
+
+
 def quoted_messages() -> Iterator[tuple[str, str]]:
     """(package, message) of the code at the beginning of each row of the page on troubles."""
     for line in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines():
@@ -144,6 +167,26 @@ def test_links_of_the_repository_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text):
         path = ROOT / generated[target] if page.parent.name == "docs" and target in generated else page.parent / target
         assert path.exists(), f"{page.name}: {target}"
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8").replace(",", "")
+    table = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("| from benchmarks/RESULTS.md |")[2]
+        .partition("\n\n")[0]
+    )
+    cells = re.findall(r"^\|[^|]+\|([^|]+)\|", table, re.MULTILINE)[1:]
+    figures = [figure for cell in cells for figure in re.findall(r"\d+(?:\.\d+)?", cell.replace(",", ""))]
+    assert len(figures) > 10
+    for figure in figures:  # rounded there or here
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}\d*(?!\d)", results) or _rounds_to(figure, results), figure
+
+
+def _rounds_to(figure: str, text: str) -> bool:
+    digits = len(figure.partition(".")[2])
+    return any(f"{float(number):.{digits}f}" == figure for number in re.findall(r"\d+\.\d+", text))
 
 
 def test_the_file_map_of_the_readme_is_whole() -> None:

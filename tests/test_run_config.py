@@ -104,7 +104,7 @@ def test_the_command_line_comes_before_the_file(
         ("model: DA3-SMALL", "Missing option '--dataset' (other options are from"),
         ("dataset: x", "Missing option '--model' (other options are from"),
         ("model: a\ndataset: b\nviews: both", "'joint', 'independent' (other options are from"),
-        ("model: a\ndataset: b\nbatch_size: many", "Invalid value for '--batch-size'"),
+        ("model: a\ndataset: b\nbatch_size: many", "batch-size: expected a number of frames, or auto, got 'many'"),
         ("model: a\ndatset: b", "did you mean dataset?"),
         ("model: a\ndataset: b\nhelp: c", "got 'help'"),
         ("model: a\ndataset: b\nconfig: c", "got 'config'"),

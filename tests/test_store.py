@@ -354,7 +354,7 @@ def test_short_reads_are_finished_and_failing_ones_told(
     pread, preadv = os.pread, os.preadv
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 23), at))
-        patch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:23]], at))
+        patch.setattr(os, "preadv", lambda file, buffers, at, flags=0: preadv(file, [buffers[0][:23]], at, flags))
         assert_equal(store.batch(rows), rows, spec)
 
     def fails(*arguments: object) -> int:
