@@ -31,25 +31,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from geomcache.errors import CacheMismatchError, GeometryError, ModelError, NonFiniteGeometryError, UserInputError
+from geomcache.encoder_checks import Images, check_device, check_images, check_same, choose_grid_hw, raise_nan
+from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import (
     DEFAULT_OUTPUTS,
     FLOAT16_MAX,
     PATCH_SIZE,
-    RAYS_PER_PATCH,
     Camera,
     ComputeDtype,
     Geometry,
     GeometrySpec,
     Views,
-    parse_grid,
 )
 from geomcache.models import find_model
 from geomcache.ray_head import ray_forward
 from geomcache.weights import load_weights, sha256
 
-Images = NDArray[np.uint8] | Tensor | Sequence[NDArray[np.uint8] | Tensor]
-"""uint8 [B, V, H, W, 3], or V of [B, H_v, W_v, 3] for cameras of different sizes."""
 NetworkInput = Tensor | list[Tensor]
 """float32 [B, V, 3, H, W], or V of [B, 3, H_v, W_v] where the processed sizes differ."""
 
@@ -81,7 +78,7 @@ class DA3Preprocessor:
         Raises:
             GeometryError: shapes, dtype or number of views are not those of the cameras.
         """
-        views = _check_images(images, self.cameras)
+        views = check_images(images, self.cameras)
         batch = len(views[0])
         inputs: NetworkInput
         if len(set(self.sizes)) == 1:
@@ -128,7 +125,7 @@ class PendingGeometry:
         """Wait for it: what `DA3Encoder.forward` gives, on the CPU. Raises what that raises for NaN."""
         if self._done is not None:
             self._done.synchronize()
-        _raise_nan(self._nan, list(self._maps), self._camera_keys)
+        raise_nan(self._nan, list(self._maps), self._camera_keys)
         return Geometry(**self._maps)
 
 
@@ -180,7 +177,7 @@ class DA3Encoder:
             ModelError: unknown model, no ray head, or weights that are missing or do not fit (or ModelNotFoundError).
             UserInputError: an option that cannot be used, or cameras that cannot be used together.
         """
-        where = _check_device(device)
+        where = check_device(device)
         draft = GeometrySpec(
             model_id=model,
             model_revision=None,
@@ -197,7 +194,7 @@ class DA3Encoder:
         )
         # The options are checked above and here, before anything is downloaded or read.
         preprocessor = DA3Preprocessor(draft.cameras, draft.process_res, draft.resize_method)
-        grid_hw = _grid_hw(draft, preprocessor.sizes)
+        grid_hw = choose_grid_hw(draft, preprocessor.sizes)
         files = find_model(model, revision)
         spec = dataclasses.replace(
             draft,
@@ -224,10 +221,10 @@ class DA3Encoder:
             ModelError: the weights are not there, or not the spec's.
             CacheMismatchError: this encoder would not compute what the spec says.
         """
-        where = _check_device(device)
-        _check_same(spec, da3_version=_da3_version(), resize_method=RESIZE_METHOD, reference_view=REFERENCE_VIEW)
+        where = check_device(device)
+        check_same(spec, da3_version=_da3_version(), resize_method=RESIZE_METHOD, reference_view=REFERENCE_VIEW)
         preprocessor = DA3Preprocessor(spec.cameras, spec.process_res, spec.resize_method)
-        _check_same(spec, grid_hw=_grid_hw(spec, preprocessor.sizes))
+        check_same(spec, grid_hw=choose_grid_hw(spec, preprocessor.sizes))
         files = find_model(model or spec.model_id, None if model else spec.model_revision)
         found = sha256(files.weights)
         if found != spec.weights_sha256:
@@ -235,7 +232,7 @@ class DA3Encoder:
                 f"model {files.model_id}: expected the weights that the cache was made with,"
                 f" sha256 {spec.weights_sha256}, found {found} in {files.weights}: name the right model or folder"
             )
-        _check_same(spec, model_name=files.preset)
+        check_same(spec, model_name=files.preset)
         return cls(spec, preprocessor, _load_network(files.preset, files.weights, where), where)
 
     def with_grid(self, grid: str) -> Self:
@@ -245,7 +242,7 @@ class DA3Encoder:
             UserInputError: the grid cannot be used with these cameras.
         """
         spec = dataclasses.replace(self.spec, grid=grid)
-        spec = dataclasses.replace(spec, grid_hw=_grid_hw(spec, self.preprocessor.sizes))
+        spec = dataclasses.replace(spec, grid_hw=choose_grid_hw(spec, self.preprocessor.sizes))
         return type(self)(spec, self.preprocessor, self._network, self.device)
 
     def preprocess(self, images: Images) -> NetworkInput:
@@ -271,7 +268,7 @@ class DA3Encoder:
             NonFiniteGeometryError: the network gave NaN.
         """
         maps, nan = self._compute(inputs)
-        _raise_nan(nan, list(maps), self.spec.camera_keys)
+        raise_nan(nan, list(maps), self.spec.camera_keys)
         return Geometry(**maps)
 
     def launch(self, inputs: NetworkInput) -> PendingGeometry:
@@ -342,20 +339,6 @@ class DA3Encoder:
             raise GeometryError(f"inputs: expected what preprocess gives, {expected}, got shapes {found}")
 
 
-def _raise_nan(nan: Tensor, outputs: list[str], camera_keys: tuple[str, ...]) -> None:
-    """Name the maps with a NaN, if there are any: bool [B, V, outputs]."""
-    places = tuple((frame, view, outputs[output]) for frame, view, output in nan.nonzero().tolist())
-    if not places:
-        return
-    frame, view, name = places[0]
-    more = f" and {len(places) - 1} more maps" if len(places) > 1 else ""
-    raise NonFiniteGeometryError(
-        f"encoder: expected numbers, got NaN for frame {frame} of the batch, {camera_keys[view]},"
-        f" {name}{more}: look at the frame and the weights, or try --dtype fp32",
-        places,
-    )
-
-
 def _average(values: Tensor, grid_hw: tuple[int, int]) -> Tensor:
     """Area average: [N, S, h', w'] or [N, S, h', w', C] -> the same on `grid_hw`, the mean of the cells under each."""
     if values.shape[2:4] == grid_hw:
@@ -401,82 +384,6 @@ def _load_network(preset: str, weights: Path, device: torch.device) -> nn.Module
     unused = {f"{part}.{name}" for part, module in others.items() for name in module.state_dict()}
     load_weights(network, weights, prefix=prefix, unused=unused, device=device)
     return network
-
-
-def _check_images(images: Images, cameras: tuple[Camera, ...]) -> list[NDArray[np.uint8]]:
-    """V arrays uint8 [B, H_v, W_v, 3], as the cameras say."""
-    if isinstance(images, np.ndarray | Tensor):
-        if images.ndim != 5:
-            raise GeometryError(f"images: expected [B, V, H, W, 3], got shape {list(images.shape)}")
-        images = [images[:, view] for view in range(images.shape[1])]
-    if len(images) != len(cameras):
-        raise GeometryError(
-            f"images: expected {len(cameras)} views ({', '.join(camera.key for camera in cameras)}), got {len(images)}"
-        )
-    views = [np.asarray(view.cpu()) if isinstance(view, Tensor) else view for view in images]
-    for view, camera in zip(views, cameras, strict=True):
-        expected = [len(views[0]), camera.height, camera.width, 3]
-        if view.dtype != np.uint8 or list(view.shape) != expected or expected[0] == 0:
-            raise GeometryError(
-                f"images of {camera.key}: expected uint8 {expected}, at least one frame,"
-                f" got {view.dtype} {list(view.shape)}"
-            )
-    return views
-
-
-def _grid_hw(spec: GeometrySpec, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Cells (h, w) of the spec's grid, for views that the network sees in these sizes, (H, W)."""
-    shown = ", ".join(f"{camera.key} {h}x{w}" for camera, (h, w) in zip(spec.cameras, sizes, strict=True))
-    if spec.views == "joint" and len(set(sizes)) > 1:
-        raise UserInputError(
-            f"views: joint views need one size, at process-res {spec.process_res} they have {shown}:"
-            " choose --cameras of one shape, or --views independent --grid HxW"
-        )
-    wanted = parse_grid(spec.grid)
-    cells = RAYS_PER_PATCH if wanted or spec.grid == "native" else 1
-    grids = [(height // PATCH_SIZE * cells, width // PATCH_SIZE * cells) for height, width in sizes]
-    if wanted is None:
-        if len(set(grids)) > 1:
-            raise UserInputError(
-                f"grid: {spec.grid} is not the same for all views, at process-res {spec.process_res} they have {shown}:"
-                " choose one grid for all, such as --grid 14x14"
-            )
-        return grids[0]
-    for camera, native in zip(spec.cameras, grids, strict=True):
-        if wanted[0] > native[0] or wanted[1] > native[1]:
-            raise UserInputError(
-                f"grid: expected at most the native {native[0]}x{native[1]} of {camera.key} at process-res"
-                f" {spec.process_res}, got {spec.grid}: choose a smaller grid or raise --process-res"
-            )
-    return wanted
-
-
-def _check_same(spec: GeometrySpec, **here: object) -> None:
-    for name, value in here.items():
-        cached = getattr(spec, name)
-        if cached != value:
-            raise CacheMismatchError(
-                f"spec.{name}: expected {cached!r}, which the cache was made with, found {value!r} here:"
-                " install or give what made the cache, or extract again",
-                f"spec.{name}",
-                cached,
-                value,
-            )
-
-
-def _check_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        checked = torch.device(device)
-    except RuntimeError:
-        raise UserInputError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
-    count = torch.cuda.device_count()
-    if checked.type == "cuda" and (checked.index or 0) >= count:
-        raise UserInputError(f"device: expected one that is here, got {checked}: torch sees {count} CUDA devices")
-    if checked.type not in ("cpu", "cuda"):
-        raise UserInputError(f"device: expected cpu, cuda or cuda:N, got {checked}")
-    return checked
 
 
 def _da3_version() -> str:
