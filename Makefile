@@ -68,7 +68,6 @@ bench: $(READY) ## Print the tables of benchmarks/RESULTS.md again
 	@for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(RUN)/python "$$bench"; done
 
 docs: $(READY) ## Build the documents into outputs/site, and check their links
-	@$(UV) sync --locked --quiet --all-extras --group docs
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 	@echo "outputs/site/index.html"
 

@@ -38,7 +38,9 @@ def open(path: "str | Path") -> "GeometryStore":  # noqa: A001 - as in zarr.open
         CacheCorruptError: a file is damaged or missing.
         RemoteError: the place refuses, or cannot be reached.
     """
-    if isinstance(path, str) and "://" in path:
+    from geomcache.remote import is_remote
+
+    if is_remote(str(path)):
         from geomcache.remote_store import RemoteGeometryStore
 
         return RemoteGeometryStore.open(path)

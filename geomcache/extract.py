@@ -31,7 +31,7 @@ from geomcache.errors import (
 from geomcache.geometry import DEFAULT_OUTPUTS, ComputeDtype, Views
 from geomcache.memory import find_batch_size, is_out_of_memory, memory_error
 from geomcache.plan import describe_plan, require_space
-from geomcache.progress import Progress, Say, human_bytes, human_time
+from geomcache.progress import Progress, Say, human_bytes, human_time, silent
 from geomcache.run_config import resolve, write_run_config
 from geomcache.shards import count_rows
 from geomcache.sink import ShardSink
@@ -163,7 +163,7 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
         dtype=options.dtype,
     )
     if options.batch_size == "auto":
-        batch_size = find_batch_size(encoder, say if process.is_main else _silent)
+        batch_size = find_batch_size(encoder, say if process.is_main else silent)
     else:
         batch_size = options.batch_size or (4 if encoder.device.type == "cpu" else 16)
     rows = dataset.rows(episodes)
@@ -361,10 +361,6 @@ class _Process:
 
         with PartialState().main_process_first():
             yield
-
-
-def _silent(_line: str) -> None:
-    pass
 
 
 def _default_workers(process: _Process) -> int:

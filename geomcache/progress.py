@@ -34,6 +34,10 @@ def human_time(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
+def silent(_line: str) -> None:
+    """Where lines are nobody's business."""
+
+
 class Progress:
     """Frames done by all processes together, shown by one of them.
 

@@ -33,7 +33,7 @@ from geomcache.errors import (
 from geomcache.header import EPISODE_TABLE, GROUP, LOCK
 from geomcache.inventory import CONTROL_LIMITS, Inventory, Stored, named_as
 from geomcache.journal import JOURNAL, MANIFEST, begin_line, encode_line
-from geomcache.progress import Say, human_bytes
+from geomcache.progress import Say, human_bytes, silent
 from geomcache.remote import (
     Patience,
     Remote,
@@ -139,10 +139,7 @@ def local_copy(cache: str, *, say: Say) -> Path:
     if not is_remote(cache):
         return Path(cache)
     if os.environ.get("RANK", "0") != "0":  # of many processes, one speaks
-
-        def say(_line: str) -> None:
-            pass
-
+        say = silent
     say(f"{without_secrets(cache)}: a copy below {home()} is used; set GEOMCACHE_HOME for another place")
     report = pull(cache, None, trust_copy=True, say=say)
     for line in report.lines():

@@ -15,17 +15,13 @@ from numpy.typing import NDArray
 from geomcache.errors import CacheCorruptError, GeomcacheError, RemoteError, one_line
 from geomcache.geometry import Geometry
 from geomcache.inventory import named_as
-from geomcache.progress import Say
+from geomcache.progress import Say, silent
 from geomcache.pull import look
 from geomcache.remote import HUB_SCHEME, Patience, open_remote, without_secrets
 from geomcache.shards import CHECKSUMS, crc32c
 from geomcache.store import GeometryStore
 
 METADATA_LIMIT = 16 << 20  # bytes of a metadata file
-
-
-def _silent(_line: str) -> None:
-    pass
 
 
 class RemoteGeometryStore(GeometryStore):
@@ -42,7 +38,7 @@ class RemoteGeometryStore(GeometryStore):
 
     @classmethod
     @override
-    def open(cls, path: str | Path, *, say: Say = _silent) -> Self:
+    def open(cls, path: str | Path, *, say: Say = silent) -> Self:
         """Open the sealed cache at an address.
 
         Args:
@@ -92,18 +88,16 @@ class RemoteGeometryStore(GeometryStore):
         return FsspecStore(AsyncFileSystemWrapper(driver, asynchronous=True), path=folder, read_only=True)
 
     @override
-    def _plain_maps(self, group: Any, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        values = super()._plain_maps(group, name, rows)
+    def _check_plain(self, group: Any, rows: NDArray[np.int64], maps: dict[str, NDArray[Any]]) -> None:
         table = group[CHECKSUMS]
-        column = table.attrs["columns"].index(name)
-        expected = table.oindex[rows, column]
-        for row, map_, checksum in zip(rows.tolist(), values, expected.tolist(), strict=True):
-            if (found := crc32c(map_.astype("<f2").tobytes())) != checksum:
-                raise CacheCorruptError(
-                    f"{without_secrets(self.address)}/{name}: {self._name(row)}: expected checksum {checksum:08x},"
-                    f" found {found:08x}: the file is damaged, or of another cache; push the cache again"
-                )
-        return values
+        checksums = table.oindex[rows]  # [n, arrays]
+        for column, name in enumerate(table.attrs["columns"]):
+            for row, map_, checksum in zip(rows.tolist(), maps[name], checksums[:, column].tolist(), strict=True):
+                if (found := crc32c(map_.astype("<f2").tobytes())) != checksum:
+                    raise CacheCorruptError(
+                        f"{without_secrets(self.address)}/{name}: {self._name(row)}: expected checksum {checksum:08x},"
+                        f" found {found:08x}: the file is damaged, or of another cache; push the cache again"
+                    )
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:

@@ -214,7 +214,7 @@ class _Html(html.parser.HTMLParser):
 
 def test_the_site_is_built_without_a_warning_and_its_links_hold(tmp_path: Path) -> None:
     if importlib.util.find_spec("mkdocs") is None:
-        pytest.skip("mkdocs is not installed: `make docs` does it")
+        pytest.skip("mkdocs is not installed: `make setup` does it")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
         cwd=ROOT,

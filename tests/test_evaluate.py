@@ -1,6 +1,8 @@
 """Evaluation: what it asks LeRobot for, what it refuses before the simulator starts, what it counts; an episode."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,13 @@ from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post
 from geomcache.store import GeometryStore
 from tests.support.datasets import MINI, make_dataset, needs_mini
 from tests.support.policy import make_batch, make_config, make_plain_policy, make_policy, make_spec, shake
-from tests.support.simulator import libero_config, needs_simulator, simulator
+from tests.support.simulator import ASSETS, libero_config, needs_simulator, simulator
 
 __all__ = ["libero_config", "simulator"]
 
 KEYS = ("observation.images.image", "observation.images.image2")
 SIZE = 64
+ROOT = Path(__file__).parents[1]
 
 
 def libero_spec(height: int = SIZE, width: int = SIZE, keys: tuple[str, ...] = KEYS) -> GeometrySpec:
@@ -333,6 +336,45 @@ def test_an_episode_and_the_same_by_stock_lerobot_eval(
     np.testing.assert_array_equal(
         video, frames_of(tmp_path / "stock" / "videos" / "libero_goal_4" / "eval_episode_0.mp4")
     )
+
+
+@needs_simulator
+def test_two_tasks_as_make_does_it(simulator: None, acting: Path, tmp_path: Path) -> None:
+    """The script behind `make eval-libero`, an episode of each task, cut off after nine steps."""
+    done = subprocess.run(
+        ["bash", "pipelines/eval_libero.sh"],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "LIBERO_ASSETS": str(ASSETS),
+            "POLICY": str(acting),
+            "SUITE": "libero_object",
+            "TASKS": "0,1",
+            "N_EPISODES": "1",
+            "OUTPUT": str(tmp_path / "eval"),
+            "ARGS": "--env.episode_length=9 --policy.n_action_steps=4",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for number, task in enumerate(("pick up the alphabet soup", "pick up the cream cheese")):
+        (line,) = [line for line in lines if line.startswith(f"libero_object {number} {task}")]
+        assert "0/1" in line
+    assert "chunks of actions: 6; calls of the encoder: 6" in lines
+    info = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
+    assert [(entry["task_id"], entry["metrics"]["successes"]) for entry in info["per_task"]] == [
+        (0, [False]),
+        (1, [False]),
+    ]
+    for number in (0, 1):
+        video = frames_of(tmp_path / "eval" / "videos" / f"libero_object_{number}" / "eval_episode_0.mp4")
+        assert video.shape == (9, SIZE, SIZE, 3)
+        assert video.std() > 20
 
 
 @needs_mini
