@@ -169,7 +169,9 @@ class GeometryStore:
         group = zarr.open_group(self._zarr_store(), mode="r")
         maps: dict[str, NDArray[Any]] = {}
         for column in self._layout.columns:
-            maps[column.key] = np.asarray(group[column.key].oindex[rows])
+            array = group[column.key]
+            assert isinstance(array, zarr.Array)
+            maps[column.key] = np.asarray(array.oindex[rows])
             if np.isnan(maps[column.key]).any():  # the fill value: zarr found no chunk
                 raise CacheCorruptError(f"{self.path}: {column.key}: expected the frames asked for, found gaps")
         self._check_plain(group, rows, maps)
