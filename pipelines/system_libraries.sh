@@ -3,7 +3,8 @@
 # Installs it where that is allowed (root, apt), else says what to install. Everything but the simulator works without.
 set -euo pipefail
 
-if ldconfig -p 2>/dev/null | grep -q 'libOSMesa\.so'; then
+# Without `| grep -q`, which stops at its first match: pipefail would then report ldconfig's SIGPIPE as "not there".
+if [[ "$(ldconfig -p 2>/dev/null)" == *libOSMesa.so* ]]; then
   exit 0
 fi
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

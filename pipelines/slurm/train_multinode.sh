@@ -38,8 +38,9 @@ if [[ -z "$CACHE" || -z "$OUTPUT_DIR" ]]; then
     exit 2
 fi
 
-MAIN_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export MAIN_NODE
+# The first line of them. No `| head -n 1`: scontrol would be killed by SIGPIPE where head is through before it.
+HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+export MAIN_NODE="${HOSTS%%$'\n'*}"
 export MAIN_PORT="${MAIN_PORT:-$((20000 + SLURM_JOB_ID % 20000))}" # two jobs on one node take two ports
 export GPUS_PER_NODE="${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}"
 

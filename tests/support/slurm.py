@@ -49,6 +49,7 @@ exit "$status"
 SCONTROL = """
 [[ "$1 $2" == "show hostnames" ]] || exit 1
 echo gpu1
+sleep 0.2 # a reader that leaves after the first line is gone by now
 echo gpu2
 """
 
