@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from geomcache.decoding import ForkServer
 from geomcache.encoder import DA3Encoder, PendingGeometry
 from geomcache.errors import EncoderMemoryError, WorkerDiedError
 from geomcache.extract import ExtractOptions, extract
@@ -118,13 +119,22 @@ def test_another_error_of_the_network_is_not_taken_for_that(
 
 @pytest.mark.slow
 def test_a_decoding_worker_that_dies_is_one_line_and_the_next_run_goes_on(
-    options: ExtractOptions, reference: Path, tmp_path: Path
+    options: ExtractOptions, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    started = threading.Event()
+
+    def wait_until_ready(server: ForkServer) -> bool:  # else these few frames are decoded before there is a worker
+        server._starting.join()
+        started.set()
+        return True
+
     def kill_worker() -> None:
+        started.wait()
         while not (children := multiprocessing.active_children()):
             time.sleep(0.001)
         os.kill(children[0].pid or 0, signal.SIGKILL)
 
+    monkeypatch.setattr(ForkServer, "ready", property(wait_until_ready))
     thread = threading.Thread(target=kill_worker, daemon=True)
     thread.start()
     path = tmp_path / "cache.zarr"
@@ -190,14 +200,14 @@ import os, signal, sys
 from geomcache import cli
 from geomcache.encoder import DA3Encoder
 at, sys.argv = int(sys.argv[1]), ["geomcache", *sys.argv[2:]]
-forward, encoded = DA3Encoder.forward, 0
+launch, encoded = DA3Encoder.launch, 0
 def counted(self, inputs):
     global encoded
     encoded += len(inputs)
     if encoded >= at:
         os.kill(os.getpid(), signal.SIGKILL)
     return launch(self, inputs)
-DA3Encoder.forward = counted
+DA3Encoder.launch = counted
 cli.main()
 """
 
@@ -211,13 +221,13 @@ def test_a_rank_that_dies_ends_the_others_and_the_next_run_finishes(
         "import os, signal, sys\n"
         "from geomcache import cli\n"
         "from geomcache.encoder import DA3Encoder\n"
-        "forward = DA3Encoder.forward\n"
+        "launch = DA3Encoder.launch\n"
         "def dies(self, inputs):\n"
         "    if os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    signal.pause() if os.environ['RANK'] == '0' else None\n"
         "    return launch(self, inputs)\n"
-        "DA3Encoder.forward = dies\n"
+        "DA3Encoder.launch = dies\n"
         "if __name__ == '__main__':\n"
         "    cli.main()\n"
     )
