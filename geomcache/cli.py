@@ -114,6 +114,13 @@ def extract(
     outputs: Annotated[
         str, typer.Option(help="Any of ray, ray_conf, depth, depth_conf.", rich_help_panel=GEOMETRY_PANEL)
     ] = "ray,ray_conf",
+    codec: Annotated[
+        Literal["raw", "zstd"],
+        typer.Option(
+            help="How maps are stored. zstd: the same numbers in fewer bytes, slower to read.",
+            rich_help_panel=GEOMETRY_PANEL,
+        ),
+    ] = "raw",
     dtype: Annotated[
         Literal["bf16", "fp32"] | None,
         typer.Option(
@@ -161,6 +168,7 @@ def extract(
             process_res=process_res,
             grid=grid,
             outputs=_split(outputs) or (),
+            codec=codec,
             batch_size=_batch_size(batch_size),
             num_workers=num_workers,
             device=device,

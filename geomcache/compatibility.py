@@ -242,6 +242,7 @@ def extract_command(store: "GeometryStore", episodes: NDArray[np.int64], root: s
         "grid": spec.grid,
         "outputs": ",".join(spec.outputs),
         "dtype": spec.compute_dtype,
+        "codec": store.codec if store.codec != "raw" else None,
     }
     if len(episodes) < dataset.episodes:
         ranges = format_ranges(episodes)

@@ -165,6 +165,15 @@ def matching_header(folder: Path, wanted: Header) -> Header:
     if not is_cache(folder):
         raise CacheExistsError(f"{folder}: expected a cache or nothing, found something else: choose another --output")
     header = Header.read(folder)
+    if header.codec != wanted.codec:
+        there, here = header.codec.name, wanted.codec.name
+        raise CacheMismatchError(
+            f"{folder}: codec: the cache was made with {there}, this run has {here}: use --codec {there}, choose"
+            " another --output, or replace the cache with --overwrite",
+            "codec",
+            there,
+            here,
+        )
     cached, asked = ({"spec": each.spec.to_dict(), "dataset": each.dataset.to_dict()} for each in (header, wanted))
     for field, there, here in differences(cached, asked):
         if field not in _LABELS:

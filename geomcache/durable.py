@@ -92,19 +92,20 @@ def write_all(descriptor: int, data: bytes | NDArray[np.uint8]) -> None:
         rest = rest[written:]
 
 
-def write_file(path: Path, parts: Sequence[bytes | NDArray[np.uint8]]) -> bytes:
-    """A new file, durable but for its name; the sha256 of its content."""
-    digest = hashlib.sha256()
+def write_file(path: Path, parts: Sequence[bytes | NDArray[np.uint8]]) -> tuple[int, bytes]:
+    """A new file, durable but for its name; the bytes and sha256 of its content."""
+    digest, nbytes = hashlib.sha256(), 0
     with naming(path):
         descriptor = open_file(path, os.O_CREAT | os.O_TRUNC)
         try:
             for part in parts:
                 digest.update(part)
                 write_all(descriptor, part)
+                nbytes += memoryview(part).nbytes
             fsync(descriptor)
         finally:
             os.close(descriptor)
-    return digest.digest()
+    return nbytes, digest.digest()
 
 
 def sync_folder(path: Path) -> None:

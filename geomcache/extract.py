@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from geomcache.codecs import Codec, CodecName
 from geomcache.decoding import Batches, ForkServer, Work, decode, naming_worker_death
 from geomcache.encoder import DA3Encoder, PendingGeometry
 from geomcache.errors import (
@@ -69,6 +70,8 @@ class ExtractOptions:
     """``patch``, ``native`` or ``HxW``."""
     outputs: tuple[str, ...] = DEFAULT_OUTPUTS
     """What is cached."""
+    codec: CodecName = "raw"
+    """How it is stored: as it is, or compressed without loss."""
     batch_size: int | Literal["auto"] | None = None
     """Frames a forward; ``auto`` finds out; 16 on an accelerator and 4 on a CPU where None."""
     num_workers: int | None = None
@@ -141,7 +144,7 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
     Raises:
         GeomcacheError: of the kind that says what is wrong; shards written before are kept.
     """
-    process = _Process.current()
+    process, codec = _Process.current(), Codec.of(options.codec)
     workers = _default_workers(process) if options.num_workers is None else options.num_workers
     server = ForkServer() if workers and not options.dry_run else None
     dataset, episodes = open_dataset(
@@ -180,6 +183,7 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
             dataset.spec,
             dataset.reader.episode_length,
             rows,
+            codec=codec,
             overwrite=options.overwrite and process.is_main,
         )
     with writer:

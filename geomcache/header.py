@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from geomcache.codecs import RAW, Codec
 from geomcache.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UserInputError
 from geomcache.geometry import DatasetSpec, GeometrySpec, fingerprint
 from geomcache.journal import SCHEMA_VERSION, Statistics, describe_statistics
@@ -14,7 +15,6 @@ from geomcache.shards import CHECKSUMS, MAX_SHARD_FRAMES, MIN_SHARD_FRAMES, Layo
 
 GROUP = "zarr.json"
 LOCK = "lock"
-CODEC = "raw"  # of the maps: bytes and checksum
 COORDINATES = ("episode_index", "frame_index")
 COORDINATE_CHUNK = 1 << 20  # rows
 EPISODE_TABLE = ("episodes/start", "episodes/length")
@@ -28,16 +28,18 @@ class Header:
     spec: GeometrySpec
     dataset: DatasetSpec
     shard_frames: int
+    codec: Codec = RAW
 
     @classmethod
-    def new(cls, spec: GeometrySpec, dataset: DatasetSpec) -> Self:
+    def new(cls, spec: GeometrySpec, dataset: DatasetSpec, codec: Codec = RAW) -> Self:
         """Of a cache to be made."""
-        return cls(spec=spec, dataset=dataset, shard_frames=choose_shard_frames(spec, dataset.frames))
+        shard_frames = choose_shard_frames(spec, dataset.frames)
+        return cls(spec=spec, dataset=dataset, shard_frames=shard_frames, codec=codec)
 
     @functools.cached_property
     def layout(self) -> Layout:
         """Where the frames lie."""
-        return Layout.of(self.spec, self.dataset.frames, self.shard_frames)
+        return Layout.of(self.spec, self.dataset.frames, self.shard_frames, self.codec)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -50,7 +52,7 @@ class Header:
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.fingerprint,
             "shard_frames": self.shard_frames,
-            "codec": CODEC,
+            "codec": self.codec.name,
             "spec": self.spec.to_dict(),
             "dataset": self.dataset.to_dict(),
         }
@@ -100,9 +102,11 @@ class Header:
 
     @classmethod
     def _parse(cls, data: dict[str, Any], path: Path) -> Self:
-        frames, codec = data.get("shard_frames"), data.get("codec")
-        if codec != CODEC:
-            raise CacheFormatError(f"{path}: codec: expected {CODEC!r}, found {codec!r:.80}: install a newer geomcache")
+        frames = data.get("shard_frames")
+        try:
+            codec = Codec.of(data.get("codec"))
+        except UserInputError as error:
+            raise CacheFormatError(f"{path}: {error}: install a newer geomcache") from None
         if type(frames) is not int or not MIN_SHARD_FRAMES <= frames <= MAX_SHARD_FRAMES or frames & (frames - 1):
             raise CacheFormatError(
                 f"{path}: shard_frames: expected a power of two from {MIN_SHARD_FRAMES} to {MAX_SHARD_FRAMES}, found"
@@ -110,7 +114,7 @@ class Header:
             )
         try:
             spec, dataset = GeometrySpec.from_dict(data.get("spec", {})), DatasetSpec.from_dict(data.get("dataset", {}))
-            header = cls(spec=spec, dataset=dataset, shard_frames=frames)
+            header = cls(spec=spec, dataset=dataset, shard_frames=frames, codec=codec)
             header.layout  # noqa: B018 - checks the cameras' keys
             if max(dataset.frames, dataset.episodes) > _MAX_FRAMES:
                 raise UserInputError(f"dataset: expected at most {_MAX_FRAMES} frames, got {dataset.frames}")

@@ -26,6 +26,7 @@ def describe(path: Path) -> dict[str, Any]:
             "episodes_present": [list(part) for part in store.episodes()],
             "episodes_missing": [list(part) for part in store.missing_episodes()],
             "shard_frames": store.shard_frames,
+            "codec": store.codec,
             "nbytes": store.nbytes,
             "statistics": {
                 name: {
@@ -61,7 +62,7 @@ def describe_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "frames", f"{facts['frames_present']} there, in shards of {facts['shard_frames']}"
     there, missing = (format_episodes(facts[name]) for name in ("episodes_present", "episodes_missing"))
     yield "episodes", f"{there} there; {missing} missing"
-    yield "bytes", f"{facts['nbytes']} ({human_bytes(facts['nbytes'])})"
+    yield "bytes", f"{facts['nbytes']} ({human_bytes(facts['nbytes'])}), codec {facts['codec']}"
 
 
 def describe_lines(facts: dict[str, Any]) -> Iterator[str]:

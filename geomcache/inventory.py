@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 
 from geomcache.errors import CacheCorruptError, CacheError, CacheIncompleteError
 from geomcache.header import GROUP, Header
-from geomcache.journal import JOURNAL, MANIFEST, Journal, Manifest, held_by_shard
+from geomcache.journal import JOURNAL, MANIFEST, Journal, Manifest
 from geomcache.shards import Layout, Ranges, clip_ranges, merge_ranges
 
 CONTROL_LIMITS = {GROUP: 16 << 20, MANIFEST: 256 << 20, JOURNAL: 1 << 30}
@@ -70,7 +70,7 @@ class Inventory:
             f"{GROUP}: expected the content that {MANIFEST} has a hash of": manifest.files.get(GROUP)
             == _stored(control[GROUP]),
             f"{JOURNAL}: expected the shards, hashes and files of {MANIFEST}": not journal.torn
-            and (journal.rows, journal.digests) == (manifest.rows, manifest.digests)
+            and (journal.rows, journal.shards) == (manifest.rows, manifest.shards)
             and journal.files == {name: stored for name, stored in manifest.files.items() if name != GROUP},
         }
         for expected, holds in checks.items():
@@ -94,9 +94,9 @@ class Inventory:
 def files_of(layout: Layout, manifest: Manifest, shards: Collection[int] | None = None) -> dict[str, Stored]:
     """What a manifest says of files, by name, but for the control files; of these shards, or of all."""
     found = {name: Stored(*stored) for name, stored in manifest.files.items() if name != GROUP}
-    for shard, rows in held_by_shard(manifest.rows, layout):
+    for shard, written in manifest.shards.items():
         if shards is None or shard in shards:
-            files = zip(layout.files(shard), layout.file_sizes(rows), manifest.digests[shard], strict=True)
+            files = zip(layout.files(shard), written.sizes, written.digests, strict=True)
             found |= {name: Stored(size, digest.hex()) for name, size, digest in files}
     return found
 

@@ -17,7 +17,7 @@ from typing import Any
 from geomcache import durable
 from geomcache.errors import CacheCorruptError, CacheFormatError, GeomcacheError
 from geomcache.geometry import canonical_json
-from geomcache.shards import Layout, Ranges, clip_ranges, count_rows, crc32c, merge_ranges
+from geomcache.shards import Layout, Ranges, ShardFiles, clip_ranges, count_rows, crc32c, merge_ranges
 from geomcache.statistics import Moments
 
 JOURNAL, MANIFEST = "journal.jsonl", "manifest.json"
@@ -35,19 +35,18 @@ class Commit:
 
     shard: int
     rows: Ranges
-    digests: tuple[bytes, ...]
-    """sha256 of its files, in the order of `Layout.files`."""
+    files: ShardFiles
     statistics: Mapping[str, Any]
     """Of its rows: `Statistics` as JSON types. A cache has thousands of shards and reads these once."""
 
-    def to_dict(self, layout: Layout) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return {
             "record": "commit",
             "shard": self.shard,
             "rows": self.rows,
-            "bytes": layout.file_sizes(count_rows(self.rows)),
-            "sha256": [digest.hex() for digest in self.digests],
+            "bytes": self.files.sizes,
+            "sha256": [digest.hex() for digest in self.files.digests],
             "statistics": self.statistics,
         }
 
@@ -59,7 +58,7 @@ class Drop:
     shard: int
     reason: str
 
-    def to_dict(self, layout: Layout) -> dict[str, Any]:  # noqa: ARG002 - as of a commit
+    def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return {"record": "drop", "shard": self.shard, "reason": self.reason}
 
@@ -142,10 +141,10 @@ class Journal:
             kind, shard = record["record"], record["shard"]
             if kind == "commit":
                 rows = parse_ranges(record["rows"], *self._layout.shard_rows(check_shard(shard, self._layout)))
-                digests = parse_digests(record["bytes"], record["sha256"], self._layout, count_rows(rows))
+                files = parse_shard_files(record["bytes"], record["sha256"], self._layout, count_rows(rows))
                 if not isinstance(record["statistics"], dict):
                     raise ValueError("statistics")
-                self.commits[shard] = Commit(shard, rows, digests, record["statistics"])
+                self.commits[shard] = Commit(shard, rows, files, record["statistics"])
                 self.owed.pop(shard, None)
             elif kind == "drop" and shard in self.commits:
                 self.owed[shard] = self.commits.pop(shard).rows
@@ -169,7 +168,7 @@ class Journal:
 
     def append(self, record: Commit | Drop) -> None:
         """Add a line and make it durable. Only under the journal's lock, after `read` and `repair`."""
-        line = encode_line(record.to_dict(self._layout))
+        line = encode_line(record.to_dict())
         with durable.naming(self.path):
             descriptor = durable.open_file(self.path, os.O_APPEND)
             try:
@@ -188,9 +187,9 @@ class Journal:
         return merge_ranges(part for commit in self.commits.values() for part in commit.rows)
 
     @property
-    def digests(self) -> dict[int, tuple[bytes, ...]]:
-        """As of `Manifest`: sha256 of the files of the shards that exist."""
-        return {shard: commit.digests for shard, commit in self.commits.items()}
+    def shards(self) -> dict[int, ShardFiles]:
+        """As of `Manifest`: files of the shards that exist."""
+        return {shard: commit.files for shard, commit in self.commits.items()}
 
     def statistics(self) -> Statistics:
         """Over the rows that are there, merged in the order of the shards. Empty where there are none."""
@@ -211,15 +210,14 @@ class Manifest:
 
     rows: Ranges
     files: Files
-    digests: dict[int, tuple[bytes, ...]]
-    """By shard: sha256 of its files, in the order of `Layout.files`."""
+    shards: dict[int, ShardFiles]
     statistics: Statistics
 
     def encode(self, layout: Layout, fingerprint: str) -> bytes:
         """The file's content."""
         shards = (
-            [shard, layout.file_sizes(rows), [digest.hex() for digest in self.digests[shard]]]
-            for shard, rows in held_by_shard(self.rows, layout)
+            [shard, self.shards[shard].sizes, [digest.hex() for digest in self.shards[shard].digests]]
+            for shard, _ in held_by_shard(self.rows, layout)
         )
         members = {
             **{name: canonical_json(value) for name, value in identity(layout, fingerprint).items()},
@@ -248,15 +246,15 @@ class Manifest:
             record = json.loads(data)
             check_identity(record, path, layout, fingerprint)
             rows = parse_ranges(record["rows"], 0, layout.frames)
-            digests = {}
+            shards = {}
             for (held, count), (shard, sizes, hashes) in zip(
                 held_by_shard(rows, layout), record["shards"], strict=True
             ):
                 if shard != held:
                     raise ValueError(f"shard {held}")
-                digests[held] = parse_digests(sizes, hashes, layout, count)
+                shards[held] = parse_shard_files(sizes, hashes, layout, count)
             statistics = parse_statistics(record["statistics"]["cameras"], layout)
-            return cls(rows=rows, files=parse_files(record["files"]), digests=digests, statistics=statistics)
+            return cls(rows=rows, files=parse_files(record["files"]), shards=shards, statistics=statistics)
 
 
 def identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
@@ -347,15 +345,16 @@ def parse_ranges(data: Any, start: int, stop: int) -> Ranges:
     return ranges
 
 
-def parse_digests(sizes: Any, hashes: Any, layout: Layout, rows: int) -> tuple[bytes, ...]:
-    """Hashes of the files of a shard that holds so many rows, from JSON types."""
-    expected = layout.file_sizes(rows)
-    if rows < 1 or tuple(sizes) != expected:
-        raise ValueError(f"files of {expected} bytes")
+def parse_shard_files(sizes: Any, hashes: Any, layout: Layout, rows: int) -> ShardFiles:
+    """Files of a shard that holds so many rows, from JSON types."""
+    bounds = layout.size_bounds(rows)
+    fits = (type(size) is int and low <= size <= high for size, (low, high) in zip(sizes, bounds, strict=True))
+    if rows < 1 or not all(fits):
+        raise ValueError(f"files of {' '.join(f'{low} to {high}' for low, high in bounds)} bytes")
     digests = tuple(map(bytes.fromhex, hashes))
-    if [len(digest) for digest in digests] != [sha256().digest_size] * len(expected):
-        raise ValueError(f"{len(expected)} sha256")
-    return digests
+    if [len(digest) for digest in digests] != [sha256().digest_size] * len(bounds):
+        raise ValueError(f"{len(bounds)} sha256")
+    return ShardFiles(tuple(sizes), digests)
 
 
 def parse_files(data: Any) -> Files:

@@ -230,8 +230,8 @@ class _Pull:
 
     def run(self, wanted: Ranges) -> PullReport:
         """Bring the shards that have these rows, beside those that are at the target already."""
-        digests = self._inventory.manifest.digests
-        asked = digests.keys() & set(self._inventory.header.layout.shards_of(wanted))
+        shards = self._inventory.manifest.shards
+        asked = shards.keys() & set(self._inventory.header.layout.shards_of(wanted))
         there = self._shards_there()
         if not asked <= there or not self._copy_is_good(there):
             with self._claimed_draft():
@@ -256,13 +256,13 @@ class _Pull:
                 f"{target}: expected nothing, or a copy of {address} with fingerprint {theirs.header.fingerprint},"
                 f" found a cache with {mine.header.fingerprint}: choose another path"
             )
-        other = [shard for shard, held in mine.manifest.digests.items() if theirs.manifest.digests.get(shard) != held]
+        other = [shard for shard, held in mine.manifest.shards.items() if theirs.manifest.shards.get(shard) != held]
         if other:
             raise CacheExistsError(
                 f"{target}: expected nothing, or a copy of {address}, found {len(other)} shards that are not as"
                 " they are there: choose another path, or remove this cache"
             )
-        return set(mine.manifest.digests)
+        return set(mine.manifest.shards)
 
     def _copy_is_good(self, there: set[int]) -> bool:
         files = self._inventory.files(there)
@@ -366,13 +366,13 @@ class _Pull:
         for found in [Path(folder, name) for folder, _, names in os.walk(draft) for name in names]:
             if str(found.relative_to(draft)) not in {*files, LOCK}:  # of another pull that was given up
                 durable.unlink(found)
-        if shards == inventory.manifest.digests.keys():
+        if shards == inventory.manifest.shards.keys():
             for name in (JOURNAL, GROUP, MANIFEST):
                 durable.write_file(draft / name, [inventory.control[name]])
         else:
             header, journal = inventory.header, inventory.journal
             begin = begin_line(header.layout, header.fingerprint, journal.files)
-            commits = (encode_line(journal.commits[shard].to_dict(header.layout)) for shard in sorted(shards))
+            commits = (encode_line(journal.commits[shard].to_dict()) for shard in sorted(shards))
             durable.write_file(draft / JOURNAL, [begin, *commits])
             durable.write_file(draft / GROUP, [header.encode()])
             with StoreWriter(draft, header, self._lengths, ()) as writer:

@@ -92,6 +92,7 @@ def resolve(options: "ExtractOptions", spec: "GeometrySpec", dataset: "DatasetSp
         "process_res": spec.process_res,
         "grid": spec.grid,
         "outputs": list(spec.outputs),
+        "codec": options.codec,
         "dtype": spec.compute_dtype,
         "batch_size": options.batch_size,
         "num_workers": options.num_workers,

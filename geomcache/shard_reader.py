@@ -3,11 +3,10 @@
 Legend:  V views   K frames a shard   A columns (cameras x outputs)   n rows at hand
 """
 
-import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
 from typing import Any, NoReturn
@@ -16,7 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.errors import CacheCorruptError
-from geomcache.shards import CRC_NBYTES, Column, Layout, RowSet, clip_ranges, crc32c, rows_of, with_crc, without_crc
+from geomcache.shards import (
+    CRC_NBYTES,
+    Column,
+    Layout,
+    RowSet,
+    ShardFiles,
+    clip_ranges,
+    crc32c,
+    rows_of,
+    with_crc,
+    without_crc,
+)
 
 _SMALL = 8 << 10  # bytes of a map
 _MAX_DESCRIPTORS = 4096  # kept open for shards, whatever the limit
@@ -28,22 +38,22 @@ class OpenShard:
     Attributes:
         files: a descriptor for each column.
         checksums: of every map, K times A little-endian uint32.
+        offsets: for each column, where the maps begin and the last one ends, int64 [n + 1]; of compressed maps only.
         first: rows that are in the cache before this shard's first.
         version: another number when a file has been written or replaced.
     """
 
-    def __init__(self, folder: str, layout: Layout, shard: int, held: RowSet) -> None:
+    def __init__(self, folder: str, layout: Layout, shard: int, held: RowSet, written: ShardFiles) -> None:
         self.files: list[int] = []
         self._paths = [f"{folder}/{name}" for name in layout.files(shard)]
-        start, stop = layout.shard_rows(shard)
-        self.first = held.count_before(start)
-        sizes = layout.file_sizes(held.count_before(stop) - self.first)
+        self.first = held.count_before(layout.shard_rows(shard)[0])
+        self.offsets: list[NDArray[np.int64]] = []
         self.version = 0
-        for path, size in zip(self._paths, sizes, strict=True):
+        for path, size in zip(self._paths, written.sizes, strict=True):
             self._open(path, size)
         table = self.files.pop()
         try:
-            content = os.pread(table, sizes[-1], 0)
+            content = os.pread(table, written.sizes[-1], 0)
         finally:
             os.close(table)
         checksums = without_crc(content)
@@ -61,17 +71,24 @@ class OpenShard:
             raise _DamageError(path, f"{size} bytes", f"{found.st_size}")
         self.version = hash((self.version, found.st_ino, found.st_mtime_ns))
 
-    def check(self, layout: Layout, shard: int, held: RowSet, digest: bytes) -> None:
-        """Compare the indexes with what the rows that are there give, and the checksums' file with its hash."""
-        start, stop = layout.shard_rows(shard)
-        local = rows_of(clip_ranges(held.ranges, start, stop)) - start
-        for column, descriptor, path in zip(layout.columns, self.files, self._paths[:-1], strict=True):
-            expected = layout.index(column, local)
-            if os.pread(descriptor, len(expected), len(local) * column.stride) != expected:
-                raise _DamageError(path, f"a shard index of {len(local)} frames", "other bytes")
-        found = sha256(with_crc(self.checksums)).digest()
+    def check_table(self, written: ShardFiles) -> None:
+        """Compare the checksums' file with its hash."""
+        found, digest = sha256(with_crc(self.checksums)).digest(), written.digests[-1]
         if found != digest:
             raise _DamageError(self._paths[-1], f"sha256 {digest.hex()}", found.hex())
+
+    def read_indexes(self, layout: Layout, shard: int, held: RowSet, written: ShardFiles) -> None:
+        """Compare the indexes with what the rows that are there give; keep them where maps are compressed."""
+        start, stop = layout.shard_rows(shard)
+        local = rows_of(clip_ranges(held.ranges, start, stop)) - start
+        offsets = []
+        for column, descriptor, path, size in zip(layout.columns, self.files, self._paths, written.sizes, strict=False):
+            body = size - layout.index_nbytes
+            offsets.append(layout.read_index(column, local, os.pread(descriptor, layout.index_nbytes, body), body))
+            if not len(offsets[-1]):
+                raise _DamageError(path, f"a shard index of {len(local)} frames", "other bytes")
+        if layout.codec.compresses:
+            self.offsets = offsets
 
     def path(self, column: int) -> str:
         """Path of a column's file."""
@@ -90,7 +107,12 @@ class ShardReader:
     """Reads frames out of the shards of one cache. For many threads; a forked child starts with nothing open."""
 
     def __init__(
-        self, folder: str, layout: Layout, held: RowSet, digests: Mapping[int, bytes], name_of: Callable[[int], str]
+        self,
+        folder: str,
+        layout: Layout,
+        held: RowSet,
+        written: Mapping[int, ShardFiles],
+        name_of: Callable[[int], str],
     ) -> None:
         """Take what does not change.
 
@@ -98,13 +120,14 @@ class ShardReader:
             folder: the cache.
             layout: its layout.
             held: the rows that are there.
-            digests: sha256 of the checksums' file, by shard.
+            written: files of each shard.
             name_of: how messages name a row.
         """
-        self._folder, self._layout, self._held, self._digests, self._name_of = folder, layout, held, digests, name_of
+        self._folder, self._layout, self._held, self._written, self._name_of = folder, layout, held, written, name_of
         self._outputs = len({column.output for column in layout.columns})
         self._views = len(layout.columns) // self._outputs
         self._shift = layout.shard_frames.bit_length() - 1  # K is a power of two
+        self._decode = layout.codec.decode_into if layout.codec.compresses else None
         self._strides = np.array([[column.stride] for column in layout.columns])
         limit = getrlimit(RLIMIT_NOFILE)[0]
         descriptors = _MAX_DESCRIPTORS if limit == RLIM_INFINITY else min(limit // 2, _MAX_DESCRIPTORS)
@@ -137,7 +160,8 @@ class ShardReader:
         if self._pid != os.getpid():
             self._start()
         columns = self._layout.columns
-        targets = {column.output: _Target(column, len(rows), self._views) for column in columns[: self._outputs]}
+        first_view, packed = columns[: self._outputs], self._decode is not None
+        targets = {column.output: _Target(column, len(rows), self._views, packed) for column in first_view}
         for first in range(0, len(rows), self._capacity):  # so that the shards of a block can all be open
             self._read_block(rows, ranks, first, targets)
         return {name: target.array() for name, target in targets.items()}
@@ -149,30 +173,46 @@ class ShardReader:
         block = rows[first : first + self._capacity]
         numbers = block >> self._shift
         shards = self._open_shards(numbers.tolist(), block)
-        slots = ranks[first : first + self._capacity] - [shard.first for shard in shards]
+        slots = ranks[first : first + self._capacity] - np.array([shard.first for shard in shards])
         runs = _find_runs(block, numbers)
         of_columns = list(
             zip(
                 self._layout.columns,
                 zip(*[shard.files for shard in shards], strict=True),
-                (self._strides * slots).tolist(),
+                *self._places(shards, slots),
                 self._checksums(shards, block - (numbers << self._shift)),
                 strict=True,
             )
         )
-        if any(_would_wait(descriptors[0], offsets[0]) for _, descriptors, offsets, _ in of_columns):
-            for column, descriptors, offsets, _ in of_columns:  # all at once: the disk takes many requests at a time
-                for descriptor, offset in zip(descriptors, offsets, strict=True):
-                    os.posix_fadvise(descriptor, offset, column.nbytes, os.POSIX_FADV_WILLNEED)
-        for number, (column, descriptors, offsets, checksums) in enumerate(of_columns):
+        if any(_would_wait(descriptors[0], offsets[0]) for _, descriptors, offsets, _, _ in of_columns):
+            for _, descriptors, offsets, sizes, _ in of_columns:  # all at once: the disk takes many requests at a time
+                for descriptor, offset, nbytes in zip(descriptors, offsets, sizes, strict=False):
+                    os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        for number, (column, descriptors, offsets, sizes, checksums) in enumerate(of_columns):
             target, view = targets[column.output], number // self._outputs
-            maps = target.read(first, view, descriptors, offsets, runs)
-            if list(map(crc32c, maps)) != checksums:
+            if self._decode is None:
+                good = target.read(first, view, descriptors, offsets, runs, checksums)
+            else:
+                good = target.unpack(first, view, descriptors, offsets, sizes, checksums, self._decode)
+            if not good:
                 # The careful way, one map at a time: finishes what was interrupted, names what is damaged.
-                for at, row in enumerate(block.tolist()):
+                for at, (row, nbytes) in enumerate(zip(block.tolist(), sizes, strict=False)):
                     path = shards[at].path(number)
-                    content = self._read_map(descriptors[at], column.nbytes, offsets[at], checksums[at], path, row)
+                    content = self._read_map(descriptors[at], nbytes, offsets[at], checksums[at], path, row, column)
                     target.put(first + at, view, content)
+
+    def _places(self, shards: list[OpenShard], slots: NDArray[np.int64]) -> tuple[list[list[int]], list[Iterable[int]]]:
+        """Where the maps at hand lie in their files, for each column: offsets, and bytes to read."""
+        columns = self._layout.columns
+        if self._decode is None:
+            return (self._strides * slots).tolist(), [itertools.repeat(column.nbytes) for column in columns]
+        bounds = np.array(
+            [
+                [(shard.offsets[number][slot], shard.offsets[number][slot + 1]) for number in range(len(columns))]
+                for shard, slot in zip(shards, slots.tolist(), strict=True)
+            ]
+        )  # [n, A, 2]
+        return bounds[:, :, 0].T.tolist(), (bounds[:, :, 1] - bounds[:, :, 0]).T.tolist()
 
     def _checksums(self, shards: list[OpenShard], local: NDArray[np.int64]) -> list[list[int]]:
         """Checksums of the maps at hand: a list for each column."""
@@ -182,7 +222,9 @@ class ShardReader:
         columns: list[list[int]] = np.frombuffer(table, "<u4").reshape(len(shards), -1).T.tolist()
         return columns
 
-    def _read_map(self, descriptor: int, nbytes: int, offset: int, checksum: int, path: str, row: int) -> bytes:
+    def _read_map(
+        self, descriptor: int, nbytes: int, offset: int, checksum: int, path: str, row: int, column: Column
+    ) -> bytes:
         content = b""
         while len(content) < nbytes:
             try:
@@ -192,6 +234,15 @@ class ShardReader:
             if not more:
                 self._fail(_DamageError(path, f"{nbytes} bytes at {offset}", f"{len(content)}"), row)
             content += more
+        if self._decode is not None:
+            packed, place = without_crc(content), np.empty(column.nbytes, np.uint8)
+            if packed is None:
+                self._fail(_DamageError(path, f"the checksum of the {nbytes} bytes at {offset}", "another one"), row)
+            try:
+                self._decode(packed, place)
+            except (RuntimeError, ValueError) as error:
+                self._fail(_DamageError(path, f"a compressed map at {offset}", str(error)), row)
+            content = place.tobytes()
         if (found := crc32c(content)) != checksum:
             self._fail(_DamageError(path, f"checksum {checksum:08x} at {offset}", f"{found:08x}"), row)
         return content
@@ -213,10 +264,14 @@ class ShardReader:
 
     def _open_shard(self, number: int, row: int) -> OpenShard:
         try:
-            shard = OpenShard(self._folder, self._layout, number, self._held)
-            if self._checked.get(number) != shard.version:
-                shard.check(self._layout, number, self._held, self._digests[number])
-                self._checked[number] = shard.version
+            written = self._written[number]
+            shard = OpenShard(self._folder, self._layout, number, self._held, written)
+            checked = self._checked.get(number) == shard.version
+            if not checked:
+                shard.check_table(written)
+            if not checked or self._layout.codec.compresses:
+                shard.read_indexes(self._layout, number, self._held, written)
+            self._checked[number] = shard.version
         except _DamageError as damage:
             self._fail(damage, row)
         return shard
@@ -234,31 +289,74 @@ class _Target:
     """Where the maps of one output go: [n, V, ...].
 
     Small maps are read as bytes and joined, large ones are read into their places: below `_SMALL` making a view of each
-    place costs more than the copy.
+    place costs more than the copy. Compressed ones are unpacked into their places.
     """
 
-    def __init__(self, column: Column, rows: int, views: int) -> None:
+    def __init__(self, column: Column, rows: int, views: int, packed: bool) -> None:
         self._column, self._views = column, views
         self._shape = (rows, views, *column.shape)
-        self._small = column.nbytes <= _SMALL
+        self._small = column.nbytes <= _SMALL and not packed
         self._maps: list[Any] = [b""] * (rows * views)
         if not self._small:
             self._array = np.empty(self._shape, "<f2")
             self._maps = list(self._array.view(np.uint8).reshape(rows * views, column.nbytes))
 
     def read(
-        self, first: int, view: int, descriptors: Sequence[int], offsets: list[int], runs: list[tuple[int, int]] | None
-    ) -> list[Any]:
-        """Read one view's maps of the rows from `first` on; what was read of each, perhaps too little."""
-        places = slice(first * self._views + view, (first + len(offsets)) * self._views, self._views)
-        with contextlib.suppress(OSError):  # the careful way meets it again, and names it
-            if not self._small:
-                list(map(os.preadv, descriptors, zip(self._maps[places]), offsets))
-            elif runs is None:
-                self._maps[places] = map(os.pread, descriptors, itertools.repeat(self._column.nbytes), offsets)
+        self,
+        first: int,
+        view: int,
+        descriptors: Sequence[int],
+        offsets: list[int],
+        runs: list[tuple[int, int]] | None,
+        checksums: list[int],
+    ) -> bool:
+        """Read one view's maps of the rows from `first` on. False where the careful way has to: one failed or differs.
+
+        What memory held before does not count, though it may be the very maps, from an earlier batch.
+        """
+        places, nbytes = self._places(first, view, len(offsets)), self._column.nbytes
+        try:
+            if not self._small:  # each map's checksum right after its read, while the processor's cache has it
+                maps = self._maps[places]
+                reads = map(os.preadv, descriptors, zip(maps, strict=True), offsets)
+                found = zip(reads, map(crc32c, maps), strict=True)
+                return list(found) == list(zip(itertools.repeat(nbytes), checksums, strict=False))
+            if runs is None:
+                self._maps[places] = map(os.pread, descriptors, itertools.repeat(nbytes), offsets)
             else:
                 self._maps[places] = self._read_runs(descriptors, offsets, runs)
-        return self._maps[places]
+        except OSError:
+            return False
+        return list(map(crc32c, self._maps[places])) == checksums
+
+    def unpack(
+        self,
+        first: int,
+        view: int,
+        descriptors: Sequence[int],
+        offsets: list[int],
+        sizes: Iterable[int],
+        checksums: list[int],
+        decode: Callable[[bytes, NDArray[np.uint8]], object],
+    ) -> bool:
+        """The same of compressed maps, which have a checksum of their own behind them."""
+        maps = self._maps[self._places(first, view, len(offsets))]
+        try:
+            for place, content, checksum in zip(
+                maps, map(os.pread, descriptors, sizes, offsets), checksums, strict=True
+            ):
+                packed = without_crc(content)
+                if packed is None:
+                    return False
+                decode(packed, place)
+                if crc32c(place) != checksum:
+                    return False
+        except (OSError, RuntimeError, ValueError):
+            return False
+        return True
+
+    def _places(self, first: int, view: int, rows: int) -> slice:
+        return slice(first * self._views + view, (first + rows) * self._views, self._views)
 
     def _read_runs(self, descriptors: Sequence[int], offsets: list[int], runs: list[tuple[int, int]]) -> list[bytes]:
         nbytes, stride = self._column.nbytes, self._column.stride

@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.codecs import RAW, Codec
 from geomcache.errors import UserInputError
 from geomcache.geometry import GeometrySpec
 
@@ -36,6 +37,7 @@ _RESERVED = {
     "manifest.json",
     "lock",
 }
+_INDEX_DTYPE = np.dtype("<u8")
 _ABSENT = 2**64 - 1  # offset and length of an inner chunk that is not there
 
 
@@ -146,8 +148,23 @@ class Column:
 
     @functools.cached_property
     def stride(self) -> int:
-        """Bytes from one map of a shard to the next."""
+        """Bytes from one map of a shard to the next, where maps are not compressed."""
         return self.nbytes + CRC_NBYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """What was written of a shard: of its files, in the order of `Layout.files`."""
+
+    sizes: tuple[int, ...]
+    """In bytes."""
+    digests: tuple[bytes, ...]
+    """sha256."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files."""
+        return sum(self.sizes)
 
 
 def choose_shard_frames(spec: GeometrySpec, frames: int) -> int:
@@ -167,9 +184,11 @@ class Layout:
     """K."""
     columns: tuple[Column, ...]
     """In the order of the views, and of the outputs within a view."""
+    codec: Codec = RAW
+    """Of the maps."""
 
     @classmethod
-    def of(cls, spec: GeometrySpec, frames: int, shard_frames: int) -> "Layout":
+    def of(cls, spec: GeometrySpec, frames: int, shard_frames: int, codec: Codec = RAW) -> "Layout":
         """Of a cache with this spec.
 
         Raises:
@@ -183,7 +202,7 @@ class Layout:
             for camera in spec.camera_keys
             for output in spec.outputs
         )
-        return cls(frames, shard_frames, columns)
+        return cls(frames, shard_frames, columns, codec)
 
     @property
     def shards(self) -> int:
@@ -208,23 +227,66 @@ class Layout:
         columns = (f"{column.key}/c.{shard}" + ".0" * len(column.shape) for column in self.columns)
         return (*columns, f"{CHECKSUMS}/c.{shard}.0")
 
-    def file_sizes(self, rows: int) -> tuple[int, ...]:
-        """Bytes of the files of a shard that holds so many rows."""
-        index_nbytes = self.shard_frames * 16 + CRC_NBYTES
-        table_nbytes = self.shard_frames * len(self.columns) * CRC_NBYTES + CRC_NBYTES
-        return (*(rows * column.stride + index_nbytes for column in self.columns), table_nbytes)
+    @property
+    def index_nbytes(self) -> int:
+        """Of the index at the end of a column's file."""
+        return self.shard_frames * 2 * _INDEX_DTYPE.itemsize + CRC_NBYTES
 
-    def nbytes(self, rows: int, shards: int) -> int:
-        """Bytes of the files of so many shards that hold so many rows together."""
-        empty = sum(self.file_sizes(0))
+    @property
+    def table_nbytes(self) -> int:
+        """Of the checksums' file."""
+        return self.shard_frames * len(self.columns) * CRC_NBYTES + CRC_NBYTES
+
+    def size_bounds(self, rows: int) -> tuple[tuple[int, int], ...]:
+        """The least and the most bytes of the files of a shard that holds so many rows."""
+        sizes = (self._map_bounds(column) for column in self.columns)
+        columns = ((rows * low + self.index_nbytes, rows * high + self.index_nbytes) for low, high in sizes)
+        return (*columns, (self.table_nbytes, self.table_nbytes))
+
+    def _map_bounds(self, column: Column) -> tuple[int, int]:
+        """The least and the most bytes of a map in a file, with its checksum."""
+        low, high = self.codec.bounds(column.nbytes)
+        return low + CRC_NBYTES, high + CRC_NBYTES
+
+    def raw_nbytes(self, rows: int, shards: int) -> int:
+        """Bytes of the files of so many shards that hold so many rows together, without compression."""
+        empty = len(self.columns) * self.index_nbytes + self.table_nbytes
         return rows * sum(column.stride for column in self.columns) + shards * empty
 
-    def index(self, column: Column, local: NDArray[np.int64]) -> bytes:
-        """The index at the end of a shard file that holds these rows, counted from the shard's first."""
-        entries = np.full((self.shard_frames, 2), _ABSENT, dtype="<u8")
-        entries[local, 0] = np.arange(len(local), dtype=np.uint64) * np.uint64(column.stride)
-        entries[local, 1] = column.stride
+    def index(self, local: NDArray[np.int64], lengths: NDArray[np.uint64] | int) -> bytes:
+        """The index at the end of a shard file that holds these rows, counted from the shard's first.
+
+        Args:
+            local: int64 [n].
+            lengths: bytes of each map with its checksum, uint64 [n], or of all.
+        """
+        entries = np.full((self.shard_frames, 2), _ABSENT, dtype=_INDEX_DTYPE)
+        sizes = np.broadcast_to(np.asarray(lengths, dtype=np.uint64), local.shape)
+        entries[local, 0] = np.cumsum(sizes) - sizes
+        entries[local, 1] = sizes
         return with_crc(entries.tobytes())
+
+    def read_index(self, column: Column, local: NDArray[np.int64], content: bytes, nbytes: int) -> NDArray[np.int64]:
+        """Where the maps of these rows begin, by a file's index: the places that it must give them, or none.
+
+        Args:
+            column: whose file.
+            local: the rows that it holds, counted from the shard's first, int64 [n].
+            content: of the index.
+            nbytes: of the file in front of the index.
+
+        Returns:
+            int64 [n + 1], the last one the end of the last map; empty where the index is not one of such a file.
+        """
+        low, high = self._map_bounds(column)
+        offsets = np.zeros(len(local) + 1, dtype=np.int64)
+        if len(content) == self.index_nbytes:
+            lengths = np.frombuffer(content, _INDEX_DTYPE, count=2 * self.shard_frames).reshape(-1, 2)[local, 1]
+            if ((lengths >= low) & (lengths <= high)).all() and self.index(local, lengths) == content:
+                np.cumsum(lengths, out=offsets[1:])
+                if offsets[-1] == nbytes:
+                    return offsets
+        return offsets[:0]
 
     def encode(
         self, column: Column, local: NDArray[np.int64], maps: NDArray[np.float16]
@@ -239,11 +301,16 @@ class Layout:
         Returns:
             The file's bytes, in two parts, and uint32 [n].
         """
+        values = np.ascontiguousarray(maps, dtype="<f2")
+        plain = values.view(np.uint8).reshape(len(local), -1)
+        checksums = np.fromiter(map(crc32c, plain), dtype="<u4", count=len(local))
+        if self.codec.compresses:
+            packed = [with_crc(content) for content in self.codec.encode(values)]
+            return [b"".join(packed), self.index(local, np.array([*map(len, packed)], np.uint64))], checksums
         body = np.empty((len(local), column.stride), dtype=np.uint8)
-        body[:, : column.nbytes] = np.ascontiguousarray(maps, dtype="<f2").view(np.uint8).reshape(len(local), -1)
-        checksums = np.fromiter(map(crc32c, body[:, : column.nbytes]), dtype="<u4", count=len(local))
+        body[:, : column.nbytes] = plain
         body[:, column.nbytes :] = checksums.view(np.uint8).reshape(-1, CRC_NBYTES)
-        return [body, self.index(column, local)], checksums
+        return [body, self.index(local, column.stride)], checksums
 
     def encode_checksums(self, local: NDArray[np.int64], checksums: Sequence[NDArray[np.uint32]]) -> bytes:
         """The file of a shard's checksums, from those of every column."""
@@ -253,6 +320,6 @@ class Layout:
 
 
 def shards_nbytes(spec: GeometrySpec, frames: int) -> int:
-    """Bytes of all shards of a cache with so many frames, one behind the other."""
+    """Bytes of all shards of a cache with so many frames, one behind the other, without compression."""
     layout = Layout.of(spec, frames, choose_shard_frames(spec, frames))
-    return layout.nbytes(frames, layout.shards)
+    return layout.raw_nbytes(frames, layout.shards)

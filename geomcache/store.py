@@ -40,6 +40,7 @@ class GeometryStore:
         frames_present: how many.
         nbytes: of the shards' files.
         shard_frames: K, rows of a shard.
+        codec: how the maps are stored, ``raw`` or ``zstd``.
         episode_start: row of each episode's first frame, int64 [E].
         episode_length: frames of each episode, int64 [E].
     """
@@ -47,16 +48,15 @@ class GeometryStore:
     def __init__(self, path: Path, header: Header, contents: Manifest | Journal) -> None:
         self.path = path
         self.spec, self.dataset = header.spec, header.dataset
-        self.fingerprint, self.shard_frames = header.fingerprint, header.shard_frames
+        self.fingerprint, self.shard_frames, self.codec = header.fingerprint, header.shard_frames, header.codec.name
         self.sealed = isinstance(contents, Manifest)
         self._contents, self._layout = contents, header.layout
-        digests = contents.digests
+        shards = contents.shards
         self._held = RowSet(contents.rows)
         self.rows, self.frames_present = self._held.ranges, self._held.count
-        self.nbytes = self._layout.nbytes(self.frames_present, len(digests))
+        self.nbytes = sum(files.nbytes for files in shards.values())
         self.episode_start, self.episode_length = read_episodes(path, header)
-        checksums = {shard: files[-1] for shard, files in digests.items()}
-        self._reader = ShardReader(str(path), self._layout, self._held, checksums, self._name)
+        self._reader = ShardReader(str(path), self._layout, self._held, shards, self._name)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -102,6 +102,13 @@ class GeometryStore:
     def statistics(self) -> dict[str, Moments]:
         """Moments of each output over all cameras."""
         return pool(self.camera_statistics)
+
+    @functools.cached_property
+    def array_nbytes(self) -> dict[str, int]:
+        """Bytes of the shards' files, by array."""
+        keys = [column.key for column in self._layout.columns]
+        sizes = np.array([files.sizes for files in self._contents.shards.values()], np.int64).reshape(-1, len(keys) + 1)
+        return dict(zip([*keys, CHECKSUMS], sizes.sum(axis=0).tolist(), strict=True))
 
     def episodes(self) -> Ranges:
         """Ranges of the episodes whose frames are all there."""
@@ -242,7 +249,7 @@ def create_arrays(folder: Path, header: Header, episode_lengths: NDArray[np.int6
             fill_value=np.nan,  # what other readers see where a frame is missing
             serializer=ShardingCodec(
                 chunk_shape=(1, *column.shape),
-                codecs=[little, Crc32cCodec()],
+                codecs=[little, *layout.codec.zarr_codecs(), Crc32cCodec()],
                 index_codecs=[little, Crc32cCodec()],
                 index_location="end",
             ),

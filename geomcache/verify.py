@@ -28,15 +28,18 @@ from geomcache.journal import JOURNAL, MANIFEST, Journal, Manifest
 from geomcache.progress import human_bytes
 from geomcache.shards import (
     CRC_NBYTES,
+    Column,
     Layout,
     Ranges,
     RowSet,
+    ShardFiles,
     clip_ranges,
     common_ranges,
     count_rows,
     crc32c,
     merge_ranges,
     rows_of,
+    without_crc,
 )
 from geomcache.store import GeometryStore, damaged_files, read_coordinates, read_episodes
 from geomcache.writer import StoreWriter
@@ -125,7 +128,7 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
         path=folder,
         sealed=check.manifest is not None,
         frames=count_rows(check.rows),
-        shards=len(check.digests),
+        shards=len(check.shards),
         nbytes=check.nbytes,
         problems=tuple(check.problems),
         repairs=repairs,
@@ -154,7 +157,7 @@ class _Check:
         header: None where the root attributes are damaged.
         manifest: None where there is none that can be read.
         journal: likewise.
-        digests: of the shards' files, by shard; the manifest's, else the journal's.
+        shards: their files, by number; the manifest's, else the journal's.
         rows: that are there, likewise.
         nbytes: of the shards' files.
         problems: so far.
@@ -165,7 +168,7 @@ class _Check:
         self.header: Header | None = None
         self.manifest: Manifest | None = None
         self.journal: Journal | None = None
-        self.digests: dict[int, tuple[bytes, ...]] = {}
+        self.shards: dict[int, ShardFiles] = {}
         self.rows: Ranges = ()
         self.nbytes = 0
         self.problems: list[Problem] = []
@@ -182,16 +185,16 @@ class _Check:
         contents = self.manifest or self.journal
         if contents is None:
             return
-        self.digests = contents.digests
+        self.shards = contents.shards
         self.rows = contents.rows
-        self.nbytes = header.layout.nbytes(count_rows(self.rows), len(self.digests))
+        self.nbytes = sum(files.nbytes for files in self.shards.values())
         self._check_files(header, contents)
         self._check_rows()
         with tqdm(total=self.nbytes, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
-            for shard, digests in sorted(self.digests.items()):
+            for shard, files in sorted(self.shards.items()):
                 rows = clip_ranges(self.rows, *header.layout.shard_rows(shard))
-                self.problems += _check_shard(self.folder, header.layout, shard, rows, digests, self._name)
-                bar.update(sum(header.layout.file_sizes(count_rows(rows))))
+                self.problems += _check_shard(self.folder, header.layout, shard, rows, files, self._name)
+                bar.update(files.nbytes)
 
     def _add(self, file: str, message: str, *, repairable: bool = False) -> None:
         self.problems.append(Problem(file=file, message=message, repairable=repairable))
@@ -223,7 +226,7 @@ class _Check:
                 f"{journal.path}: expected whole lines, found {journal.torn} bytes behind them that are none: an append"
                 " that a kill cut off, or damage",
             )
-        if self.manifest is not None and self.manifest.digests != journal.digests:
+        if self.manifest is not None and self.manifest.shards != journal.shards:
             self._add(MANIFEST, f"{self.folder / MANIFEST}: expected the journal's shards and hashes, found others")
         for shard, rows in sorted(journal.owed.items()):
             self._add(
@@ -297,12 +300,12 @@ class _Check:
 
 
 def _check_shard(
-    folder: Path, layout: Layout, shard: int, rows: Ranges, digests: tuple[bytes, ...], name_of: Callable[[int], str]
+    folder: Path, layout: Layout, shard: int, rows: Ranges, written: ShardFiles, name_of: Callable[[int], str]
 ) -> Iterator[Problem]:
     """What is wrong with the files of a shard that holds these rows."""
     numbers = rows_of(rows)
     local = numbers - layout.shard_rows(shard)[0]
-    files = [*zip(layout.files(shard), layout.file_sizes(len(local)), digests, strict=True)]
+    files = [*zip(layout.files(shard), written.sizes, written.digests, strict=True)]
 
     def problem(file: str, fault: str, damaged: NDArray[np.int64]) -> Problem:
         which = _span(damaged, name_of) if len(damaged) else "no frame, but a checksum that other readers use"
@@ -319,13 +322,39 @@ def _check_shard(
         if len(content) != size:
             yield problem(name, fault, numbers)
             continue
-        maps = np.frombuffer(content, np.uint8, count=len(local) * column.stride).reshape(len(local), -1)
-        found = np.fromiter(map(crc32c, maps[:, : column.nbytes]), dtype="<u4", count=len(local))
-        stored = maps[:, column.nbytes :].copy().view("<u4")[:, 0] if table is None else table[:, number]
-        index = layout.index(column, local)
-        bad = numbers[found != stored] if content.endswith(index) else numbers
+        body = len(content) - layout.index_nbytes
+        offsets = layout.read_index(column, local, content[body:], body)
+        checksums = None if table is None else table[:, number].tolist()
+        bad = numbers[_damaged_maps(layout, column, content, offsets, checksums)] if len(offsets) else numbers
         if fault or len(bad):
             yield problem(name, fault or "expected the frames' checksums, found others", bad)
+
+
+def _damaged_maps(
+    layout: Layout, column: Column, content: bytes, offsets: NDArray[np.int64], checksums: list[int] | None
+) -> NDArray[np.bool_]:
+    """Which maps of a column's file have not the table's checksum, or where that is damaged, the one behind them.
+
+    Compressed maps must have both: none is unpacked, and so none read, whose bytes have not the one behind them.
+    """
+    place = np.zeros(column.nbytes, np.uint8)
+
+    def is_damaged(number: int, start: int, stop: int) -> bool:
+        stored = content[start:stop]
+        if not layout.codec.compresses:
+            found = crc32c(stored[:-CRC_NBYTES])
+            return found != checksums[number] if checksums is not None else without_crc(stored) is None
+        packed = without_crc(stored)
+        if packed is None:
+            return True
+        try:
+            layout.codec.decode_into(packed, place)
+        except (RuntimeError, ValueError):  # numcodecs' own, of bytes that are no Blosc buffer, or a larger one
+            return True
+        return checksums is not None and crc32c(place) != checksums[number]
+
+    bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    return np.array([is_damaged(number, *each) for number, each in enumerate(bounds)], dtype=bool)
 
 
 def _check_file(path: Path, size: int, digest: bytes) -> tuple[bytes, str]:
@@ -362,7 +391,7 @@ def _repair(folder: Path, check: _Check) -> Iterator[str]:
     dropped: list[tuple[int, int]] = []
     with writer:
         for shard, file in damaged.items():
-            if writer.drop(shard, check.digests[shard], f"damaged: {file}"):
+            if writer.drop(shard, check.shards[shard], f"damaged: {file}"):
                 dropped += clip_ranges(check.rows, *check.header.layout.shard_rows(shard))
             else:
                 yield f"shard {shard} was not dropped: another process has it, or has made it again"

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache import durable
+from geomcache.codecs import RAW, Codec
 from geomcache.creation import check_episodes, check_rows, create, matching_header
 from geomcache.errors import (
     CacheCorruptError,
@@ -39,6 +40,7 @@ from geomcache.shards import (
     CHECKSUMS,
     Column,
     Ranges,
+    ShardFiles,
     clip_ranges,
     common_ranges,
     count_rows,
@@ -112,6 +114,7 @@ class StoreWriter:
         episode_lengths: NDArray[np.int64],
         wanted: Iterable[tuple[int, int]],
         *,
+        codec: Codec = RAW,
         overwrite: bool = False,
     ) -> Self:
         """Make a cache, or go on with the one that is there.
@@ -122,6 +125,7 @@ class StoreWriter:
             dataset: which frames it is of.
             episode_lengths: frames of every episode, int64 [E].
             wanted: ranges of rows that the cache is to have, beside those it has.
+            codec: of the maps.
             overwrite: replace a cache that is there. One process at most may ask for that.
 
         Raises:
@@ -135,7 +139,7 @@ class StoreWriter:
         folder = Path(path).absolute()
         lengths = check_episodes(dataset, episode_lengths)
         rows = check_rows(dataset, wanted)
-        header = Header.new(spec, dataset)
+        header = Header.new(spec, dataset, codec)
         created = (overwrite or not folder.exists()) and create(folder, header, lengths)
         if not created:
             header = matching_header(folder, header)
@@ -181,7 +185,7 @@ class StoreWriter:
         files = [self.path / name for name in self._layout.files(claim.shard)]
         drafts = [durable.temporary(file) for file in files]
         try:
-            digests, statistics = self._write(claim, arrays, drafts)
+            written, statistics = self._write(claim, arrays, drafts)
             with self._current():
                 if claim.shard in self._journal.commits:
                     self._append(Drop(claim.shard, "made again with more frames"))
@@ -195,16 +199,16 @@ class StoreWriter:
                 _remove(drafts)
             raise
         with self._current():
-            self._append(Commit(claim.shard, claim.rows, digests, statistics))
+            self._append(Commit(claim.shard, claim.rows, written, statistics))
         self._lock.release(claim.shard)
-        return sum(self._layout.file_sizes(count_rows(claim.rows)))
+        return written.nbytes
 
-    def drop(self, shard: int, digests: tuple[bytes, ...], reason: str) -> bool:
+    def drop(self, shard: int, files: ShardFiles, reason: str) -> bool:
         """Give a damaged shard up: its rows are owed, and whoever writes next makes them again.
 
         Args:
             shard: its number.
-            digests: sha256 of the files that it was found damaged by.
+            files: as they were recorded when it was found damaged.
             reason: for the journal.
 
         Returns:
@@ -215,7 +219,7 @@ class StoreWriter:
         try:
             with self._current():
                 commit = self._journal.commits.get(shard)
-                if commit is None or commit.digests != digests:
+                if commit is None or commit.files != files:
                     return False
                 self._append(Drop(shard, reason))
                 return True
@@ -242,7 +246,7 @@ class StoreWriter:
             manifest = Manifest(
                 rows=self._journal.rows,
                 files={**self._journal.files, GROUP: (len(group), sha256(group).hexdigest())},
-                digests=self._journal.digests,
+                shards=self._journal.shards,
                 statistics=statistics,
             ).encode(self._layout, self._header.fingerprint)
             sealed = {self.path / GROUP: group, self.path / MANIFEST: manifest}
@@ -284,13 +288,13 @@ class StoreWriter:
         """See that a manifest has the journal's shards. One that cannot be read is made again by `seal`."""
         path = self.path / MANIFEST
         try:
-            digests = Manifest.parse(path.read_bytes(), path, self._layout, self._header.fingerprint).digests
+            shards = Manifest.parse(path.read_bytes(), path, self._layout, self._header.fingerprint).shards
         except (FileNotFoundError, CacheCorruptError):
             return
-        if digests != self._journal.digests:
+        if shards != self._journal.shards:
             raise CacheCorruptError(
-                f"{self._journal.path}: expected the {len(digests)} shards that {MANIFEST} has, found"
-                f" {len(self._journal.digests)}, or others: one of the files was damaged; restore it from a copy"
+                f"{self._journal.path}: expected the {len(shards)} shards that {MANIFEST} has, found"
+                f" {len(self._journal.shards)}, or others: one of the files was damaged; restore it from a copy"
             )
 
     def _target(self, shard: int) -> Ranges:
@@ -347,19 +351,20 @@ class StoreWriter:
 
     def _write(
         self, claim: Claim, arrays: list[NDArray[np.float16]], drafts: list[Path]
-    ) -> tuple[tuple[bytes, ...], dict[str, Any]]:
-        """Write a shard's files; their hashes, and the statistics of what they hold."""
+    ) -> tuple[ShardFiles, dict[str, Any]]:
+        """Write a shard's files; the statistics of what they hold, too."""
         local = rows_of(claim.rows) - self._layout.shard_rows(claim.shard)[0]
-        digests: list[bytes] = []
+        written: list[tuple[int, bytes]] = []
         checksums: list[NDArray[np.uint32]] = []
         statistics: dict[str, Any] = {}
         for column, values, draft in zip(self._layout.columns, arrays, drafts[:-1], strict=True):
             parts, of_maps = self._layout.encode(column, local, values)
-            digests.append(durable.write_file(draft, parts))
+            written.append(durable.write_file(draft, parts))
             checksums.append(of_maps)
             statistics.setdefault(column.camera, {})[column.output] = _moments(column, values).to_dict()
-        digests.append(durable.write_file(drafts[-1], [self._layout.encode_checksums(local, checksums)]))
-        return tuple(digests), statistics
+        written.append(durable.write_file(drafts[-1], [self._layout.encode_checksums(local, checksums)]))
+        sizes, digests = zip(*written, strict=True)
+        return ShardFiles(sizes, digests), statistics
 
     def _check_maps(self, claim: Claim, maps: Maps) -> list[NDArray[np.float16]]:
         """The arrays in the order of the columns."""

@@ -193,7 +193,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     [
         (["extrakt"], "No such command 'extrakt'. Did you mean 'extract'?: see `geomcache --help`"),
         (["extract", "--views", "both"], "'joint', 'independent'"),
-        (["extract", "--modle", "x"], "--modle (Possible options: --model): see `geomcache extract --help`"),
+        (["extract", "--gird", "x"], "--gird (Possible options: --grid): see `geomcache extract --help`"),
         (["extract", "--dataset", "x"], "Missing option '--model': see `geomcache extract --help`"),
         (["info"], "Missing argument 'path'"),
         (["info", "--config", "x.yaml", "p"], "No such option: --config"),

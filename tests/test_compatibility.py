@@ -50,7 +50,9 @@ DATASET = DatasetSpec(
 def store(
     *, sealed: bool = True, there: tuple[tuple[int, int], ...] = ((0, 10),), dataset: DatasetSpec = DATASET
 ) -> SimpleNamespace:
-    return SimpleNamespace(path=Path("pens.zarr"), spec=SPEC, dataset=dataset, sealed=sealed, episodes=lambda: there)
+    return SimpleNamespace(
+        path=Path("pens.zarr"), spec=SPEC, dataset=dataset, sealed=sealed, codec="raw", episodes=lambda: there
+    )
 
 
 # ---- dataset ---------------------------------------------------------------------------------------------------------

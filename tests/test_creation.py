@@ -299,7 +299,8 @@ def _set(*keys: str, to: object) -> object:
     [
         (_set("schema_version", to=2), "expected schema version 1, found 2: another version of geomcache wrote it"),
         (_set("schema_version", to="1"), "expected schema version 1, found '1'"),
-        (_set("codec", to="zstd"), "codec: expected 'raw', found 'zstd'"),
+        (_set("codec", to="lz4"), "codec: expected raw or zstd, got 'lz4': install a newer geomcache"),
+        (_set("codec", to=None), "codec: expected raw or zstd, got None"),
         (_set("shard_frames", to=24), "shard_frames: expected a power of two from 16 to 4096, found 24"),
         (_set("shard_frames", to=2**40), "shard_frames: expected a power of two from 16 to 4096, found 1099511627776"),
         (_set("shard_frames", to=16.0), "shard_frames: expected a power of two"),

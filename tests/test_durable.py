@@ -26,11 +26,11 @@ for line in sys.stdin:
 """
 
 
-def test_a_file_holds_its_parts_and_gives_their_hash(tmp_path: Path) -> None:
+def test_a_file_holds_its_parts_and_gives_their_size_and_hash(tmp_path: Path) -> None:
     parts = [b"abc", np.arange(6, dtype=np.uint8).reshape(2, 3)]
-    digest = durable.write_file(tmp_path / "file", parts)
+    nbytes, digest = durable.write_file(tmp_path / "file", parts)
     assert (tmp_path / "file").read_bytes() == b"abc\0\1\2\3\4\5"
-    assert digest == hashlib.sha256(b"abc\0\1\2\3\4\5").digest()
+    assert (nbytes, digest) == (9, hashlib.sha256(b"abc\0\1\2\3\4\5").digest())
 
 
 def test_short_writes_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

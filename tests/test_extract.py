@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import tensorstore
 import zarr
 from safetensors.torch import load_file, save_file
 
+from geomcache.compatibility import extract_command
 from geomcache.errors import (
     CacheExistsError,
     CacheMismatchError,
@@ -26,6 +27,7 @@ from geomcache.errors import (
     UserInputError,
 )
 from geomcache.extract import ExtractOptions, ExtractReport, extract
+from geomcache.run_config import read_run_config, run_config_path
 from geomcache.source import open_dataset
 from geomcache.store import GeometryStore
 from tests.support.da3 import area_average, assert_one_step, upstream_maps, upstream_network
@@ -110,6 +112,25 @@ def test_the_patch_grid_averages_the_native_one(options: ExtractOptions, tmp_pat
         expected = upstream_maps(network, images, options.process_res)
         for name, values in store.frame(1, frame).items():
             assert_one_step(values[0], area_average(expected[name], (4, 4)))
+
+
+def test_a_compressed_cache_has_the_same_numbers(
+    options: ExtractOptions, reference: ExtractReport, tmp_path: Path
+) -> None:
+    path = tmp_path / "cache.zarr"
+    report, _ = run(options, output=path, codec="zstd")
+    assert_same_rows(path, reference.path)
+    store = GeometryStore.open(path)
+    assert (store.codec, store.nbytes) == ("zstd", report.nbytes)
+    assert report.nbytes < reference.nbytes
+    lacking = extract_command(store, np.array([1]))
+    assert "--codec zstd" in lacking
+    assert "--codec" not in extract_command(GeometryStore.open(reference.path), np.array([1]))
+    with pytest.raises(CacheMismatchError, match="codec: the cache was made with zstd, this run has raw"):
+        run(options, output=path)
+    # What the run kept beside its cache repeats it.
+    kept = read_run_config(run_config_path(path), ["codec", *(field.name for field in fields(ExtractOptions))])
+    assert kept["codec"] == "zstd"
 
 
 def test_the_report_counts_what_was_done(reference: ExtractReport) -> None:

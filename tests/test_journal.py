@@ -10,7 +10,7 @@ import pytest
 
 from geomcache.errors import CacheCorruptError, CacheFormatError
 from geomcache.journal import Commit, Drop, Journal, Manifest, begin_line, decode_line, encode_line
-from geomcache.shards import Layout, count_rows
+from geomcache.shards import Layout, ShardFiles, count_rows
 from geomcache.statistics import Moments
 from tests.support.stores import make_maps, make_spec
 
@@ -27,7 +27,14 @@ def commit(shard: int, rows: tuple[tuple[int, int], ...] | None = None) -> Commi
         camera: {name: Moments.of(name, values).to_dict() for name, values in outputs.items()}
         for camera, outputs in maps.items()
     }
-    return Commit(shard, rows, tuple(hashlib.sha256(bytes([shard, n])).digest() for n in range(5)), statistics)
+    digests = tuple(hashlib.sha256(bytes([shard, n])).digest() for n in range(5))
+    return Commit(shard, rows, ShardFiles(sizes(count_rows(rows)), digests), statistics)
+
+
+def sizes(rows: int) -> tuple[int, ...]:
+    """Bytes of a shard's files that hold so many rows."""
+    ray, conf, index = rows * (3 * 4 * 6 * 2 + 4), rows * (3 * 4 * 2 + 4), 16 * 16 + 4
+    return ray + index, conf + index, ray + index, conf + index, 16 * 4 * 4 + 4
 
 
 def journal(path: Path, content: bytes | None = None) -> Journal:
@@ -40,7 +47,7 @@ def journal(path: Path, content: bytes | None = None) -> Journal:
 def lines() -> list[bytes]:
     """A journal of three records behind the first line."""
     records = [commit(2), commit(0, ((3, 9),)), Drop(2, "for a test")]
-    return [begin_line(LAYOUT, FINGERPRINT, FILES), *(encode_line(record.to_dict(LAYOUT)) for record in records)]
+    return [begin_line(LAYOUT, FINGERPRINT, FILES), *(encode_line(record.to_dict()) for record in records)]
 
 
 def test_a_line_is_json_and_carries_the_checksum_of_what_is_before_it() -> None:
@@ -152,7 +159,7 @@ def test_the_journal_of_another_cache_is_refused(tmp_path: Path) -> None:
         state.read()
 
 
-RECORD = commit(1).to_dict(LAYOUT)
+RECORD = commit(1).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -173,6 +180,9 @@ RECORD = commit(1).to_dict(LAYOUT)
         RECORD | {"rows": [[16, 32, 40]]},
         RECORD | {"rows": 7},
         RECORD | {"bytes": [1, 2, 3, 4, 5]},
+        RECORD | {"bytes": [*sizes(16)[:4], float(sizes(16)[4])]},
+        RECORD | {"bytes": [*sizes(16), 0]},
+        RECORD | {"bytes": sizes(16)[:4]},
         RECORD | {"sha256": ["ab" * 32] * 4},
         RECORD | {"sha256": ["ab" * 31] * 5},
         RECORD | {"sha256": ["xy" * 32] * 5},
@@ -201,7 +211,7 @@ def manifest() -> Manifest:
     return Manifest(
         rows=((3, 9), (16, 32), (80, 90)),
         files=FILES,
-        digests={shard: each.digests for shard, each in state.items()},
+        shards={shard: each.files for shard, each in state.items()},
         statistics=moments,
     )
 
@@ -213,9 +223,9 @@ def test_manifest_comes_back_and_reads_as_json() -> None:
     assert data["sha256"] == hashlib.sha256(content[: content.index(b',\n"sha256":"')]).hexdigest()
     assert data["rows"] == [[3, 9], [16, 32], [80, 90]]
     assert [(shard, sizes) for shard, sizes, _ in data["shards"]] == [
-        (0, list(LAYOUT.file_sizes(6))),
-        (1, list(LAYOUT.file_sizes(16))),
-        (5, list(LAYOUT.file_sizes(10))),
+        (0, [*sizes(6)]),
+        (1, [*sizes(16)]),
+        (5, [*sizes(10)]),
     ]
     pooled = data["statistics"]["pooled"]["ray"]
     assert pooled["count"] == sum(of["ray"].count for of in manifest().statistics.values())
@@ -264,8 +274,14 @@ def test_manifest_of_another_cache_is_refused() -> None:
 
 def test_a_manifest_of_thirty_million_frames_stays_small() -> None:
     layout = Layout.of(SPEC, frames=30_000_000, shard_frames=4096)
-    digests = {shard: tuple(bytes([n]) * 32 for n in range(5)) for shard in range(layout.shards)}
-    big = Manifest(rows=((0, layout.frames),), files=FILES, digests=digests, statistics=manifest().statistics)
+    shards = {
+        shard: ShardFiles(
+            tuple(low for low, _ in layout.size_bounds(stop - start)), tuple(bytes([n]) * 32 for n in range(5))
+        )
+        for shard in range(layout.shards)
+        for start, stop in [layout.shard_rows(shard)]
+    }
+    big = Manifest(rows=((0, layout.frames),), files=FILES, shards=shards, statistics=manifest().statistics)
     content = big.encode(layout, FINGERPRINT)
     tracemalloc.start()
     try:
@@ -273,6 +289,6 @@ def test_a_manifest_of_thirty_million_frames_stays_small() -> None:
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert parsed.digests == digests
+    assert parsed.shards == shards
     assert count_rows(parsed.rows) == 30_000_000
     assert (len(content), kept, peak) < (4 << 20, 8 << 20, 30 << 20)

@@ -227,6 +227,23 @@ def test_what_is_at_the_path_is_not_lost(there: Path, path: Path, tmp_path: Path
         assert contents(other) == before
 
 
+def test_a_compressed_cache_comes_in_part_and_whole(tmp_path: Path, path: Path, said: list[str]) -> None:
+    there = make_small_store(tmp_path / "there", codec="zstd")
+    (there / "lock").unlink()
+    part = pull(address_of(there), path, episodes="1", say=said.append)
+    assert (part.fetched, part.frames) == (BEGIN_FILES + 2 * 3, 48)
+    assert part.nbytes_fetched == sum(len(content) for content in contents(path).values()) - control_nbytes(path)
+    assert verify(path).problems == ()
+    assert_reads(path, list(range(16, 64)))
+    assert GeometryStore.open(path).codec == "zstd"
+    pull(address_of(there), path, say=said.append)
+    assert contents(path) == contents(there)
+
+
+def control_nbytes(path: Path) -> int:
+    return sum((path / name).stat().st_size for name in ("journal.jsonl", "zarr.json", "manifest.json"))
+
+
 def test_another_process_that_pulls_the_same_is_waited_for(
     there: Path, path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,10 +24,10 @@ ADDRESS = "memory://made-up.zarr"
 ROWS = [80, 3, 3, 45, 0, 89]
 
 
-@pytest.fixture
-def there(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(params=["raw", "zstd"])
+def there(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A cache here, which is also there."""
-    path = make_small_store(tmp_path / "here.zarr")
+    path = make_small_store(tmp_path / "here.zarr", codec=request.param)
     push(path, ADDRESS, say=lambda _: None)
     yield path
     fsspec.filesystem("memory").store.clear()

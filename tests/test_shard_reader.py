@@ -12,8 +12,9 @@ from tests.support.stores import make_spec, make_store
 
 
 @pytest.mark.parametrize("cells", [(3, 4), (36, 36)])  # read as bytes and joined; read into their places
-def test_cold_files_are_read_as_warm_ones(tmp_path: Path, cells: tuple[int, int]) -> None:
-    path = make_store(tmp_path / "cache.zarr", spec=make_spec(grid_hw=cells))
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_cold_files_are_read_as_warm_ones(tmp_path: Path, cells: tuple[int, int], codec: str) -> None:
+    path = make_store(tmp_path / "cache.zarr", spec=make_spec(grid_hw=cells), codec=codec)
     rows = np.random.default_rng(0).permutation(90)[:40]
     with GeometryStore.open(path) as store:
         warm = store.batch(rows)
@@ -24,10 +25,11 @@ def test_cold_files_are_read_as_warm_ones(tmp_path: Path, cells: tuple[int, int]
 
 
 @pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
 def test_all_reads_are_announced_where_the_first_would_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool, codec: str
 ) -> None:
-    path = make_store(tmp_path / "cache.zarr")
+    path = make_store(tmp_path / "cache.zarr", codec=codec)
     announced, read = [], []
     pread = os.pread
 

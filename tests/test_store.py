@@ -9,12 +9,14 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import google_crc32c
 import numpy as np
 import pytest
 import zarr
 
+from geomcache.codecs import CodecName
 from geomcache.errors import (
     CacheCorruptError,
     CacheFormatError,
@@ -51,6 +53,21 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("parts") / "cache", ROWS)
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("packed") / "cache", codec="zstd")
+
+
+@pytest.fixture(scope="module")
+def packed_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("packed-parts") / "cache", ROWS, codec="zstd")
+
+
+of_every_codec = pytest.mark.parametrize("codec", get_args(CodecName))
+whole_of_every_codec = pytest.mark.parametrize("path", ["whole", "packed"])
+parts_of_every_codec = pytest.mark.parametrize("path", ["parts", "packed_parts"])
+
+
 def assert_equal(found: Geometry, rows: list[int], spec: object = SPEC) -> None:
     wanted = expected(spec, rows)  # type: ignore[arg-type]
     assert [name for name, _ in found.items()] == list(wanted)
@@ -61,7 +78,7 @@ def assert_equal(found: Geometry, rows: list[int], spec: object = SPEC) -> None:
         assert np.array_equal(values, wanted[name])
 
 
-@pytest.mark.parametrize("path", ["whole", "parts"])
+@pytest.mark.parametrize("path", ["whole", "parts", "packed", "packed_parts"])
 def test_zarr_reads_every_array(path: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(path)
     group = zarr.open_group(folder, mode="r")
@@ -106,7 +123,7 @@ np.savez(sys.argv[2], **arrays)
 """
 
 
-@pytest.mark.parametrize("path", ["whole", "parts"])
+@pytest.mark.parametrize("path", ["whole", "parts", "packed", "packed_parts"])
 def test_tensorstore_reads_every_array_as_zarr_does(path: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(path)
     output_of(run_python(TENSORSTORE, folder, tmp_path / "arrays.npz"))  # in a child: no fork survives it here
@@ -129,20 +146,24 @@ def test_tensorstore_reads_every_array_as_zarr_does(path: str, request: pytest.F
         [15, 16, 31, 32, 47, 48],
     ],
 )
-def test_rows_come_in_the_order_asked_for(whole: Path, rows: list[int]) -> None:
-    store = GeometryStore.open(whole)
+@whole_of_every_codec
+def test_rows_come_in_the_order_asked_for(path: str, request: pytest.FixtureRequest, rows: list[int]) -> None:
+    store = GeometryStore.open(request.getfixturevalue(path))
     assert_equal(store.batch(rows), rows)
     assert_equal(store.batch(np.array(rows, dtype=np.uint32)), rows)
     assert_equal(store.batch_plain(rows), rows)
 
 
-def test_no_row_gives_empty_geometry(whole: Path) -> None:
-    for geometry in (GeometryStore.open(whole).batch([]), GeometryStore.open(whole).batch_plain([])):
+@whole_of_every_codec
+def test_no_row_gives_empty_geometry(path: str, request: pytest.FixtureRequest) -> None:
+    store = GeometryStore.open(request.getfixturevalue(path))
+    for geometry in (store.batch([]), store.batch_plain([])):
         assert geometry.ray.shape == (0, 2, 3, 4, 6)
 
 
-def test_rows_behind_gaps_are_found(parts: Path) -> None:
-    store = GeometryStore.open(parts)
+@parts_of_every_codec
+def test_rows_behind_gaps_are_found(path: str, request: pytest.FixtureRequest) -> None:
+    store = GeometryStore.open(request.getfixturevalue(path))
     rows = [row for start, stop in ROWS for row in range(start, stop)]
     shuffled = np.random.default_rng(0).permutation(rows).tolist()
     assert_equal(store.batch(rows), rows)
@@ -159,11 +180,13 @@ def test_rows_behind_gaps_are_found(parts: Path) -> None:
         ((1, 1), ("ray",), ("only",)),
     ],
 )
+@of_every_codec
 def test_every_layout_reads_as_it_was_written(
-    tmp_path: Path, grid_hw: tuple[int, int], outputs: tuple[str, ...], cameras: tuple[str, ...]
+    tmp_path: Path, grid_hw: tuple[int, int], outputs: tuple[str, ...], cameras: tuple[str, ...], codec: str
 ) -> None:
     spec = make_spec(grid_hw=grid_hw, outputs=outputs, cameras=cameras)
-    store = GeometryStore.open(make_store(tmp_path / "cache", spec=spec, lengths=(20, 20)))
+    store = GeometryStore.open(make_store(tmp_path / "cache", spec=spec, lengths=(20, 20), codec=codec))
+    assert store.codec == codec
     for rows in (list(range(40)), [7, 39, 7, 0, 21], [3]):
         assert_equal(store.batch(rows), rows, spec)
         assert_equal(store.batch_plain(rows), rows, spec)
@@ -176,11 +199,12 @@ def open_files() -> int:
 
 @pytest.mark.parametrize("descriptors", [1, 9, 16])
 @pytest.mark.parametrize("grid_hw", [(3, 4), (40, 40)])
+@of_every_codec
 def test_few_file_descriptors_are_enough(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, descriptors: int, grid_hw: tuple[int, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, descriptors: int, grid_hw: tuple[int, int], codec: str
 ) -> None:
     spec = make_spec(grid_hw=grid_hw)
-    path = make_store(tmp_path / "cache", spec=spec)
+    path = make_store(tmp_path / "cache", spec=spec, codec=codec)
     monkeypatch.setattr("geomcache.shard_reader.getrlimit", lambda what: (descriptors, descriptors))
     store = GeometryStore.open(path)
     before = open_files()
@@ -216,7 +240,9 @@ def test_only_a_row_of_integers_is_taken(whole: Path, indices: object) -> None:
         GeometryStore.open(whole).batch(indices)  # type: ignore[arg-type]
 
 
-def test_what_is_there_is_known(parts: Path) -> None:
+@parts_of_every_codec
+def test_what_is_there_is_known(path: str, request: pytest.FixtureRequest) -> None:
+    parts = request.getfixturevalue(path)
     store = GeometryStore.open(parts)
     assert store.sealed
     assert (store.rows, store.frames_present) == (ROWS, 81)
@@ -226,8 +252,10 @@ def test_what_is_there_is_known(parts: Path) -> None:
         *(True, True, False, False, True, True, False, False, True, True)
     ]
     assert store.covers([-1, 90]).tolist() == [False, False]
-    files = [file for folder in (*CAMERAS, "frame_crc32c") for file in (parts / folder).rglob("c.*")]
-    assert store.nbytes == sum(file.stat().st_size for file in files)
+    files = {file: file.stat().st_size for name in (*CAMERAS, "frame_crc32c") for file in (parts / name).rglob("c.*")}
+    assert store.nbytes == sum(files.values()) == sum(store.array_nbytes.values())
+    for name, nbytes in store.array_nbytes.items():
+        assert nbytes == sum(size for file, size in files.items() if file.parent == parts / name)
 
 
 def test_a_missing_row_is_an_error_that_says_how_to_add_it(parts: Path) -> None:
@@ -345,11 +373,12 @@ def test_large_maps_are_checked_as_small_ones_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("grid_hw", [(3, 4), (40, 40)])
 @pytest.mark.parametrize("rows", [[3, 30, 17], list(range(40))])
+@of_every_codec
 def test_short_reads_are_finished_and_failing_ones_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid_hw: tuple[int, int], rows: list[int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid_hw: tuple[int, int], rows: list[int], codec: str
 ) -> None:
     spec = make_spec(grid_hw=grid_hw)
-    store = GeometryStore.open(make_store(tmp_path / "cache", spec=spec, lengths=(40,)))
+    store = GeometryStore.open(make_store(tmp_path / "cache", spec=spec, lengths=(40,), codec=codec))
     store.batch(range(40))  # type: ignore[arg-type]
     pread, preadv = os.pread, os.preadv
     with monkeypatch.context() as patch:
@@ -473,9 +502,10 @@ def test_a_store_pickles_by_its_path(whole: Path, monkeypatch: pytest.MonkeyPatc
     assert_equal(pickle.loads(data).batch([3, 88]), [3, 88])
 
 
-def test_threads_read_at_once(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@whole_of_every_codec
+def test_threads_read_at_once(path: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geomcache.shard_reader.getrlimit", lambda what: (24, 24))  # three shards
-    store = GeometryStore.open(whole)
+    store = GeometryStore.open(request.getfixturevalue(path))
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -531,14 +561,17 @@ main()
 
 @pytest.mark.parametrize("parent", ["read", "not"])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_children_of_every_start_method_read(tmp_path: Path, whole: Path, method: str, parent: str) -> None:
+@whole_of_every_codec
+def test_children_of_every_start_method_read(
+    tmp_path: Path, path: str, request: pytest.FixtureRequest, method: str, parent: str
+) -> None:
     assert method in multiprocessing.get_all_start_methods()
     script = tmp_path / "script.py"
     script.write_text(CHILDREN.replace("\nmain()\n", '\nif __name__ == "__main__":\n    main()\n'))
     process = run_python(
         "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')",
         script,
-        whole,
+        request.getfixturevalue(path),
         method,
         parent,
     )

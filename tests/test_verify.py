@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -302,10 +303,10 @@ def test_a_shard_in_another_hand_is_left_alone(path: Path) -> None:
         assert report.repairs == ("shard 1 was not dropped: another process has it, or has made it again",)
         assert GeometryStore.open(path).sealed
         writer._lock.release(1)
-        digests = writer._journal.commits[1].digests
-        assert not writer.drop(1, (b"\0" * 32, *digests[1:]), "made again")
-        assert writer.drop(1, digests, "damaged")
-        assert not writer.drop(1, digests, "twice")
+        files = writer._journal.commits[1].files
+        assert not writer.drop(1, replace(files, digests=(b"\0" * 32, *files.digests[1:])), "made again")
+        assert writer.drop(1, files, "damaged")
+        assert not writer.drop(1, files, "twice")
 
 
 def test_a_file_that_cannot_be_read_is_told(path: Path) -> None:

@@ -24,7 +24,7 @@ from geomcache.look.output import check_output, replacing
 from geomcache.look.value_counts import ValueCounts
 from geomcache.pictures import open_pictures
 from geomcache.progress import human_bytes
-from geomcache.shards import Layout, RowSet
+from geomcache.shards import RowSet
 from geomcache.store import GeometryStore
 
 SAMPLES, OUTLIERS = 6, 12
@@ -214,14 +214,8 @@ def lowest_confidence(
 
 def disk_use(store: GeometryStore) -> dict[tuple[str, str], int]:
     """Bytes of the shards' files by camera and output, and of their checksums."""
-    layout = Layout.of(store.spec, store.dataset.frames, store.shard_frames)
-    shards = sum(1 for _ in layout.shards_of(store.rows))
-    *columns, checksums = layout.file_sizes(0)
-    used = {
-        (column.camera, column.output): store.frames_present * column.stride + shards * empty
-        for column, empty in zip(layout.columns, columns, strict=True)
-    }
-    return used | {("", "frame_crc32c"): shards * checksums}
+    used = ((key.rpartition("/"), nbytes) for key, nbytes in store.array_nbytes.items())
+    return {(camera, output): nbytes for (camera, _, output), nbytes in used}
 
 
 def _open_pictures(

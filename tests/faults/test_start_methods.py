@@ -57,6 +57,7 @@ if __name__ == "__main__":
 LONG = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
 @pytest.mark.parametrize("parent", ["read", "not"])
 @pytest.mark.parametrize(
     ("method", "loaders"),
@@ -68,9 +69,9 @@ LONG = (pytest.mark.slow, pytest.mark.timeout(1800))
     ],
 )
 def test_loaders_of_every_start_method_read_what_was_written(
-    tmp_path: Path, method: str, parent: str, loaders: int, figure: Figure
+    tmp_path: Path, method: str, parent: str, loaders: int, codec: str, figure: Figure
 ) -> None:
-    path = make_store(tmp_path / "cache")
+    path = make_store(tmp_path / "cache", codec=codec)
     script = tmp_path / "script.py"
     script.write_text(LOADERS)
     program = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"

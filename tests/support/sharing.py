@@ -19,9 +19,11 @@ EVERYTHING = ((0, 90),)
 EPISODES = ((0, 20), (20, 50), (50, 75), (75, 90))  # shards are of 16 rows
 
 
-def make_small_store(path: Path, wanted: Iterable[tuple[int, int]] | None = None, *, shift: int = 0) -> Path:
+def make_small_store(
+    path: Path, wanted: Iterable[tuple[int, int]] | None = None, *, shift: int = 0, codec: str = "raw"
+) -> Path:
     """A sealed cache of one camera's rays; with a shift the same rows have other numbers, as of another GPU."""
-    with open_writer(path, wanted, spec=SPEC) as writer:
+    with open_writer(path, wanted, spec=SPEC, codec=codec) as writer:
         if shift:
             fill_shifted(writer, shift)
         else:

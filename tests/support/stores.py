@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from geomcache import durable
+from geomcache.codecs import Codec
 from geomcache.geometry import OUTPUTS, Camera, DatasetSpec, GeometrySpec
 from geomcache.writer import Claim, StoreWriter
 
@@ -103,12 +104,19 @@ def open_writer(
     spec: GeometrySpec | None = None,
     lengths: Sequence[int] = LENGTHS,
     dataset: DatasetSpec | None = None,
+    codec: str = "raw",
     overwrite: bool = False,
 ) -> StoreWriter:
     dataset = dataset or make_dataset_spec(lengths)
     rows = [(0, dataset.frames)] if wanted is None else wanted
     return StoreWriter.create_or_open(
-        path, spec or make_spec(), dataset, as_lengths(lengths), rows, overwrite=overwrite
+        path,
+        spec or make_spec(),
+        dataset,
+        as_lengths(lengths),
+        rows,
+        codec=Codec.of(codec),
+        overwrite=overwrite,
     )
 
 
