@@ -3,9 +3,10 @@
     python benchmarks/bench_read.py [--grids 14x14,36x36,288x288] [--batches 1,32,256] [--seconds 0.6] [--folder DIR]
 
 One table. The same made-up rays and confidences of two cameras lie on disk as a geomcache store (read by
-`GeometryStore`, by zarr-python, by tensorstore, and by bare `preadv`), as HDF5 with gzip, as one `.pt` file a frame and
-as raw arrays for `numpy.memmap`. Every way gives float16 [n, 2, h, w, 6] and [n, 2, h, w] of the same random frames;
-before anything is timed all are compared with what was written.
+`GeometryStore`, by zarr-python, by tensorstore, and by bare `preadv`), as one with the codec zstd (read by
+`GeometryStore`), as HDF5 with gzip, as one `.pt` file a frame and as raw arrays for `numpy.memmap`. Every way gives
+float16 [n, 2, h, w, 6] and [n, 2, h, w] of the same random frames; before anything is timed all are compared with what
+was written.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import zarr
 from numpy.typing import NDArray
 
 from benchmarks.common import table
+from geomcache.codecs import RAW, Codec
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec
 from geomcache.store import GeometryStore
 from geomcache.writer import StoreWriter
@@ -72,6 +74,17 @@ class Geomcache(Way):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.store = GeometryStore.open(self.folder / "cache.zarr")
+
+    def read(self, rows: Rows) -> Maps:
+        return dict(self.store.batch(rows).items())
+
+
+class Compressed(Way):
+    name = "geomcache, zstd"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.store = GeometryStore.open(self.folder / "packed.zarr")
 
     def read(self, rows: Rows) -> Maps:
         return dict(self.store.batch(rows).items())
@@ -227,7 +240,7 @@ class BarePreadv(Way):
             os.preadv(descriptor, place, offset)
 
 
-WAYS = (Geomcache, StockZarr, TensorStore, H5py, PtFiles, Memmap, BarePreadv)
+WAYS = (Geomcache, Compressed, StockZarr, TensorStore, H5py, PtFiles, Memmap, BarePreadv)
 
 
 def made_up_spec(cells: tuple[int, int], cameras: int = len(CAMERAS)) -> GeometrySpec:
@@ -264,17 +277,16 @@ def made_up_dataset(frames: int, episode: int) -> tuple[DatasetSpec, NDArray[np.
     return spec, lengths
 
 
-def write_store(folder: Path, cells: tuple[int, int], frames: int) -> Path:
+def write_store(path: Path, cells: tuple[int, int], frames: int, codec: Codec = RAW) -> GeometryStore:
     """A cache of made-up maps, smooth as rays are, with noise."""
     spec, (dataset, lengths) = made_up_spec(cells), made_up_dataset(frames, EPISODE)
     rng = np.random.default_rng(0)
-    path = folder / "cache.zarr"
-    with StoreWriter.create_or_open(path, spec, dataset, lengths, [(0, frames)]) as writer:
+    with StoreWriter.create_or_open(path, spec, dataset, lengths, [(0, frames)], codec=codec) as writer:
         while (claim := writer.claim()) is not None:
             count = sum(stop - start for start, stop in claim.rows)
             writer.commit(claim, {key: _made_up(rng, cells, count) for key in CAMERAS})
         writer.seal()
-    return path
+    return GeometryStore.open(path)
 
 
 def _made_up(rng: np.random.Generator, cells: tuple[int, int], count: int) -> Maps:
@@ -337,7 +349,8 @@ def grid_rows(cells: tuple[int, int], batches: Sequence[int], folder: Path, budg
     """Rows of the table for one grid, and a line on bytes."""
     frame_nbytes = len(CAMERAS) * cells[0] * cells[1] * 7 * 2
     frames = max(LEAST_FRAMES, min(PAYLOAD // frame_nbytes, MOST_FRAMES))
-    path = write_store(folder, cells, frames)
+    raw = write_store(folder / "cache.zarr", cells, frames)
+    packed = write_store(folder / "packed.zarr", cells, frames, Codec("zstd"))
     ways = [way(folder, cells, frames) for way in WAYS]
     os.sync()  # only what is on disk can leave the page cache
     rng = np.random.default_rng(1)
@@ -350,9 +363,12 @@ def grid_rows(cells: tuple[int, int], batches: Sequence[int], folder: Path, budg
             medians = measure(ways, drawn, budget_s, folder if cold else None)
             ratios = [f"{found / medians[0]:.2f}" for found in medians[1:]]
             rows.append([name, str(size), "cold" if cold else "warm", f"{medians[0] * 1e3:.3f}", *ratios])
-    on_disk = sum(file.stat().st_size for key in CAMERAS for file in (path / key).rglob("c*") if file.is_file())
-    on_disk += sum(file.stat().st_size for file in (path / "frame_crc32c").glob("c*"))
-    return rows, f"{name}: {on_disk / (frames * frame_nbytes):.4f} bytes on disk for one of payload ({frames} frames)"
+    here, there = (
+        sum(file.stat().st_size for part in (*CAMERAS, "frame_crc32c") for file in (path / part).rglob("c.*"))
+        / (frames * frame_nbytes)
+        for path in (raw.path, packed.path)
+    )
+    return rows, f"{name}: {here:.4f} bytes on disk for one of payload, {there:.4f} with zstd ({frames} frames)"
 
 
 def main() -> None:

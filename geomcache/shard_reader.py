@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.errors import CacheCorruptError
+from geomcache.result_memory import ResultMemory
 from geomcache.shards import (
     CRC_NBYTES,
     Column,
@@ -139,6 +140,7 @@ class ShardReader:
         self._pid = os.getpid()
         self._shards: dict[int, OpenShard] = {}  # the one opened first leaves first: random reads favour none
         self._guard = threading.Lock()
+        self._memory = ResultMemory()
 
     def close(self) -> None:
         """Close all files. The next read opens them again."""
@@ -161,7 +163,9 @@ class ShardReader:
             self._start()
         columns = self._layout.columns
         first_view, packed = columns[: self._outputs], self._decode is not None
-        targets = {column.output: _Target(column, len(rows), self._views, packed) for column in first_view}
+        targets = {
+            column.output: _Target(column, len(rows), self._views, packed, self._memory) for column in first_view
+        }
         for first in range(0, len(rows), self._capacity):  # so that the shards of a block can all be open
             self._read_block(rows, ranks, first, targets)
         return {name: target.array() for name, target in targets.items()}
@@ -292,13 +296,13 @@ class _Target:
     place costs more than the copy. Compressed ones are unpacked into their places.
     """
 
-    def __init__(self, column: Column, rows: int, views: int, packed: bool) -> None:
+    def __init__(self, column: Column, rows: int, views: int, packed: bool, memory: ResultMemory) -> None:
         self._column, self._views = column, views
         self._shape = (rows, views, *column.shape)
         self._small = column.nbytes <= _SMALL and not packed
         self._maps: list[Any] = [b""] * (rows * views)
         if not self._small:
-            self._array = np.empty(self._shape, "<f2")
+            self._array = memory.empty(self._shape)
             self._maps = list(self._array.view(np.uint8).reshape(rows * views, column.nbytes))
 
     def read(
