@@ -43,6 +43,7 @@ PAYLOAD = 256 << 20  # bytes of each store, so that a batch of 256 is a small pa
 LEAST_FRAMES, MOST_FRAMES = 320, 8192
 EPISODE = 128  # frames
 REPEATS = (3, 200)  # of each way and batch size, whatever the time
+ROUNDS = 3
 
 Maps = dict[str, NDArray[np.float16]]  # output -> [n, V, h, w(, 6)]
 Rows = NDArray[np.int64]
@@ -320,20 +321,26 @@ def seconds(way: Way, rows: Rows) -> float:
 
 
 def measure(ways: Sequence[Way], batches: Sequence[Rows], budget_s: float, cold: Path | None) -> list[float]:
-    """Median seconds of each way; `cold` is a folder whose files leave the page cache before each read."""
-    medians = []
-    for way in ways:  # one after the other: another way's memory traffic is not in a way's time
-        times: list[float] = []
-        if cold is None:
-            for rows in batches[:3]:
-                seconds(way, rows)
-        while len(times) < REPEATS[0] or (sum(times) < budget_s and len(times) < REPEATS[1]):
-            if cold is not None:
-                way.forget()
-                drop_pages(cold)
-            times.append(seconds(way, batches[len(times) % len(batches)]))
-        medians.append(statistics.median(times))
-    return medians
+    """Median seconds of each way; `cold` is a folder whose files leave the page cache before each read.
+
+    One way after the other, so that another way's memory traffic is not in a way's time, and that in rounds, so that a
+    slow minute of the machine is not one way's alone.
+    """
+    times: list[list[float]] = [[] for _ in ways]
+    for turn in range(ROUNDS):
+        for way, found in zip(ways, times, strict=True):
+            if cold is None:
+                for rows in batches[:3]:
+                    seconds(way, rows)
+            began, least = len(found), REPEATS[0] * (turn + 1) // ROUNDS
+            while len(found) < least or (
+                sum(found[began:]) < budget_s / ROUNDS and len(found) < REPEATS[1] * (turn + 1) // ROUNDS
+            ):
+                if cold is not None:
+                    way.forget()
+                    drop_pages(cold)
+                found.append(seconds(way, batches[len(found) % len(batches)]))
+    return [statistics.median(found) for found in times]
 
 
 def drop_pages(folder: Path) -> None:
@@ -395,10 +402,10 @@ def main() -> None:
         shutil.rmtree(parent, ignore_errors=True)
     table(
         "Random frames of two views, every checksum checked",
-        "Rays and confidences, float16. Median over random batches, each way alone after a warm-up; for cold rows the"
-        " files leave the page cache before each read (posix_fadvise). Columns after the first time: how many times as"
-        " long each takes. A bare `preadv` checks nothing and has its places worked out before: that column is the"
-        " share of its speed that is reached.",
+        "Rays and confidences, float16. Median over random batches, each way alone after a warm-up, in three rounds;"
+        " for cold rows the files leave the page cache before each read (posix_fadvise). Columns after the first time:"
+        " how many times as long each takes. A bare `preadv` checks nothing and has its places worked out before: that"
+        " column is the share of its speed that is reached.",
         ["grid", "batch", "pages", f"{WAYS[0].name}, ms", *(f"{way.name}, times" for way in WAYS[1:])],
         rows,
     )

@@ -171,11 +171,11 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
         batch_size = options.batch_size or (4 if encoder.device.type == "cpu" else 16)
     rows = dataset.rows(episodes)
     if options.dry_run:
-        for line in describe_plan(options.output_path, dataset, encoder, rows, batch_size):
+        for line in describe_plan(options.output_path, dataset, encoder, rows, batch_size, codec):
             say(line)
         return ExtractReport(path=options.output_path)
     if not options.output_path.exists():
-        require_space(options.output_path, encoder.spec, count_rows(rows))
+        require_space(options.output_path, encoder.spec, count_rows(rows), codec)
     with process.main_first():  # the others find what the main process made, also where it overwrote a cache
         writer = StoreWriter.create_or_open(
             options.output_path,
@@ -197,7 +197,7 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
                 say(f"{writer.path}: removed {writer.removed_leftovers} left-over files of an interrupted run")
             if 0 < done < total:
                 say(f"{writer.path}: {done} of {total} frames are there; going on with the rest")
-        require_space(writer.path, encoder.spec, total - done)
+        require_space(writer.path, encoder.spec, total - done, codec)
         return _Run(dataset, encoder, writer, batch_size, workers, server, process, say).until_sealed(total)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from geomcache.codecs import Codec
 from geomcache.decoding import Decoder
 from geomcache.encoder import DA3Encoder
 from geomcache.errors import GeomcacheError, OutOfSpaceError
@@ -19,7 +20,7 @@ TIMED_BATCHES = 3
 
 
 def describe_plan(
-    path: Path, dataset: FrameDataset, encoder: DA3Encoder, rows: list[tuple[int, int]], batch_size: int
+    path: Path, dataset: FrameDataset, encoder: DA3Encoder, rows: list[tuple[int, int]], batch_size: int, codec: Codec
 ) -> Iterator[str]:
     """Lines on what a run would do. A few batches are decoded and encoded, one after the other, for the time."""
     spec, frames = encoder.spec, count_rows(rows)
@@ -29,21 +30,22 @@ def describe_plan(
     yield f"model     {spec.model_id} ({spec.model_name}) on {encoder.device}, {spec.compute_dtype}"
     cells = "x".join(map(str, spec.grid_hw))
     yield f"grid      {cells} ({spec.grid} at {spec.process_res} px), {', '.join(spec.outputs)}, {spec.storage_dtype}"
-    yield f"output    {path}: {human_bytes(shards_nbytes(spec, frames))}; free {human_bytes(_free_bytes(path))}"
+    size = human_bytes(shards_nbytes(spec, frames)) + (f", less what {codec.name} saves" if codec.compresses else "")
+    yield f"output    {path}: {size}; free {human_bytes(_free_bytes(path))}"
     start, stop = rows[0]
-    size = min(batch_size, stop - start)
+    count = min(batch_size, stop - start)
     decoder = Decoder(dataset.reader, encoder.preprocessor)
     decode_s, encode_s = [], []
     for number in range(1 + TIMED_BATCHES):
-        first = start + number * size % (stop - start - size + 1)
-        work = decoder[first, first + size]
+        first = start + number * count % (stop - start - count + 1)
+        work = decoder[first, first + count]
         if isinstance(work, GeomcacheError):
             raise work
         began = time.perf_counter()
         encoder.forward(work.inputs).ray.cpu()  # the copy waits for the device
         if number:  # the first warms up
-            encode_s.append((time.perf_counter() - began) / size)
-            decode_s.append((work.decode_s + work.preprocess_s) / size)
+            encode_s.append((time.perf_counter() - began) / count)
+            decode_s.append((work.decode_s + work.preprocess_s) / count)
     encode, decode = float(np.median(encode_s)), float(np.median(decode_s))
     yield (
         f"time      about {human_time(frames * encode)} for this process, {1e3 * encode:.0f} ms a frame;"
@@ -51,12 +53,14 @@ def describe_plan(
     )
 
 
-def require_space(path: Path, spec: GeometrySpec, frames: int) -> None:
-    """See that there is room for so many frames more.
+def require_space(path: Path, spec: GeometrySpec, frames: int, codec: Codec) -> None:
+    """See that there is room for so many frames more. Nobody knows before how much compressed ones take.
 
     Raises:
         OutOfSpaceError: there is not.
     """
+    if codec.compresses:
+        return
     needed, free = shards_nbytes(spec, frames), _free_bytes(path)
     if needed > free:
         raise OutOfSpaceError(

@@ -17,6 +17,7 @@ import tensorstore
 import zarr
 from safetensors.torch import load_file, save_file
 
+from geomcache.codecs import Codec
 from geomcache.compatibility import extract_command
 from geomcache.errors import (
     CacheExistsError,
@@ -27,6 +28,7 @@ from geomcache.errors import (
     UserInputError,
 )
 from geomcache.extract import ExtractOptions, ExtractReport, extract
+from geomcache.plan import require_space
 from geomcache.run_config import read_run_config, run_config_path
 from geomcache.source import open_dataset
 from geomcache.store import GeometryStore
@@ -300,13 +302,16 @@ def test_a_frame_that_cannot_be_decoded_stops_the_run(
 
 
 def test_space_is_checked_before_anything_is_made(
-    options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: ExtractOptions, reference: ExtractReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _path: usage._replace(free=1000))
     with pytest.raises(OutOfSpaceError, match=r"expected .* of free space for 60 frames, found 1\.0 kB"):
         run(options, output=tmp_path / "deep" / "cache.zarr")
     assert not (tmp_path / "deep").exists()
+    with pytest.raises(OutOfSpaceError, match="expected .* of free space"):
+        require_space(tmp_path, GeometryStore.open(reference.path).spec, 60, Codec("raw"))
+    require_space(tmp_path, GeometryStore.open(reference.path).spec, 60, Codec("zstd"))  # may be what it is chosen for
 
 
 def test_a_dry_run_writes_nothing_and_tells_the_bytes(

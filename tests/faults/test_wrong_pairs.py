@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from geomcache.compatibility import COMPARED_DATASET_FIELDS, compare_cameras, compare_datasets, compare_fingerprints
-from geomcache.errors import CacheMismatchError, UserInputError
+from geomcache.encoder import DA3Encoder
+from geomcache.errors import CacheMismatchError, GeomcacheError, GeometryError, ModelError, UserInputError
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec
+from geomcache.policy.online import OnlineEncoder
 from tests.faults.common import Figure
 from tests.support.stores import CAMERAS, LENGTHS, make_dataset_spec, make_spec, make_store, open_writer
 
@@ -117,4 +120,54 @@ def test_training_on_another_dataset_is_refused(figure: Figure) -> None:
     with pytest.raises(CacheMismatchError, match="fingerprint"):
         compare_fingerprints("a" * 64, "b" * 64)
     tried = len(others) + len(pairs) + 1
+    figure(f"{tried} refused of {tried} tried")
+
+
+# What an installation may have that is not what the cache was made with, and what the error says of it.
+ENCODER_CHANGES: dict[str, tuple[Any, type[GeomcacheError], str]] = {
+    "weights_sha256": ("22" * 32, ModelError, "expected the weights that the cache was made with, sha256 2222"),
+    "da3_version": (
+        "0.0.9",
+        CacheMismatchError,
+        "spec.da3_version: expected '0.0.9', which .* found '",
+    ),
+    "model_name": (
+        "da3-base",
+        CacheMismatchError,
+        "expected 'da3-base', which .* found 'da3-small'",
+    ),
+    "grid_hw": ((3, 3), CacheMismatchError, r"spec.grid_hw: expected \(3, 3\), which the cache was made with, found "),
+    "model_id": ("/nowhere/da3", ModelError, "/nowhere/da3"),
+}
+
+
+def test_inference_with_another_encoder_or_other_pictures_is_refused(random_da3_folder: Path, figure: Figure) -> None:
+    cameras = tuple(Camera(key=key, height=28, width=42) for key in CAMERAS)
+    spec = DA3Encoder.from_pretrained(str(random_da3_folder), cameras=cameras, process_res=42, device="cpu").spec
+    cpu = torch.device("cpu")
+    pictures = {key: torch.randint(256, (1, 3, 28, 42), dtype=torch.uint8) for key in CAMERAS}
+    for name, (value, kind, message) in ENCODER_CHANGES.items():
+        online = OnlineEncoder(dataclasses.replace(spec, **{name: value}), None)
+        with pytest.raises(kind, match=message):
+            online(pictures, cpu, allow_resize=False)
+        assert online.encoder is None
+    front, wrist = CAMERAS
+    others: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({front: pictures[front]}, f"camera {wrist}: expected in the batch, found {front}"),
+        (
+            {front: pictures[front], "hand": pictures[wrist]},
+            f"camera {wrist}: expected in the batch",
+        ),
+        (pictures | {front: pictures[front].permute(0, 1, 3, 2)}, f"camera {front}: expected 28x42 pixels, .* 42x28"),
+        (pictures | {wrist: pictures[wrist][..., :41]}, f"camera {wrist}: expected 28x42 pixels, .* 28x41"),
+        (pictures | {wrist: pictures[wrist].permute(0, 2, 3, 1)}, r"expected shape \[B, 3, H, W\]"),
+        (pictures | {wrist: pictures[wrist] / 255 * 2 - 1}, "no multiples of 1/255"),  # to [-1, 1]
+        (pictures | {wrist: pictures[wrist].float()}, "no multiples of 1/255"),  # not divided
+    ]
+    online = OnlineEncoder(spec, None)
+    for batch, message in others:
+        with pytest.raises(GeometryError, match=message):
+            online(batch, cpu, allow_resize=False)
+    assert online(pictures, cpu, allow_resize=False).ray.shape[:2] == (1, 2)
+    tried = len(ENCODER_CHANGES) + len(others)
     figure(f"{tried} refused of {tried} tried")
