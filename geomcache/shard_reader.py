@@ -54,7 +54,7 @@ class OpenShard:
             self._open(path, size)
         table = self.files.pop()
         try:
-            content = os.pread(table, written.sizes[-1], 0)
+            content = _pread(table, written.sizes[-1], 0, self._paths[-1])
         finally:
             os.close(table)
         checksums = without_crc(content)
@@ -85,7 +85,7 @@ class OpenShard:
         packed, expected = layout.codec.compresses, {}
         for column, descriptor, path, size in zip(layout.columns, self.files, self._paths, written.sizes, strict=False):
             body = size - layout.index_nbytes
-            content = os.pread(descriptor, layout.index_nbytes, body)
+            content = _pread(descriptor, layout.index_nbytes, body, path)
             if packed:
                 self.offsets.append(layout.read_index(column, local, content, body))
                 good = len(self.offsets[-1]) > 0
@@ -107,6 +107,13 @@ class OpenShard:
 
 class _DamageError(Exception):
     """A file is not as expected: (path, expected, found). `ShardReader` says which frame was asked for."""
+
+
+def _pread(descriptor: int, nbytes: int, offset: int, path: str) -> bytes:
+    try:
+        return os.pread(descriptor, nbytes, offset)
+    except OSError as error:
+        raise _DamageError(path, "to read it", error.strerror) from error
 
 
 class ShardReader:
@@ -237,9 +244,9 @@ class ShardReader:
         content = b""
         while len(content) < nbytes:
             try:
-                more = os.pread(descriptor, nbytes - len(content), offset + len(content))
-            except OSError as error:
-                self._fail(_DamageError(path, "to read it", error.strerror), row)
+                more = _pread(descriptor, nbytes - len(content), offset + len(content), path)
+            except _DamageError as damage:
+                self._fail(damage, row)
             if not more:
                 self._fail(_DamageError(path, f"{nbytes} bytes at {offset}", f"{len(content)}"), row)
             content += more

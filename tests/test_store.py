@@ -396,6 +396,10 @@ def test_short_reads_are_finished_and_failing_ones_told(
             CacheCorruptError, match=r"c.*: episode 0 frame \d+: expected to read it, found Input/output"
         ):
             store.batch(rows)
+        with pytest.raises(
+            CacheCorruptError, match=r"c.0.0: episode 0 frame \d+: expected to read it, found Input/out"
+        ):
+            GeometryStore.open(store.path).batch(rows)  # at the first look into a shard
     assert_equal(store.batch(rows), rows, spec)
 
 
