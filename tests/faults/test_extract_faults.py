@@ -117,7 +117,6 @@ def test_another_error_of_the_network_is_not_taken_for_that(
         extract(replace(options, output=tmp_path / "cache.zarr"), say=lambda _: None)
 
 
-@pytest.mark.slow
 def test_a_decoding_worker_that_dies_is_one_line_and_the_next_run_goes_on(
     options: ExtractOptions, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +131,7 @@ def test_a_decoding_worker_that_dies_is_one_line_and_the_next_run_goes_on(
         started.wait()
         while not (children := multiprocessing.active_children()):
             time.sleep(0.001)
-        os.kill(children[0].pid or 0, signal.SIGKILL)
+        children[0].kill()
 
     monkeypatch.setattr(ForkServer, "ready", property(wait_until_ready))
     thread = threading.Thread(target=kill_worker, daemon=True)
@@ -159,7 +158,6 @@ def command(options: ExtractOptions, output: Path) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.slow
 def test_a_closed_pipe_ends_the_run_without_a_traceback_and_loses_nothing(
     options: ExtractOptions, reference: Path, tmp_path: Path
 ) -> None:
