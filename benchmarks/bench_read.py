@@ -71,24 +71,19 @@ class Way(ABC):
 
 class Geomcache(Way):
     name = "geomcache"
+    cache = "cache.zarr"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.store = GeometryStore.open(self.folder / "cache.zarr")
+        self.store = GeometryStore.open(self.folder / self.cache)
 
     def read(self, rows: Rows) -> Maps:
         return dict(self.store.batch(rows).items())
 
 
-class Compressed(Way):
+class Compressed(Geomcache):
     name = "geomcache, zstd"
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.store = GeometryStore.open(self.folder / "packed.zarr")
-
-    def read(self, rows: Rows) -> Maps:
-        return dict(self.store.batch(rows).items())
+    cache = "packed.zarr"
 
 
 class StockZarr(Way):
