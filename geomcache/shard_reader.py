@@ -30,6 +30,7 @@ from geomcache.shards import (
 )
 
 _SMALL = 8 << 10  # bytes of a map
+_ANY_BYTE = (bytearray(1),)  # where bytes go that nobody looks at
 _MAX_DESCRIPTORS = 4096  # kept open for shards, whatever the limit
 
 
@@ -334,9 +335,10 @@ class _Target:
         try:
             if not self._small:  # each map's checksum right after its read, while the processor's cache has it
                 maps = self._maps[places]
-                reads = map(os.preadv, descriptors, zip(maps, strict=True), offsets)
-                found = zip(reads, map(crc32c, maps), strict=True)
-                return list(found) == list(zip(itertools.repeat(nbytes), checksums, strict=False))
+                for descriptor, place, offset, checksum in zip(descriptors, maps, offsets, checksums, strict=True):
+                    if os.preadv(descriptor, (place,), offset) != nbytes or crc32c(place) != checksum:
+                        return False
+                return True
             if runs is None:
                 self._maps[places] = map(os.pread, descriptors, itertools.repeat(nbytes), offsets)
             else:
@@ -398,7 +400,7 @@ class _Target:
 def _would_wait(descriptor: int, offset: int) -> bool:
     """Whether this byte has to come from the disk. False where the file system cannot tell."""
     try:
-        os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+        os.preadv(descriptor, _ANY_BYTE, offset, os.RWF_NOWAIT)
     except BlockingIOError:
         return True
     except OSError:  # not supported, or a failure that the read itself will meet
