@@ -84,8 +84,8 @@ def speed(arguments: argparse.Namespace, model: str, root: Path, folder: Path) -
         "Extraction beside the encoder alone",
         f"{encoder.spec.model_name} at {arguments.process_res} px, {rows} frames of {len(dataset.cameras)} views,"
         f" batches of {size}, {last.workers} decoding process(es). In turn, {arguments.repeats} times; medians, the"
-        f" ratio's of the {arguments.repeats} ratios: the forward on batches that lie in memory; `extract` as the command"
-        " runs it, from its first claim to the seal"
+        f" ratio's of the {arguments.repeats} ratios: the forward on batches that lie in memory; `extract` as the"
+        " command runs it, from its first claim to the seal"
         " (decoding processes start within it; imports and loading the model are before).",
         ["", "views/s", "ratio"],
         [
