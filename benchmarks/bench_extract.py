@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks.common import real_dataset, table
-from geomcache.encoder import DA3Encoder
-from geomcache.extract import ExtractOptions, extract
-from geomcache.source import open_dataset
+from geomcache.da3.encoder import DA3Encoder
+from geomcache.extraction.run import ExtractOptions, extract
+from geomcache.frames.source import open_dataset
 from pipelines.make_random_da3 import save_random_da3
 
 # Runs one extraction and prints its peak memory in kilobytes.
 MEMORY = """
 import json, resource, sys
 from pathlib import Path
-from geomcache.extract import ExtractOptions, extract
+from geomcache.extraction.run import ExtractOptions, extract
 options = json.loads(sys.argv[1])
 options.update(root=Path(options["root"]), output=Path(options["output"]))
 report = extract(ExtractOptions(**options), say=lambda line: None)

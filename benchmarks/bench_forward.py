@@ -22,9 +22,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import table
-from geomcache.encoder import DA3Encoder
+from geomcache.da3.encoder import DA3Encoder
+from geomcache.da3.ray_head import ray_forward
 from geomcache.geometry import Camera
-from geomcache.ray_head import ray_forward
 from pipelines.make_random_da3 import save_random_da3
 
 CAMERAS = tuple(Camera(key=f"observation.images.{name}", height=256, width=256) for name in ("front", "wrist"))

@@ -20,9 +20,9 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 
 from benchmarks.common import table
-from geomcache.encoder import DA3Encoder
+from geomcache.da3.encoder import DA3Encoder
+from geomcache.evaluation.latency import ChunkTime, ChunkTimer
 from geomcache.geometry import Camera, Geometry
-from geomcache.latency import ChunkTime, ChunkTimer
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.statistics import Moments

@@ -32,10 +32,10 @@ import zarr
 from numpy.typing import NDArray
 
 from benchmarks.common import table
-from geomcache.codecs import RAW, Codec
+from geomcache.cache.codecs import RAW, Codec
+from geomcache.cache.store import GeometryStore
+from geomcache.cache.writer import StoreWriter
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec
-from geomcache.store import GeometryStore
-from geomcache.writer import StoreWriter
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 OUTPUTS = ("ray", "ray_conf")

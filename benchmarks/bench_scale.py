@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks.bench_read import made_up_dataset, made_up_spec
 from benchmarks.common import real_dataset, table
-from geomcache.source import open_dataset
-from geomcache.writer import StoreWriter
+from geomcache.cache.writer import StoreWriter
+from geomcache.frames.source import open_dataset
 from pipelines.make_random_da3 import save_random_da3
 
 EPISODE = 250  # frames
@@ -35,7 +35,7 @@ BATCH = 32
 OPEN = """
 import json, sys, time
 import numpy as np
-from geomcache.store import GeometryStore
+from geomcache.cache.store import GeometryStore
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 before, began = resident(), time.perf_counter()
@@ -57,7 +57,7 @@ import json, os, sys, time
 from pathlib import Path
 options = json.loads(sys.argv[1])
 os.sched_setaffinity(0, {options.pop("core")})
-from geomcache.extract import ExtractOptions, extract
+from geomcache.extraction.run import ExtractOptions, extract
 options.update(root=Path(options["root"]), output=Path(options["output"]))
 report = extract(ExtractOptions(**options), say=lambda line: None)
 print(json.dumps([report.frames, time.time() - report.seconds, time.time()]))

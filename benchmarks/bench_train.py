@@ -31,9 +31,9 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from benchmarks.common import ROOT, table
-from geomcache.dataset import GeometryDataset, Item
+from geomcache.cache.store import GeometryStore
 from geomcache.geometry import batch_key
-from geomcache.store import GeometryStore
+from geomcache.training.dataset import GeometryDataset, Item
 from pipelines.make_random_da3 import save_random_da3
 
 REPO_ID = "geomcache/bench"
@@ -173,7 +173,7 @@ def train_in_turn(setup: Setup, ways: Sequence[str], rounds: int) -> Turns:
     """One run of LeRobot's trainer, in which each way has a turn to warm up and `rounds` more."""
     from lerobot.scripts import lerobot_train
 
-    from geomcache import train
+    from geomcache.training import trainer as train
 
     store = GeometryStore.open(setup.cache)
     turns = Turns(setup, ways, rounds, store)

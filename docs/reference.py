@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from geomcache.models import MODELS
+from geomcache.da3.catalog import MODELS
 
 REPOSITORY = Path(__file__).parents[1]
 POLICY_CONFIG = REPOSITORY / "geomcache" / "policy" / "configuration_pi05_geometry.py"
@@ -27,7 +27,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def command_reference() -> str:
     """Every command of `geomcache` in its panel, and the options before a command."""
-    from geomcache.cli import app
+    from geomcache.cli.main import app
 
     group: Any = typer.main.get_command(app)
     panels: dict[str, list[str]] = {}

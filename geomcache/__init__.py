@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from geomcache.dataset import GeometryDataset
-    from geomcache.encoder import DA3Encoder
+    from geomcache.cache.store import GeometryStore
+    from geomcache.da3.encoder import DA3Encoder
     from geomcache.geometry import Geometry, GeometrySpec
-    from geomcache.store import GeometryStore
+    from geomcache.training.dataset import GeometryDataset
 
 __all__ = ["DA3Encoder", "Geometry", "GeometryDataset", "GeometrySpec", "GeometryStore", "open"]
 
 _MODULES = {
-    "DA3Encoder": "geomcache.encoder",
+    "DA3Encoder": "geomcache.da3.encoder",
     "Geometry": "geomcache.geometry",
-    "GeometryDataset": "geomcache.dataset",
+    "GeometryDataset": "geomcache.training.dataset",
     "GeometrySpec": "geomcache.geometry",
-    "GeometryStore": "geomcache.store",
+    "GeometryStore": "geomcache.cache.store",
 }
 
 
@@ -38,13 +38,13 @@ def open(path: "str | Path") -> "GeometryStore":  # noqa: A001 - as in zarr.open
         CacheCorruptError: a file is damaged or missing.
         RemoteError: the place refuses, or cannot be reached.
     """
-    from geomcache.remote import is_remote
+    from geomcache.sharing.base import is_remote
 
     if is_remote(str(path)):
-        from geomcache.remote_store import RemoteGeometryStore
+        from geomcache.sharing.remote_store import RemoteGeometryStore
 
         return RemoteGeometryStore.open(path)
-    from geomcache.store import GeometryStore
+    from geomcache.cache.store import GeometryStore
 
     return GeometryStore.open(path)
 

@@ -1,6 +1,6 @@
 """`python -m geomcache`, which `accelerate launch -m geomcache` runs."""
 
-from geomcache.cli import main
+from geomcache.cli.main import main
 
 if __name__ == "__main__":
     main()

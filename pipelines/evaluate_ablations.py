@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from geomcache.evaluate import Evaluation, SuccessRate, evaluate
+from geomcache.evaluation.run import Evaluation, SuccessRate, evaluate
 from geomcache.geometry import Geometry
 
 

@@ -12,10 +12,10 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from geomcache.cache.layout import shards_nbytes
 from geomcache.errors import UserInputError
 from geomcache.geometry import DEFAULT_OUTPUTS, Camera, GeometrySpec
 from geomcache.progress import human_bytes
-from geomcache.shards import shards_nbytes
 
 RATES = (50.0, 100.0, 200.0)  # views a second of one GPU: round numbers to read the table by, measured by nobody
 GRIDS = ((14, 14), (36, 36))

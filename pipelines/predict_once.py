@@ -11,9 +11,9 @@ from lerobot.datasets import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 
 import geomcache.policy  # noqa: F401 - registers the policy and its processor steps
+from geomcache.cache.store import GeometryStore
 from geomcache.geometry import Geometry
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
-from geomcache.store import GeometryStore
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from geomcache.lerobot_options import given
-from geomcache.train import train
+from geomcache.training.trainer import train
 
 
 def main() -> None:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.compatibility import extract_command
+from geomcache.cache.compatibility import extract_command
+from geomcache.cache.info import format_episodes
+from geomcache.cache.store import GeometryStore
 from geomcache.errors import MissingFrameError, UserInputError
-from geomcache.frames import FrameReader
-from geomcache.info import format_episodes
+from geomcache.frames.reader import FrameReader
 from geomcache.look.drawing import CLIP
 from geomcache.look.pinhole import mean_origin
 from geomcache.look.value_counts import ValueCounts
-from geomcache.store import GeometryStore
 
 BLOCK_NBYTES = 32 << 20  # of maps, at hand at a time
 BLOCK_PICTURES = 16  # frames decoded together

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.cache.info import describe_rows
 from geomcache.geometry import OUTPUTS
-from geomcache.info import describe_rows
 from geomcache.look.charts import histogram, legend, over_time
 from geomcache.look.drawing import LEGEND, fit_width, scalar_colours, vector_colours
 from geomcache.look.episode import SCALARS, short_key

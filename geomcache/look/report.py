@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.cache.info import describe
+from geomcache.cache.layout import RowSet
+from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheIncompleteError, DatasetNotFoundError, UserInputError
-from geomcache.frames import FrameReader
+from geomcache.frames.of_cache import open_pictures
+from geomcache.frames.reader import FrameReader
 from geomcache.geometry import OUTPUTS
-from geomcache.info import describe
 from geomcache.look.drawing import CLIP
 from geomcache.look.episode import SCALARS, block_frames
 from geomcache.look.output import check_output, replacing
 from geomcache.look.value_counts import ValueCounts
-from geomcache.pictures import open_pictures
 from geomcache.progress import human_bytes
-from geomcache.shards import RowSet
-from geomcache.store import GeometryStore
 
 SAMPLES, OUTLIERS = 6, 12
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from geomcache.cache.store import GeometryStore
 from geomcache.errors import DatasetNotFoundError, UserInputError
-from geomcache.frames import FrameReader
+from geomcache.frames.of_cache import open_pictures
+from geomcache.frames.reader import FrameReader
 from geomcache.look.episode import Episode, require_cached, require_frame, survey
 from geomcache.look.output import check_output, replacing
 from geomcache.look.sheet import draw_frame
-from geomcache.pictures import open_pictures
 from geomcache.progress import human_bytes
-from geomcache.store import GeometryStore
 
 SUFFIXES = (".png", ".mp4", ".rrd")
 

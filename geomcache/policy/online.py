@@ -14,7 +14,7 @@ from geomcache.errors import GeometryError
 from geomcache.geometry import Camera, Geometry, GeometrySpec
 
 if TYPE_CHECKING:
-    from geomcache.encoder import DA3Encoder
+    from geomcache.da3.encoder import DA3Encoder
 
 # k / 255 in float32, times 255, is k to 2e-5. What is farther off never was an 8-bit picture, or was changed since.
 _WHOLE = 1e-3
@@ -56,7 +56,7 @@ class OnlineEncoder:
         """
         images = [self._pictures(batch, camera, allow_resize=allow_resize) for camera in self.spec.cameras]
         if self.encoder is None:
-            from geomcache.encoder import DA3Encoder
+            from geomcache.da3.encoder import DA3Encoder
 
             # With the cameras' own sizes, which differ from the cache's only where that was allowed.
             cameras = tuple(

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geomcache.store import GeometryStore
-from geomcache.verify import verify
+from geomcache.cache.store import GeometryStore
+from geomcache.cache.verify import verify
 from tests.support.stores import expected, fill, open_writer
 
 SHORT = (20, 12)  # frames of the episodes: two shards of 16

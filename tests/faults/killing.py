@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from geomcache import durable
-from geomcache.writer import StoreWriter
+from geomcache.cache import durable
+from geomcache.cache.writer import StoreWriter
 from tests.faults.common import LONG, SHORT, assert_finished, finish, held_rows
 from tests.support.stores import Faults, claim_rows, make_maps, make_store, open_writer
 

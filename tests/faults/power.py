@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from geomcache import durable
+from geomcache.cache import durable
 
 Choice = Callable[[], float]
 """How much of the next operation that was not synchronised survives: 0 nothing, 1 all, in between a part."""

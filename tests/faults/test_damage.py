@@ -10,9 +10,9 @@ import google_crc32c
 import numpy as np
 import pytest
 
+from geomcache.cache.store import GeometryStore
+from geomcache.cache.verify import verify
 from geomcache.errors import CacheCorruptError, CacheError
-from geomcache.store import GeometryStore
-from geomcache.verify import verify
 from tests.faults.common import SHORT, Figure, few_or_many, flip_bit, held_rows
 from tests.support.stores import CAMERAS, make_spec, make_store
 

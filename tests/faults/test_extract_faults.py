@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from geomcache.decoding import ForkServer
-from geomcache.encoder import DA3Encoder, PendingGeometry
+from geomcache.cache.store import GeometryStore
+from geomcache.cache.verify import verify
+from geomcache.da3.encoder import DA3Encoder, PendingGeometry
 from geomcache.errors import EncoderMemoryError, WorkerDiedError
-from geomcache.extract import ExtractOptions, extract
-from geomcache.store import GeometryStore
-from geomcache.verify import verify
+from geomcache.extraction.decoding import ForkServer
+from geomcache.extraction.run import ExtractOptions, extract
 from tests.faults.common import Figure
 from tests.support.da3 import assert_one_step
 from tests.support.datasets import make_dataset
@@ -195,8 +195,8 @@ def test_a_real_extraction_killed_again_and_again_finishes(
 # SIGKILL in front of the n-th frame that this run encodes.
 KILLED_AT_FRAME = """
 import os, signal, sys
-from geomcache import cli
-from geomcache.encoder import DA3Encoder
+from geomcache.cli import main as cli
+from geomcache.da3.encoder import DA3Encoder
 at, sys.argv = int(sys.argv[1]), ["geomcache", *sys.argv[2:]]
 launch, encoded = DA3Encoder.launch, 0
 def counted(self, inputs):
@@ -218,7 +218,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_next_run_finishes(
     script.write_text(
         "import os, signal, sys\n"
         "from geomcache import cli\n"
-        "from geomcache.encoder import DA3Encoder\n"
+        "from geomcache.da3.encoder import DA3Encoder\n"
         "launch = DA3Encoder.launch\n"
         "def dies(self, inputs):\n"
         "    if os.environ['RANK'] == '1':\n"

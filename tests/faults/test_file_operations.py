@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from geomcache import durable
+from geomcache.cache import durable
 from geomcache.errors import OutOfSpaceError
 from tests.faults.common import SHORT, Figure, few_or_many, finish, held_rows
 from tests.support.stores import Faults, fill, make_store, open_writer

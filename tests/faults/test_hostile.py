@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from geomcache.creation import is_cache
+from geomcache.cache.create import is_cache
+from geomcache.cache.header import Header
+from geomcache.cache.journal import begin_line
+from geomcache.cache.store import GeometryStore
+from geomcache.cache.verify import verify
 from geomcache.errors import GeomcacheError
 from geomcache.geometry import DatasetSpec, GeometrySpec, fingerprint
-from geomcache.header import Header
-from geomcache.journal import begin_line
-from geomcache.store import GeometryStore
-from geomcache.verify import verify
 from tests.faults.common import SHORT, Figure, few_or_many, held_rows
 from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store, open_writer
 

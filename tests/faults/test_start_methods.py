@@ -16,7 +16,7 @@ import random
 import sys
 import time
 
-from geomcache.store import GeometryStore
+from geomcache.cache.store import GeometryStore
 from tests.support.stores import expected
 
 def load(store, seed, results):
@@ -35,7 +35,7 @@ def main():
         store.batch([0, 20, 40, 60, 89])
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["geomcache.store", "tests.support.stores"])
+        context.set_forkserver_preload(["geomcache.cache.store", "tests.support.stores"])
     wrong = hangs = 0
     for first in range(0, loaders, 4):
         results = context.Queue()

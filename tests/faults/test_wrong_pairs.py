@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from geomcache.compatibility import COMPARED_DATASET_FIELDS, compare_cameras, compare_datasets, compare_fingerprints
-from geomcache.encoder import DA3Encoder
+from geomcache.cache.compatibility import (
+    COMPARED_DATASET_FIELDS,
+    compare_cameras,
+    compare_datasets,
+    compare_fingerprints,
+)
+from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import CacheMismatchError, GeomcacheError, GeometryError, ModelError, UserInputError
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec
 from geomcache.policy.online import OnlineEncoder

@@ -7,8 +7,8 @@ import numpy as np
 from lerobot.datasets import LeRobotDatasetMetadata
 from numpy.typing import NDArray
 
+from geomcache.frames.source import describe_dataset
 from geomcache.geometry import Camera
-from geomcache.source import describe_dataset
 from tests.support.datasets import make_dataset
 from tests.support.stores import claim_rows, make_spec, open_writer
 

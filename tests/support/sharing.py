@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geomcache import remote
-from geomcache.store import GeometryStore
-from geomcache.writer import StoreWriter
+from geomcache.cache.store import GeometryStore
+from geomcache.cache.writer import StoreWriter
+from geomcache.sharing import base as remote
 from tests.support.stores import claim_rows, expected, fill, make_maps, make_spec, open_writer
 
 SPEC = make_spec(cameras=("observation.images.front",), outputs=("ray",))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from geomcache import libero
+from geomcache.evaluation import libero
 
 ASSETS = Path(__file__).parents[3] / "shared" / "libero" / "assets"
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from geomcache import durable
-from geomcache.codecs import Codec
+from geomcache.cache import durable
+from geomcache.cache.codecs import Codec
+from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.geometry import OUTPUTS, Camera, DatasetSpec, GeometrySpec
-from geomcache.writer import Claim, StoreWriter
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 LENGTHS = (20, 30, 25, 15)  # 90 rows: five shards of 16 and one of 10

@@ -11,10 +11,10 @@ import numpy as np
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from numpy.typing import NDArray
 
-from geomcache import train as training
+from geomcache.cache.writer import StoreWriter
+from geomcache.frames.source import describe_dataset, episode_lengths
 from geomcache.geometry import OUTPUTS, Camera, GeometrySpec
-from geomcache.source import describe_dataset, episode_lengths
-from geomcache.writer import StoreWriter
+from geomcache.training import trainer as training
 
 # 2.4 million parameters, pictures of 2x2 patches
 SMALL_POLICY = (

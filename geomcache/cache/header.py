@@ -1,0 +1,140 @@
+"""What a cache is of: the attributes of its root group, and which files every cache has beside its shards."""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from geomcache.cache.codecs import RAW, Codec
+from geomcache.cache.journal import SCHEMA_VERSION, Statistics, describe_statistics
+from geomcache.cache.layout import CHECKSUMS, MAX_SHARD_FRAMES, MIN_SHARD_FRAMES, Layout, choose_shard_frames
+from geomcache.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UserInputError
+from geomcache.geometry import DatasetSpec, GeometrySpec, fingerprint
+
+GROUP = "zarr.json"
+LOCK = "lock"
+COORDINATES = ("episode_index", "frame_index")
+COORDINATE_CHUNK = 1 << 20  # rows
+EPISODE_TABLE = ("episodes/start", "episodes/length")
+_MAX_FRAMES = 1 << 40  # ten million hours at 30 Hz; sums of so many stay far from int64's end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What ``zarr.json`` says of a cache."""
+
+    spec: GeometrySpec
+    dataset: DatasetSpec
+    shard_frames: int
+    codec: Codec = RAW
+
+    @classmethod
+    def new(cls, spec: GeometrySpec, dataset: DatasetSpec, codec: Codec = RAW) -> Self:
+        """Of a cache to be made."""
+        shard_frames = choose_shard_frames(spec, dataset.frames)
+        return cls(spec=spec, dataset=dataset, shard_frames=shard_frames, codec=codec)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Where the frames lie."""
+        return Layout.of(self.spec, self.dataset.frames, self.shard_frames, self.codec)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identity of the content."""
+        return fingerprint(self.spec, self.dataset)
+
+    def attributes(self, statistics: Statistics | None = None) -> dict[str, Any]:
+        """As the root group's attributes; with statistics when the cache is sealed."""
+        content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self.fingerprint,
+            "shard_frames": self.shard_frames,
+            "codec": self.codec.name,
+            "spec": self.spec.to_dict(),
+            "dataset": self.dataset.to_dict(),
+        }
+        if statistics:
+            content["statistics"] = describe_statistics(statistics)
+        return {"geomcache": content}
+
+    def encode(self, statistics: Statistics | None = None) -> bytes:
+        """The file's content."""
+        group = {"zarr_format": 3, "node_type": "group", "attributes": self.attributes(statistics)}
+        return json.dumps(group, indent=2).encode()
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Of the cache in a folder.
+
+        Raises:
+            CacheNotFoundError: nothing is there.
+            CacheFormatError: it is no cache, malformed, or a newer version's.
+            CacheCorruptError: the fingerprint is not that of the settings.
+        """
+        path = folder / GROUP
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            if not folder.exists():
+                raise CacheNotFoundError(
+                    f"{folder}: expected a cache, found nothing: make one with `geomcache extract --output {folder}`"
+                ) from None
+            raise CacheFormatError(
+                f"{folder}: expected a cache, found no {GROUP} in it: name the cache's folder"
+            ) from None
+        try:
+            data = json.loads(content)["attributes"]["geomcache"]
+            version = data["schema_version"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise CacheFormatError(
+                f"{path}: expected a Zarr group with the attribute 'geomcache', found another file: name a cache that"
+                " `geomcache extract` made"
+            ) from None
+        if version != SCHEMA_VERSION:
+            raise CacheFormatError(
+                f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r:.80}: another version of geomcache"
+                " wrote it; install that one"
+            )
+        return cls._parse(data, path)
+
+    @classmethod
+    def _parse(cls, data: dict[str, Any], path: Path) -> Self:
+        frames = data.get("shard_frames")
+        try:
+            codec = Codec.of(data.get("codec"))
+        except UserInputError as error:
+            raise CacheFormatError(f"{path}: {error}: install a newer geomcache") from None
+        if type(frames) is not int or not MIN_SHARD_FRAMES <= frames <= MAX_SHARD_FRAMES or frames & (frames - 1):
+            raise CacheFormatError(
+                f"{path}: shard_frames: expected a power of two from {MIN_SHARD_FRAMES} to {MAX_SHARD_FRAMES}, found"
+                f" {frames!r:.80}: restore the file from a copy"
+            )
+        try:
+            spec, dataset = GeometrySpec.from_dict(data.get("spec", {})), DatasetSpec.from_dict(data.get("dataset", {}))
+            header = cls(spec=spec, dataset=dataset, shard_frames=frames, codec=codec)
+            header.layout  # noqa: B018 - checks the cameras' keys
+            if max(dataset.frames, dataset.episodes) > _MAX_FRAMES:
+                raise UserInputError(f"dataset: expected at most {_MAX_FRAMES} frames, got {dataset.frames}")
+        except (CacheFormatError, UserInputError) as error:
+            raise CacheFormatError(f"{path}: {error}: restore the file from a copy") from None
+        if data.get("fingerprint") != header.fingerprint:
+            raise CacheCorruptError(
+                f"{path}: fingerprint: expected {header.fingerprint}, that of its spec and dataset, found"
+                f" {data.get('fingerprint')!r:.80}: the file was changed; restore it from a copy"
+            )
+        return header
+
+    def chunks(self) -> Iterator[str]:
+        """Paths of the chunks that are written when the cache is made."""
+        for name in COORDINATES:
+            yield from (f"{name}/c.{chunk}" for chunk in range(-(-self.dataset.frames // COORDINATE_CHUNK)))
+        yield from (f"{name}/c.0" for name in EPISODE_TABLE)
+
+    def metadata(self) -> tuple[str, ...]:
+        """Paths of the metadata below the root group's."""
+        groups = (*self.spec.camera_keys, EPISODE_TABLE[0].partition("/")[0])
+        arrays = (*(column.key for column in self.layout.columns), CHECKSUMS, *COORDINATES, *EPISODE_TABLE)
+        return tuple(f"{node}/{GROUP}" for node in (*groups, *arrays))

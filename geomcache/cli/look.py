@@ -1,0 +1,106 @@
+"""``geomcache view`` and ``geomcache report``: looking into a cache. Imports stay inside, as in `cli`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geomcache.cli.help import CACHES, epilog
+
+VIEW = epilog("""
+    [bold]A frame[/bold]
+      geomcache view libero.zarr --episode 12 --frame 80 --output frame.png
+
+    [bold]A video of an episode[/bold]
+      geomcache view libero.zarr --episode 12 --output episode.mp4
+
+    [bold]In 3D[/bold], with the extra `view` installed
+      geomcache view libero.zarr --episode 12 --output episode.rrd
+      rerun episode.rrd
+""")
+
+REPORT = epilog("""
+    [bold]Example[/bold]
+      geomcache report libero.zarr --output report.html
+
+    [bold]A local dataset[/bold]
+      geomcache report libero.zarr --output report.html --root datasets/libero
+""")
+
+CacheArgument = Annotated[Path, typer.Argument(help="A cache.")]
+DatasetOption = Annotated[str | None, typer.Option(help="The dataset's name.", show_default="as in the cache")]
+RootOption = Annotated[Path | None, typer.Option(help="The dataset's folder, where it is local.", metavar="DIR")]
+RevisionOption = Annotated[str | None, typer.Option(help="The dataset's branch, tag or commit.", metavar="REV")]
+
+
+def view(
+    path: CacheArgument,
+    episode: Annotated[int, typer.Option(help="Which episode.")],
+    frame: Annotated[int | None, typer.Option(help="Which frame of it, for a picture.", show_default="0")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="FILE.png: one frame. FILE.mp4: the episode. FILE.rrd: the episode for rerun, in 3D.",
+            metavar="FILE",
+            show_default="a .png in this folder",
+        ),
+    ] = None,
+    dataset: DatasetOption = None,
+    root: RootOption = None,
+    revision: RevisionOption = None,
+    rgb: Annotated[bool, typer.Option("--rgb/--no-rgb", help="Show the dataset's pictures beside it.")] = True,
+) -> None:
+    """Show what DA3 saw, beside what the camera saw: rays, confidence, depth and the cameras' paths."""
+    from geomcache.look.view import ViewOptions
+    from geomcache.look.view import view as run
+
+    options = ViewOptions(
+        path=path,
+        episode=episode,
+        frame=frame,
+        output=output,
+        dataset=dataset,
+        root=root,
+        revision=revision,
+        rgb=rgb,
+    )
+    for line in run(options):
+        typer.echo(line)
+
+
+def report(
+    path: CacheArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.html.", metavar="FILE")],
+    dataset: DatasetOption = None,
+    root: RootOption = None,
+    revision: RevisionOption = None,
+    rgb: Annotated[
+        bool, typer.Option("--rgb/--no-rgb", help="Show the dataset's pictures, where it is at hand.")
+    ] = True,
+    max_frames: Annotated[
+        int, typer.Option(help="Of a cache with more, so many are looked at, evenly spaced.")
+    ] = 20_000,
+) -> None:
+    """Write one page about a cache: facts, histograms, confidence over time, sample frames, outliers, disk use."""
+    from geomcache.look.report import ReportOptions
+    from geomcache.look.report import report as run
+
+    options = ReportOptions(
+        path=path,
+        output=output,
+        dataset=dataset,
+        root=root,
+        revision=revision,
+        rgb=rgb,
+        max_frames=max_frames,
+    )
+    for line in run(options):
+        typer.echo(line)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(epilog=VIEW, rich_help_panel=CACHES)(view)
+    app.command(epilog=REPORT, rich_help_panel=CACHES)(report)

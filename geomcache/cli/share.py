@@ -1,0 +1,95 @@
+"""``geomcache push``, ``pull`` and ``models``: caches from and to elsewhere. Imports stay inside, as in `cli`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from geomcache.cli.help import CACHES, MODELS, epilog
+
+PUSH = epilog("""
+    What is there already is not sent again: after a broken connection give the same command once more. The manifest
+    goes last, so that half a cache is never taken for a whole one. On the Hub a card says model, licence, dataset and
+    how to train. S3 needs the extra `s3`: pip install 'geomcache\\[s3]'.
+
+    [bold]Example[/bold]
+      geomcache push libero.zarr hf://datasets/me/libero-da3-large --private
+
+    [bold]A bucket[/bold]
+      geomcache push libero.zarr s3://my-bucket/libero.zarr --verify
+""")
+
+PULL = epilog("""
+    PATH appears when everything is there and every file as its sha256 says. After a broken connection give the same
+    command once more: it goes on with what it has. More episodes later go into the same PATH.
+
+    [bold]Example[/bold]
+      geomcache pull hf://datasets/me/libero-da3-large libero.zarr
+
+    [bold]A part[/bold], and training on it
+      geomcache pull s3://my-bucket/libero.zarr libero.zarr --episodes 0:3
+      geomcache train --cache libero.zarr --dataset.episodes=\\[0,1,2] ...
+""")
+
+TABLE = epilog("""
+    [bold]Example[/bold]
+      geomcache models
+
+    [bold]In scripts[/bold]
+      geomcache models --json | jq '.\\[] | select(.ray_head) | .name'
+""")
+
+PLACES = "hf://datasets/owner/name, s3://bucket/name.zarr, or another that fsspec opens."
+
+
+def push(
+    path: Annotated[Path, typer.Argument(help="A sealed cache.", metavar="PATH")],
+    destination: Annotated[str, typer.Argument(help=PLACES, metavar="DEST")],
+    revision: Annotated[
+        str | None, typer.Option(help="A branch of the Hub's repository.", metavar="REV", show_default="main")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the Hub's repository a private one.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything back before the manifest is sent.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another cache that is there.")] = False,
+) -> None:
+    """Send a cache to the Hugging Face Hub or an object store. The same command again continues."""
+    from geomcache.sharing.push import push as run
+
+    report = run(
+        path, destination, revision=revision, overwrite=overwrite, verify=verify, private=private, say=typer.echo
+    )
+    for line in report.lines():
+        typer.echo(line)
+
+
+def pull(
+    source: Annotated[str, typer.Argument(help=PLACES, metavar="SRC")],
+    path: Annotated[Path, typer.Argument(help="Where the cache is to be.", metavar="PATH")],
+    episodes: Annotated[str | None, typer.Option(help="Such as 0:100 or 0,3,5:8.", show_default="all")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="The Hub's branch, tag or commit.", metavar="REV", show_default="main")
+    ] = None,
+) -> None:
+    """Bring a cache, or some episodes of it, and compare every file with its hash. The same command again continues."""
+    from geomcache.sharing.pull import pull as run
+
+    for line in run(source, path, revision=revision, episodes=episodes, say=typer.echo).lines():
+        typer.echo(line)
+
+
+def models(as_json: Annotated[bool, typer.Option("--json", help="A JSON list, for scripts.")] = False) -> None:
+    """List the published DA3 models: size, licence, rays, bytes a frame, and which are on this machine."""
+    import json
+
+    from geomcache.cli.models import describe_models, table_lines
+
+    facts = describe_models()
+    for line in [json.dumps(facts, indent=2)] if as_json else table_lines(facts):
+        typer.echo(line)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(epilog=PUSH, rich_help_panel=CACHES)(push)
+    app.command(epilog=PULL, rich_help_panel=CACHES)(pull)
+    app.command(epilog=TABLE, rich_help_panel=MODELS)(models)

@@ -1,0 +1,282 @@
+"""Closed-loop evaluation: LeRobot's own, with the policy registered, LIBERO set up, and what it did in numbers.
+
+    options ──► LeRobot's parser ──► comparison of checkpoint and simulator ──► lerobot_eval.eval_main(config)
+                                                                                  └─ its policy factory, replaced:
+                                                                                     LeRobot's, watched by ChunkTimer
+
+Rollouts, videos and eval_info.json are LeRobot's. Geometry is encoded by the policy itself, once a chunk of actions.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from geomcache.errors import CacheMismatchError, ModelNotFoundError, UserInputError
+from geomcache.evaluation.latency import ChunkTimer, unwrapped
+from geomcache.geometry import GeometrySpec
+from geomcache.lerobot_options import given, parse_options
+
+Z_95 = 1.959963984540054  # the standard normal distribution's 97.5 % point
+LIBERO = "libero"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuccessRate:
+    """Of a task, of a suite, or of all."""
+
+    name: str
+    successes: int
+    episodes: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Bounds of the 95 % confidence interval: Wilson, "Probable Inference, the Law of Succession" (1927)."""
+        n, p = self.episodes, self.successes / self.episodes
+        center = p + Z_95**2 / (2 * n)
+        half = Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
+        scale = 1 + Z_95**2 / n
+        return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+
+    def line(self, width: int) -> str:
+        """For the user, the name padded to `width`."""
+        low, high = self.interval
+        share = self.successes / self.episodes
+        return f"{self.name:<{width}}  {self.successes:>4}/{self.episodes:<4} {share:>6.1%}  [{low:.1%}, {high:.1%}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation gave."""
+
+    tasks: tuple[SuccessRate, ...]
+    suites: tuple[SuccessRate, ...]
+    output_dir: Path
+    """Has eval_info.json and, unless they were switched off, videos."""
+    timer: ChunkTimer
+
+    def lines(self) -> list[str]:
+        """For the user."""
+        rates = (*self.tasks, *self.suites)
+        width = max(len(rate.name) for rate in rates)
+        return [
+            f"{'success':<{width}}  {'episodes':>9} {'rate':>6}  95 % interval (Wilson)",
+            *(rate.line(width) for rate in rates),
+            *self.timer.lines(),
+            f"written: {self.output_dir / 'eval_info.json'}",
+        ]
+
+
+def evaluate(policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = False, say: Say = print) -> Evaluation:
+    """Evaluate a checkpoint in closed loop.
+
+    Args:
+        policy: a folder or Hub id of a `pi05_geometry` or plain `pi05` checkpoint.
+        lerobot_args: options of `lerobot-eval`, as on its command line.
+        allow_resize: accept pictures of another size than the policy's cache was made of.
+        say: takes each line for the user.
+
+    Raises:
+        UserInputError: LeRobot refuses an option, or the environment has no such suite, task or camera.
+        CacheMismatchError: the environment's pictures have another size than the cache's.
+        ModelError: the checkpoint, or the DA3 that it was trained with, cannot be had or does not fit.
+        SimulatorError: LIBERO, its assets or a rendering library is missing.
+        GeometryError: geometry cannot be made of the environment's pictures.
+    """
+    from geomcache.policy.checkpoint import read_config
+
+    saved = read_config(policy)
+    config = parse_evaluation(policy, lerobot_args, saved)
+    _say_policy(policy, config.policy, saved, say)
+    if config.policy.use_geom_prefix:
+        spec = config.policy.geometry_spec
+        check_environment(spec, config, allow_resize=allow_resize, say=say)
+        find_da3(policy, spec, config.policy.geom_model_id)
+    if config.env.type == LIBERO:
+        from geomcache.evaluation import libero
+
+        libero.prepare(config.env.task, config.env.task_ids, say=say)
+
+    from lerobot.scripts import lerobot_eval
+
+    with watched_policy(allow_resize=allow_resize) as timers:
+        lerobot_eval.eval_main(config)
+    tasks, suites = read_rates(config.output_dir / "eval_info.json", config.env.type)
+    return Evaluation(tasks=tasks, suites=suites, output_dir=config.output_dir, timer=timers[0])
+
+
+def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, Any]) -> Any:
+    """LeRobot's `EvalPipelineConfig` of these options.
+
+    A plain `pi05` checkpoint gets the configuration of `pi05_geometry` with geometry switched off: the same network,
+    and weights that are missing or do not fit are an error instead of random numbers.
+
+    Args:
+        policy: the checkpoint.
+        lerobot_args: options of `lerobot-eval`.
+        saved: the checkpoint's ``config.json``.
+
+    Raises:
+        UserInputError: LeRobot refuses an option.
+        GeomcacheError: the policy's configuration does.
+    """
+    from lerobot.configs.eval import EvalPipelineConfig
+
+    from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+
+    config = parse_options("lerobot-eval", EvalPipelineConfig, with_defaults(policy, lerobot_args, saved))
+    if not isinstance(config.policy, PI05GeometryConfig):
+        plain = {field.name: getattr(config.policy, field.name) for field in dataclasses.fields(config.policy)}
+        config.policy = PI05GeometryConfig(**plain, use_geom_prefix=False)
+    return config
+
+
+def with_defaults(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, Any]) -> list[str]:
+    """Options with the checkpoint's path, and our defaults where they leave them open.
+
+    Raises:
+        UserInputError: the checkpoint is named twice.
+    """
+    from lerobot.configs.parser import parse_arg
+
+    if given("policy.path", lerobot_args):
+        raise UserInputError(
+            f"policy.path: expected the checkpoint in --policy alone, got {policy} there too: leave it out"
+        )
+    args = [f"--policy.path={policy}", *lerobot_args]
+    if given("config_path", args):  # a configuration file names its environment
+        return args
+    if not given("env.type", args):
+        args.append(f"--env.type={LIBERO}")
+    sizes = {(camera["height"], camera["width"]) for camera in (saved.get("geom_spec") or {}).get("cameras", ())}
+    if parse_arg("env.type", args) == LIBERO and len(sizes) == 1:  # LIBERO has one size for all cameras
+        ((height, width),) = sizes
+        for name, pixels in (("observation_height", height), ("observation_width", width)):
+            if not given(f"env.{name}", args):
+                args.append(f"--env.{name}={pixels}")
+    return args
+
+
+def check_environment(spec: GeometrySpec, config: Any, *, allow_resize: bool, say: Say) -> None:
+    """See that a simulator has the cameras that the policy's cache was made of, in their size.
+
+    Args:
+        spec: the checkpoint's.
+        config: LeRobot's `EvalPipelineConfig`.
+        allow_resize: another size is said, not refused.
+        say: takes what it changes.
+
+    Raises:
+        UserInputError: a camera is missing.
+        CacheMismatchError: pictures have another size.
+    """
+    from lerobot.envs.utils import env_to_policy_features
+
+    from geomcache.cache.compatibility import compare_environment
+
+    sizes = {
+        config.rename_map.get(key, key): feature.shape[1:]
+        for key, feature in env_to_policy_features(config.env).items()
+        if len(feature.shape) == 3
+    }
+    missing = [key for key in spec.camera_keys if key not in sizes]
+    if missing:
+        raise UserInputError(
+            f"camera {missing[0]}: expected in the environment {config.env.type}, it has {', '.join(sizes) or 'none'}:"
+            f" the policy was trained with {', '.join(spec.camera_keys)}; give their names here with --rename_map"
+        )
+    try:
+        compare_environment(spec, sizes)
+    except CacheMismatchError as error:
+        if not allow_resize:
+            message = f"{error}, or accept another size with --allow-resize"
+            raise CacheMismatchError(message, error.field, error.cached, error.wanted) from None
+        say(
+            f"allow-resize: {error.field.removeprefix('spec.cameras.')} has {error.wanted} pictures, the cache was made"
+            f" of {error.cached}: DA3 scales both to {spec.process_res} px, but from other detail: its geometry is not"
+            " quite what the policy was trained with, and the success rate not that of the original size"
+        )
+
+
+def find_da3(policy: str, spec: GeometrySpec, model: str | None) -> None:
+    """Find, or download, the DA3 of a checkpoint before the simulator starts.
+
+    Raises:
+        ModelNotFoundError: it cannot be had.
+    """
+    from geomcache.da3.catalog import find_model
+
+    try:
+        find_model(model or spec.model_id, None if model else spec.model_revision)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"policy {policy} cannot act without the DA3 that its cache was made with: {error}; name it with"
+            " --policy.geom_model_id=DIR"
+        ) from error
+
+
+@contextlib.contextmanager
+def watched_policy(*, allow_resize: bool) -> Iterator[list[ChunkTimer]]:
+    """While this lasts, LeRobot's evaluation makes policies that are timed; the list gets their timers.
+
+    `eval_main` makes the policy and keeps it to itself: its factory is the one seam into it.
+    """
+    from lerobot.scripts import lerobot_eval
+
+    timers: list[ChunkTimer] = []
+    make_policy = lerobot_eval.make_policy
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        policy = make_policy(*args, **kwargs)
+        unwrapped(policy).allow_resize = allow_resize
+        timers.append(ChunkTimer(policy))
+        return policy
+
+    lerobot_eval.make_policy = make
+    try:
+        yield timers
+    finally:
+        lerobot_eval.make_policy = make_policy
+
+
+def read_rates(file: Path, env_type: str) -> tuple[tuple[SuccessRate, ...], tuple[SuccessRate, ...]]:
+    """Success rates of tasks and of suites out of LeRobot's ``eval_info.json``, and of all suites where several."""
+    tasks: list[SuccessRate] = []
+    suites: dict[str, list[bool]] = {}
+    for entry in json.loads(file.read_text())["per_task"]:
+        suite, number, outcomes = entry["task_group"], entry["task_id"], entry["metrics"]["successes"]
+        tasks.append(
+            SuccessRate(
+                name=f"{suite} {number}{_described(env_type, suite, number)}",
+                successes=sum(outcomes),
+                episodes=len(outcomes),
+            )
+        )
+        suites.setdefault(suite, []).extend(outcomes)
+    if len(suites) > 1:
+        suites["all"] = [outcome for outcomes in suites.values() for outcome in outcomes]
+    rates = [SuccessRate(name=name, successes=sum(out), episodes=len(out)) for name, out in suites.items()]
+    return tuple(tasks), tuple(rates)
+
+
+def _described(env_type: str, suite: str, number: int) -> str:
+    if env_type != LIBERO:
+        return ""
+    from geomcache.evaluation.libero import task_description
+
+    return f" {task_description(suite, number)}"
+
+
+def _say_policy(policy: str, config: Any, saved: Mapping[str, Any], say: Say) -> None:
+    if config.use_geom_prefix:
+        spec = config.geometry_spec
+        say(f"policy {policy}: geometry of {spec.model_id}, encoded once a chunk of {config.n_action_steps} actions")
+    elif saved["type"] == "pi05":
+        say(f"policy {policy}: plain Pi0.5, evaluated as it is: it knows no geometry")
+    else:
+        say(f"policy {policy}: evaluated without geometry, use_geom_prefix is false")

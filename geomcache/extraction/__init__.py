@@ -1,0 +1,1 @@
+"""Stage one: DA3 over every frame of a dataset, into a cache."""

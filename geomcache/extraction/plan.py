@@ -1,0 +1,76 @@
+"""What an extraction will take: rows, bytes, and, measured on a few batches, time."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from geomcache.cache.codecs import Codec
+from geomcache.cache.layout import count_rows, shards_nbytes
+from geomcache.da3.encoder import DA3Encoder
+from geomcache.errors import GeomcacheError, OutOfSpaceError
+from geomcache.extraction.decoding import Decoder
+from geomcache.frames.source import FrameDataset
+from geomcache.geometry import GeometrySpec
+from geomcache.progress import human_bytes, human_time
+
+TIMED_BATCHES = 3
+
+
+def describe_plan(
+    path: Path, dataset: FrameDataset, encoder: DA3Encoder, rows: list[tuple[int, int]], batch_size: int, codec: Codec
+) -> Iterator[str]:
+    """Lines on what a run would do. A few batches are decoded and encoded, one after the other, for the time."""
+    spec, frames = encoder.spec, count_rows(rows)
+    yield f"dataset   {dataset.spec.repo_id}: {dataset.spec.episodes} episodes, {dataset.spec.frames} frames"
+    yield f"frames    {frames}"
+    yield f"views     {frames * len(spec.cameras)} ({', '.join(spec.camera_keys)})"
+    yield f"model     {spec.model_id} ({spec.model_name}) on {encoder.device}, {spec.compute_dtype}"
+    cells = "x".join(map(str, spec.grid_hw))
+    yield f"grid      {cells} ({spec.grid} at {spec.process_res} px), {', '.join(spec.outputs)}, {spec.storage_dtype}"
+    size = human_bytes(shards_nbytes(spec, frames)) + (f", less what {codec.name} saves" if codec.compresses else "")
+    yield f"output    {path}: {size}; free {human_bytes(_free_bytes(path))}"
+    start, stop = rows[0]
+    count = min(batch_size, stop - start)
+    decoder = Decoder(dataset.reader, encoder.preprocessor)
+    decode_s, encode_s = [], []
+    for number in range(1 + TIMED_BATCHES):
+        first = start + number * count % (stop - start - count + 1)
+        work = decoder[first, first + count]
+        if isinstance(work, GeomcacheError):
+            raise work
+        began = time.perf_counter()
+        encoder.forward(work.inputs).ray.cpu()  # the copy waits for the device
+        if number:  # the first warms up
+            encode_s.append((time.perf_counter() - began) / count)
+            decode_s.append((work.decode_s + work.preprocess_s) / count)
+    encode, decode = float(np.median(encode_s)), float(np.median(decode_s))
+    yield (
+        f"time      about {human_time(frames * encode)} for this process, {1e3 * encode:.0f} ms a frame;"
+        f" decoding takes {1e3 * decode:.0f} ms a frame in each worker beside it"
+    )
+
+
+def require_space(path: Path, spec: GeometrySpec, frames: int, codec: Codec) -> None:
+    """See that there is room for so many frames more. Nobody knows before how much compressed ones take.
+
+    Raises:
+        OutOfSpaceError: there is not.
+    """
+    if codec.compresses:
+        return
+    needed, free = shards_nbytes(spec, frames), _free_bytes(path)
+    if needed > free:
+        raise OutOfSpaceError(
+            f"{path}: expected {human_bytes(needed)} of free space for {frames} frames, found {human_bytes(free)}:"
+            " free some, choose another --output, or a coarser --grid"
+        )
+
+
+def _free_bytes(path: Path) -> int:
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,1 @@
+"""Caches on the Hub and in object stores."""

@@ -1,0 +1,103 @@
+"""The README.md that the Hub shows of a pushed cache: its model and dataset, the weights' licence, how to use it."""
+
+import json
+import shlex
+from pathlib import Path
+
+from geomcache.cache.compatibility import format_ranges
+from geomcache.cache.layout import rows_of
+from geomcache.cache.store import GeometryStore
+from geomcache.da3.catalog import MODELS, published
+from geomcache.geometry import GeometrySpec
+from geomcache.progress import human_bytes
+
+_HUB_LICENSES = {"Apache-2.0": "apache-2.0", "CC BY-NC 4.0": "cc-by-nc-4.0"}  # the Hub's names of them
+_LOCAL = "not known: a local folder"
+
+_TEXT = """\
+---
+{front}
+---
+
+# {title}
+
+What [Depth Anything 3](https://github.com/ByteDance-Seed/Depth-Anything-3) says of every frame of a LeRobot dataset,
+computed once, as a Zarr v3 cache that geomcache trains Pi0.5 from.
+
+| | |
+| --- | --- |
+{rows}
+
+## Train from it
+
+```bash
+{train} \\
+  --policy.pretrained_path=lerobot/pi05_libero_base --policy.dtype=bfloat16 --policy.gradient_checkpointing=true \\
+  --steps=2000 --batch_size=8 --output_dir=outputs/pi05_geometry
+```
+
+The cache is copied to the machine first, and every file compared with its sha256. To have a copy in a place of one's
+own, or with `--episodes 0:10` a part of it:
+
+```bash
+{pull}
+```
+"""
+
+
+def write_card(path: Path, address: str) -> str:
+    """The card of the cache at `path`, which is to be had at `address`.
+
+    Raises:
+        CacheError: the cache cannot be opened.
+    """
+    with GeometryStore.open(path) as store:
+        spec, dataset, episodes = store.spec, store.dataset, store.episodes()
+    license_name, license_text = _license(spec)
+    title = f"{spec.model_id} geometry of {dataset.repo_id}"
+    front = {
+        "pretty_name": title,
+        "tags": ["geomcache", "LeRobot", "robotics", "depth-anything-3", "zarr"],
+        "viewer": False,
+    }
+    if license_name is not None:
+        front["license"] = _HUB_LICENSES[license_name]
+    train = ["geomcache", "train", "--cache", address, f"--dataset.repo_id={dataset.repo_id}"]
+    if dataset.revision is not None:
+        train.append(f"--dataset.revision={dataset.revision}")
+    rows = {
+        "model": f"{spec.model_id} ({spec.model_name}, {spec.compute_dtype}), revision {spec.model_revision or _LOCAL}",
+        "weights": f"sha256 `{spec.weights_sha256}`",
+        "licence of the weights": license_text,
+        "dataset": f"{dataset.repo_id}, revision {dataset.revision or _LOCAL}; its own licence applies beside",
+        "frames": f"{store.frames_present} of {dataset.frames}, at {dataset.fps} fps",
+        "episodes": f"{format_ranges(rows_of(episodes)) if episodes else 'none whole'} of {dataset.episodes}",
+        "cameras": ", ".join(f"{camera.key} ({camera.height}x{camera.width})" for camera in spec.cameras),
+        "maps": f"{', '.join(spec.outputs)}, {spec.grid_hw[0]}x{spec.grid_hw[1]} cells a view, {spec.storage_dtype},"
+        f" {spec.views} views",
+        "size": human_bytes(store.nbytes),
+        "fingerprint": f"`{store.fingerprint}`",
+    }
+    return _TEXT.format(
+        front="\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items()),  # JSON is YAML, and quotes
+        title=title,
+        rows="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
+        train=shlex.join(train),
+        pull=shlex.join(["geomcache", "pull", address, "cache.zarr"]),
+    )
+
+
+def _license(spec: GeometrySpec) -> tuple[str | None, str]:
+    """Name of the weights' licence, where it is known, and what to say of it."""
+    model = published(spec.model_id)
+    if model is not None and spec.model_revision is not None:
+        return model.license, f"{model.license}, as upstream's README says"
+    of_preset = sorted({each.license for each in MODELS.values() if each.preset == spec.model_name})
+    return None, (
+        f"not known: the weights were not had from upstream's own repository; upstream's {spec.model_name} is under"
+        f" {' or '.join(of_preset) or 'no licence that is known here'}"
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,1 @@
+"""Stage two: LeRobot's trainer on items that carry cached geometry."""

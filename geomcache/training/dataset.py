@@ -1,0 +1,95 @@
+"""A LeRobot dataset whose items carry the cached geometry of their own frame.
+
+    LeRobot item {observation.images.*, action, index, ...}  +  cache row `index`
+        ->  {..., observation.geometry.ray [V, h, w, 6], observation.geometry.ray_conf [V, h, w]}   float16, torch
+
+Geometry is that of the current frame alone, also where actions are a chunk over time (`delta_timestamps`). The new keys
+are not features of the dataset's metadata: LeRobot would make policy inputs of them, look for their normalisation
+statistics, and take them for states. Its processors pass unknown `observation.*` keys on as they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from geomcache.cache.store import GeometryStore
+from geomcache.errors import CacheMismatchError
+
+Item = dict[str, Any]
+
+
+class _WithGeometry:
+    """What both forms share. Everything that is not geometry is the wrapped dataset's own."""
+
+    def __init__(self, dataset: Any, store: GeometryStore) -> None:
+        """Wrap `dataset`. It holds the store's path: worker processes open files of their own.
+
+        Raises:
+            CacheMismatchError: the dataset has another number of frames than the cache's.
+        """
+        if dataset.meta.total_frames != store.dataset.frames:
+            raise CacheMismatchError(
+                f"cache {store.path}: expected a dataset of {store.dataset.frames} frames, got {dataset.repo_id} with"
+                f" {dataset.meta.total_frames}: use the dataset that the cache was made of",
+                "dataset.frames",
+                store.dataset.frames,
+                dataset.meta.total_frames,
+            )
+        self._dataset = dataset
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        # LeRobot's trainer reads meta, episodes, num_frames, hf_dataset and more. Private names stop here: unpickling
+        # asks for some before `_dataset` is there.
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._dataset, name)
+
+    def _add_geometry(self, items: Sequence[Item]) -> list[Item]:
+        """Items with the geometry of their rows, in one read."""
+        indices = np.array([int(item["index"]) for item in items], dtype=np.int64)
+        geometry = {key: torch.from_numpy(array) for key, array in self._store.batch(indices).to_batch().items()}
+        return [item | {key: maps[i] for key, maps in geometry.items()} for i, item in enumerate(items)]
+
+
+class GeometryDataset(_WithGeometry, Dataset[Item]):
+    """A `LeRobotDataset` with geometry: one read of the cache a batch, where the loader asks by `__getitems__`.
+
+    Raises:
+        MissingFrameError: on access to an item whose frame is not in the cache.
+    """
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, position: int) -> Item:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Item]:
+        """Items at these positions, which in a dataset of some episodes are not the frames' indices."""
+        return self._add_geometry([self._dataset[position] for position in positions])
+
+
+class StreamingGeometryDataset(_WithGeometry, IterableDataset[Item]):
+    """A `StreamingLeRobotDataset` with geometry: one read of the cache an item, in whatever order they come.
+
+    Raises:
+        MissingFrameError: when an item comes whose frame is not in the cache.
+    """
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self._dataset:
+            yield self._add_geometry([item])[0]
+
+
+def with_geometry(dataset: Any, store: GeometryStore) -> GeometryDataset | StreamingGeometryDataset:
+    """Wrap a `LeRobotDataset` or a `StreamingLeRobotDataset`.
+
+    Raises:
+        CacheMismatchError: the dataset has another number of frames than the cache's.
+    """
+    kind = StreamingGeometryDataset if isinstance(dataset, IterableDataset) else GeometryDataset
+    return kind(dataset, store)

@@ -1,0 +1,355 @@
+"""A cache comes whole or not at all, matches the run or is refused, and replaces nothing but a cache."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from geomcache.cache import durable
+from geomcache.cache.store import GeometryStore
+from geomcache.cache.writer import StoreWriter
+from geomcache.errors import (
+    CacheCorruptError,
+    CacheExistsError,
+    CacheFormatError,
+    CacheLockedError,
+    CacheMismatchError,
+    UserInputError,
+)
+from tests.support.stores import (
+    CAMERAS,
+    LENGTHS,
+    Faults,
+    Killed,
+    as_lengths,
+    fill,
+    make_dataset_spec,
+    make_spec,
+    make_store,
+    open_writer,
+    output_of,
+    run_python,
+)
+
+
+def test_a_new_cache_holds_nothing_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "cache.zarr"
+    with open_writer(path) as writer:
+        assert (writer.resumed, writer.path, writer.shard_frames) == (False, path, 16)
+    store = GeometryStore.open(path)
+    assert (store.sealed, store.rows, store.nbytes) == (False, (), 0)
+    assert {file.name for file in path.iterdir()} == {
+        "zarr.json",
+        "journal.jsonl",
+        "lock",
+        "episodes",
+        "episode_index",
+        "frame_index",
+        "frame_crc32c",
+        *CAMERAS,
+    }
+    assert [file.name for file in path.parent.iterdir()] == ["cache.zarr"]
+
+
+def test_a_kill_at_any_file_operation_leaves_no_cache_or_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults, path, at, outcomes = Faults(monkeypatch), tmp_path / "cache", 0, set()
+    while True:
+        faults.start(at)
+        try:
+            open_writer(path).close()
+        except Killed:
+            pass
+        else:
+            break
+        faults.start()
+        outcomes.add(path.exists())
+        if path.exists():
+            assert GeometryStore.open(path).rows == ()
+            shutil.rmtree(path)
+        at += 1 if at > faults.count - 8 else 3  # every metadata file is synchronised alike
+    assert outcomes == {False, True}
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]  # what the killed ones left was removed
+    assert at > 30
+
+
+def test_a_creation_at_work_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cache"
+    script = """
+import sys
+from pathlib import Path
+from geomcache.cache import create as creation
+from tests.support.stores import open_writer
+fill = creation._fill
+def slow(*arguments):
+    print("at work", flush=True)
+    sys.stdin.readline()
+    fill(*arguments)
+creation._fill = slow
+print(open_writer(Path(sys.argv[1])).resumed)
+"""
+    other = run_python(script, path)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "at work\n"
+    make_store(path, [(0, 5)])
+    assert len(list(tmp_path.iterdir())) == 2
+    assert output_of(other) == "True\n"  # it lost, and opened ours
+    assert GeometryStore.open(path).rows == ((0, 5),)
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("content", ["file", "folder", "empty", "zarr"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_cache_is_left_alone(tmp_path: Path, content: str, overwrite: bool) -> None:
+    path = tmp_path / "cache"
+    if content == "file":
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        if content != "empty":
+            (path / "mine").write_text("mine")
+        if content == "zarr":
+            (path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    before = {file: file.read_bytes() if file.is_file() else None for file in tmp_path.rglob("*")}
+    with pytest.raises(CacheExistsError, match="cache: expected a cache .*, found something else"):
+        open_writer(path, overwrite=overwrite)
+    assert before == {file: file.read_bytes() if file.is_file() else None for file in tmp_path.rglob("*")}
+
+
+SPEC, DATASET = make_spec(), make_dataset_spec()
+
+
+@pytest.mark.parametrize(
+    ("field", "spec", "dataset"),
+    [
+        ("spec.weights_sha256", {"weights_sha256": "ff" * 32}, {}),
+        ("spec.model_name", {"model_name": "da3-large"}, {}),
+        ("spec.model_revision", {"model_revision": "abc"}, {}),
+        ("spec.da3_version", {"da3_version": "0.2.0"}, {}),
+        ("spec.views", {"views": "independent"}, {}),
+        ("spec.cameras", {"cameras": CAMERAS[::-1]}, {}),
+        ("spec.process_res", {"process_res": 112}, {}),
+        ("spec.grid", {"grid": "patch"}, {}),
+        ("spec.grid_hw", {"grid_hw": (4, 3)}, {}),
+        ("spec.outputs", {"outputs": ("ray",)}, {}),
+        ("spec.compute_dtype", {"compute_dtype": "bf16"}, {}),
+        ("dataset.revision", {}, {"revision": "abc"}),
+        ("dataset.fps", {}, {"fps": 20}),
+        ("dataset.images_sha256", {}, {"images_sha256": "22" * 32}),
+        ("dataset.decoder", {}, {"decoder": "pyav"}),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    tmp_path: Path, field: str, spec: dict[str, object], dataset: dict[str, object]
+) -> None:
+    path = make_store(tmp_path / "cache", [(0, 5)])
+    wanted_spec, wanted_dataset = make_spec(**{"grid": "3x4"} | spec), make_dataset_spec(**dataset)
+    with pytest.raises(CacheMismatchError) as caught:
+        open_writer(path, spec=wanted_spec, dataset=wanted_dataset)
+    part, name = field.split(".")
+    cached, wanted = (SPEC, wanted_spec) if part == "spec" else (DATASET, wanted_dataset)
+    assert (caught.value.field, caught.value.cached, caught.value.wanted) == (
+        field,
+        cached.to_dict()[name],
+        wanted.to_dict()[name],
+    )
+    assert f"cache: {field}: the cache was made with {cached.to_dict()[name]}, this run has" in str(caught.value)
+    assert GeometryStore.open(path).sealed
+
+
+def test_other_episode_lengths_are_refused(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "cache", [(0, 5)])
+    with pytest.raises(CacheMismatchError, match=r"dataset.episodes_sha256: the cache was made with"):
+        open_writer(path, lengths=(30, 20, 25, 15))
+    with pytest.raises(CacheMismatchError, match=r"dataset.frames: the cache was made with 90, this run has 95"):
+        open_writer(path, lengths=(20, 30, 25, 20))
+
+
+def test_labels_may_differ(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "cache", [(0, 5)])
+    with open_writer(path, spec=make_spec(model_id="copy"), dataset=make_dataset_spec(repo_id="copy")) as writer:
+        assert writer.resumed
+        assert (writer.spec.model_id, writer.dataset.repo_id) == ("made-up", "tests/made-up")  # the cache keeps its own
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((20, 30, 25), "expected 4 of at least 1 frame and 90 together, got 3 and 75"),
+        ((20, 30, 40, 0), "expected 4 of at least 1 frame"),
+        ((30, 20, 25, 15), "expected sha256"),
+    ],
+)
+def test_lengths_that_are_not_the_datasets_are_refused(tmp_path: Path, lengths: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UserInputError, match=message):
+        StoreWriter.create_or_open(tmp_path / "cache", SPEC, DATASET, as_lengths(lengths), [(0, 5)])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_overwrite_replaces_a_cache_of_any_settings(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "cache")
+    with open_writer(path, [(0, 5)], spec=make_spec(process_res=112), overwrite=True) as writer:
+        assert not writer.resumed
+        fill(writer)
+        assert writer.seal()
+    store = GeometryStore.open(path)
+    assert (store.spec.process_res, store.rows) == (112, ((0, 5),))
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+
+
+def test_overwrite_replaces_a_damaged_cache_and_what_a_link_leads_to(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "real" / "cache")
+    header = json.loads((path / "zarr.json").read_bytes())
+    header["attributes"]["geomcache"]["schema_version"] = 99
+    (path / "zarr.json").write_text(json.dumps(header))
+    (path / "journal.jsonl").unlink()
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(CacheFormatError, match="expected schema version 1, found 99"):
+        open_writer(tmp_path / "link")
+    open_writer(tmp_path / "link", overwrite=True).close()
+    assert (tmp_path / "link").is_symlink()
+    assert GeometryStore.open(path).rows == ()
+
+
+def test_overwrite_of_nothing_creates(tmp_path: Path) -> None:
+    open_writer(tmp_path / "cache", overwrite=True).close()
+    assert GeometryStore.open(tmp_path / "cache").rows == ()
+
+
+def test_a_cache_in_use_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    script = """
+import sys
+from pathlib import Path
+from tests.support.stores import open_writer
+writer = open_writer(Path(sys.argv[1]))
+writer.claim()
+print("claimed", flush=True)
+sys.stdin.readline()
+"""
+    other = run_python(script, path)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "claimed\n"
+    with pytest.raises(CacheLockedError, match="expected a cache that nobody writes, found one in use"):
+        open_writer(path, overwrite=True)
+    output_of(other)
+    with open_writer(path), pytest.raises(CacheLockedError, match="found one in use"):
+        open_writer(path, overwrite=True)  # nor one that this process writes
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_failed_swap_puts_the_old_cache_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_store(tmp_path / "cache")
+
+    def rename(source: Path, target: Path) -> None:
+        if target == path and GeometryStore.open(source).rows == ():
+            raise OSError(errno.EIO, "played")
+        source.rename(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "rename", rename)
+        with pytest.raises(OSError, match=r"played.*cache"):
+            open_writer(path, overwrite=True)
+    assert GeometryStore.open(path).rows == ((0, 90),)
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+
+
+def test_an_old_cache_that_cannot_be_removed_is_removed_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_store(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "remove_tree", lambda path: (path / "frame_index").rmdir())
+        with pytest.raises(OSError, match="not empty"):
+            open_writer(path, overwrite=True)
+    assert GeometryStore.open(path).rows == ()
+    assert len(list(tmp_path.iterdir())) == 2
+    open_writer(path, overwrite=True).close()
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize(
+    "key", ["../up", "a/b", "/etc", "..", ".hidden", "", "a\\b", "a\0b", "zarr.json", "episodes", "é", "x" * 300]
+)
+def test_camera_keys_cannot_lead_elsewhere(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserInputError, match="camera key: expected"):
+        open_writer(tmp_path / "cache", spec=make_spec(cameras=(key,)))
+    path = make_store(tmp_path / "cache", [(0, 5)])
+    header = json.loads((path / "zarr.json").read_bytes())
+    header["attributes"]["geomcache"]["spec"]["cameras"][0]["key"] = key
+    (path / "zarr.json").write_text(json.dumps(header))
+    with pytest.raises(CacheFormatError, match="camera key: expected"):
+        GeometryStore.open(path)
+
+
+def _set(*keys: str, to: object) -> object:
+    def change(data: dict[str, object]) -> None:
+        for key in keys[:-1]:
+            data = data[key]  # type: ignore[assignment]
+        data[keys[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("schema_version", to=2), "expected schema version 1, found 2: another version of geomcache wrote it"),
+        (_set("schema_version", to="1"), "expected schema version 1, found '1'"),
+        (_set("codec", to="lz4"), "codec: expected raw or zstd, got 'lz4': install a newer geomcache"),
+        (_set("codec", to=None), "codec: expected raw or zstd, got None"),
+        (_set("shard_frames", to=24), "shard_frames: expected a power of two from 16 to 4096, found 24"),
+        (_set("shard_frames", to=2**40), "shard_frames: expected a power of two from 16 to 4096, found 1099511627776"),
+        (_set("shard_frames", to=16.0), "shard_frames: expected a power of two"),
+        (_set("shard_frames", to=True), "shard_frames: expected a power of two"),
+        (_set("spec", to=[]), "spec: expected an object"),
+        (_set("spec", "grid_hw", to=[3, 4, 5]), "grid: expected 1 to 9999 cells a side"),
+        (_set("spec", "grid_hw", to=[10**9, 4]), "grid: expected 1 to 9999 cells a side"),
+        (_set("spec", "process_res", to=None), "spec.process_res: expected"),
+        (_set("spec", "extra", to=1), "differs in 'extra'"),
+        (_set("dataset", "frames", to=2**50), "dataset: expected at most 1099511627776 frames"),
+        (_set("dataset", "frames", to=-1), "expected frames >= 1"),
+        (_set("spec", "process_res", to=112), "fingerprint: expected .*, that of its spec and dataset, found"),
+        (_set("fingerprint", to=None), "fingerprint: expected .* found None"),
+    ],
+)
+def test_changed_attributes_are_told(tmp_path: Path, change: object, message: str) -> None:
+    path = make_store(tmp_path / "cache", [(0, 5)])
+    header = json.loads((path / "zarr.json").read_bytes())
+    change(header["attributes"]["geomcache"])  # type: ignore[operator]
+    (path / "zarr.json").write_text(json.dumps(header))
+    with pytest.raises((CacheFormatError, CacheCorruptError), match=r"zarr.json: .*" + message):
+        GeometryStore.open(path)
+    with pytest.raises((CacheFormatError, CacheCorruptError), match=r"zarr.json: .*" + message):
+        open_writer(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"7", b"[" * 100_000, b'{"attributes": {"geomcache": 7}}', b"\xff"]
+)
+def test_other_files_are_no_cache(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "cache"
+    path.mkdir()
+    (path / "zarr.json").write_bytes(content)
+    with pytest.raises(CacheFormatError, match=r"zarr.json: expected a Zarr group with the attribute 'geomcache'"):
+        GeometryStore.open(path)
+
+
+def test_every_changed_byte_of_a_sealed_header_is_told(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "cache", [(0, 5)])
+    content = bytearray((path / "zarr.json").read_bytes())
+    for at in range(0, len(content), 7):
+        content[at] ^= 1
+        (path / "zarr.json").write_bytes(content)
+        with pytest.raises((CacheFormatError, CacheCorruptError)):
+            GeometryStore.open(path)
+        content[at] ^= 1
+
+
+def test_the_episode_table_is_as_the_run_gave_it(tmp_path: Path) -> None:
+    store = GeometryStore.open(make_store(tmp_path / "cache", [(0, 5)]))
+    assert store.episode_length.tolist() == list(LENGTHS)
+    assert store.episode_start.tolist() == [0, 20, 50, 75]

@@ -1,0 +1,145 @@
+"""Ranges of rows, and the bytes of shard files, against sets and hand-worked numbers."""
+
+import itertools
+import random
+import struct
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geomcache.cache.layout import (
+    Layout,
+    RowSet,
+    choose_shard_frames,
+    clip_ranges,
+    common_ranges,
+    count_rows,
+    crc32c,
+    merge_ranges,
+    rows_of,
+    with_crc,
+    without_crc,
+)
+from geomcache.errors import UserInputError
+from tests.support.stores import CAMERAS, make_maps, make_spec
+
+ABSENT = 0xFFFFFFFFFFFFFFFF
+
+ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda item: (item[0], item[0] + item[1])))
+
+
+def as_set(parts: object) -> set[int]:
+    return {row for start, stop in parts for row in range(start, stop)}  # type: ignore[attr-defined]
+
+
+def test_crc32c_is_castagnolis() -> None:
+    assert crc32c(b"123456789") == 0xE3069283  # the check value of the CRC catalogue
+    assert with_crc(b"123456789") == b"123456789" + bytes.fromhex("839206e3")
+    assert without_crc(with_crc(b"abc")) == b"abc"
+    assert without_crc(b"abc" + bytes(4)) is None
+    assert without_crc(b"ab") is None
+
+
+@settings(deadline=None)
+@given(ranges, ranges, st.integers(0, 70), st.integers(0, 70))
+def test_ranges_behave_like_sets(one: list[tuple[int, int]], other: list[tuple[int, int]], a: int, b: int) -> None:
+    merged = merge_ranges(one)
+    assert as_set(merged) == as_set(one)
+    assert all(start < stop for start, stop in merged)
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(merged))
+    assert count_rows(merged) == len(as_set(one))
+    assert as_set(clip_ranges(merged, min(a, b), max(a, b))) == as_set(one) & set(range(min(a, b), max(a, b)))
+    assert common_ranges(merged, merge_ranges(other)) == merge_ranges(
+        (row, row + 1) for row in as_set(one) & as_set(other)
+    )
+    if merged:
+        assert rows_of(merged).tolist() == sorted(as_set(one))
+
+
+@settings(deadline=None)
+@given(ranges)
+def test_row_set_behaves_like_a_sorted_list(parts: list[tuple[int, int]]) -> None:
+    held = RowSet(merge_ranges(parts))
+    there = sorted(as_set(parts))
+    rows = np.arange(-3, 80)
+    assert held.count == len(there)
+    assert held.ranks(rows).clip(min=-1).tolist() == [there.index(row) if row in there else -1 for row in rows.tolist()]
+    assert held.rows_at(np.arange(held.count)).tolist() == there
+    assert held.covers(rows, rows + 1).tolist() == [row in there for row in rows.tolist()]
+    assert held.covers(rows, rows + 3).tolist() == [{row, row + 1, row + 2} <= set(there) for row in rows.tolist()]
+    assert [held.count_before(row) for row in range(80)] == [sum(r < row for r in there) for row in range(80)]
+
+
+@pytest.mark.parametrize(
+    ("grid_hw", "frames", "shard_frames"),
+    [
+        ((14, 14), 273_465, 4096),  # 32 MiB would hold 14,242 frames; 64 shards of the dataset 4,272
+        ((36, 36), 273_465, 2048),  # 32 MiB: 2,157
+        ((36, 36), 30_000_000, 2048),
+        ((14, 14), 30_000_000, 4096),
+        ((288, 288), 273_465, 32),  # 32 MiB: 33
+        ((14, 14), 2_765, 32),  # 64 shards: 43
+        ((14, 14), 5, 16),
+        ((2000, 2000), 273_465, 16),  # 32 MiB: none
+    ],
+)
+def test_shard_frames(grid_hw: tuple[int, int], frames: int, shard_frames: int) -> None:
+    assert choose_shard_frames(make_spec(grid_hw=grid_hw), frames) == shard_frames
+
+
+def test_layout_names_the_files_of_a_shard() -> None:
+    layout = Layout.of(make_spec(), frames=90, shard_frames=16)
+    assert layout.shards == 6
+    assert layout.shard_rows(5) == (80, 90)
+    assert list(layout.shards_of(((0, 17), (18, 20), (64, 65)))) == [0, 1, 4]
+    assert layout.files(3) == (
+        f"{CAMERAS[0]}/ray/c.3.0.0.0",
+        f"{CAMERAS[0]}/ray_conf/c.3.0.0",
+        f"{CAMERAS[1]}/ray/c.3.0.0.0",
+        f"{CAMERAS[1]}/ray_conf/c.3.0.0",
+        "frame_crc32c/c.3.0",
+    )
+    ray, conf, index, table = 10 * (3 * 4 * 6 * 2 + 4), 10 * (3 * 4 * 2 + 4), 16 * 16 + 4, 16 * 4 * 4 + 4
+    sizes = ray + index, conf + index, ray + index, conf + index, table
+    assert layout.size_bounds(10) == tuple((size, size) for size in sizes)
+    assert layout.raw_nbytes(20, 2) == 2 * sum(sizes)
+
+
+@pytest.mark.parametrize("key", ["lock", "episodes", "frame_index", "Zarr.json", "manifest.json", "frame_crc32c"])
+def test_a_camera_cannot_take_the_name_of_another_part(key: str) -> None:
+    with pytest.raises(UserInputError, match=f"camera key: expected none of .*, got '{key}'"):
+        Layout.of(make_spec(cameras=(key,)), frames=90, shard_frames=16)
+
+
+def test_shard_file_holds_maps_checksums_and_index_where_zarr_puts_them() -> None:
+    spec = make_spec(grid_hw=(2, 2))
+    layout = Layout.of(spec, frames=90, shard_frames=16)
+    column, local = layout.columns[1], np.array([1, 2, 7])
+    maps = make_maps(spec, [1, 2, 7])[CAMERAS[0]]["ray_conf"]
+    parts, checksums = layout.encode(column, local, maps)
+    content = b"".join(bytes(part) for part in parts)
+    assert len(content) == 3 * 12 + 16 * 16 + 4
+    entries = [(ABSENT, ABSENT)] * 16
+    for slot, row in enumerate((1, 2, 7)):
+        payload = maps[slot].tobytes()
+        entries[row] = (slot * 12, 12)
+        assert content[slot * 12 : slot * 12 + 8] == payload
+        assert content[slot * 12 + 8 : slot * 12 + 12] == struct.pack("<I", google_crc32c.value(payload))
+        assert checksums[slot] == google_crc32c.value(payload)
+    index = b"".join(struct.pack("<QQ", *entry) for entry in entries)
+    assert content[36:] == index + struct.pack("<I", google_crc32c.value(index))
+
+
+def test_checksum_file_has_a_row_for_every_frame_of_the_shard() -> None:
+    layout = Layout.of(make_spec(), frames=90, shard_frames=16)
+    numbers = [random.Random(0).randrange(2**32) for _ in range(8)]
+    columns = [np.array(numbers[column * 2 : column * 2 + 2], dtype=np.uint32) for column in range(4)]
+    content = layout.encode_checksums(np.array([3, 15]), columns)
+    table = struct.unpack("<64I", content[:-4])
+    assert table[12:16] == tuple(numbers[::2])
+    assert table[60:64] == tuple(numbers[1::2])
+    assert not any(table[:12] + table[16:60])
+    assert content[-4:] == struct.pack("<I", google_crc32c.value(content[:-4]))

@@ -1,0 +1,205 @@
+"""The options of an extraction as a file: what is written beside a cache, and what `--config` makes of a file."""
+
+import multiprocessing
+import typing
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from tests.test_cli import call
+
+from geomcache.cli import main as cli
+from geomcache.errors import UserInputError
+from geomcache.extraction import run as extract
+from geomcache.extraction.run import ExtractOptions, ExtractReport
+from geomcache.extraction.run_config import HEADER, read_run_config, resolve, run_config_path, write_run_config
+from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store
+
+KNOWN = tuple(field.name for field in fields(ExtractOptions) if field.name not in ("dry_run", "overwrite"))
+
+
+def file_of(folder: Path, text: str) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(text)
+    return file
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[ExtractOptions]:
+    """Options that `geomcache extract` comes to; nothing is extracted."""
+    calls: list[ExtractOptions] = []
+
+    def run(options: ExtractOptions, **_: object) -> ExtractReport:
+        calls.append(options)
+        return ExtractReport(path=options.output_path)
+
+    monkeypatch.setattr(extract, "extract", run)
+    return calls
+
+
+def test_values_are_text_as_on_the_command_line(tmp_path: Path) -> None:
+    text = "model: DA3-SMALL\nepisodes: 1:30\nrevision: 0123\ncameras: [a, b]\noutputs:\n- ray\nroot: no\n"
+    assert read_run_config(file_of(tmp_path, text), KNOWN) == {
+        "model": "DA3-SMALL",
+        "episodes": "1:30",  # YAML's own reading is 90
+        "revision": "0123",
+        "cameras": "a,b",
+        "outputs": "ray",
+        "root": "no",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: x", "did you mean model? expected options of model, dataset,"),
+        ("process-res: 3", "did you mean process_res?"),
+        ("overwrite: true", "expected options of"),
+        ("model: x\nmodel: y", "model: expected once, found twice"),
+        ("model:", "model: expected a value or a list of values"),
+        ("cameras: []", "cameras: expected a value or a list"),
+        ("cameras: [[a]]", "cameras: expected a value or a list"),
+        ("model: {a: b}", "model: expected a value or a list"),
+        ("[model]", "expected lines such as"),
+        ("", "expected lines such as"),
+        ("model: [", "expected YAML, found something else"),
+        ("[a]: b", "got ''"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = file_of(tmp_path, text)
+    with pytest.raises(UserInputError) as caught:
+        read_run_config(file, KNOWN)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"config {file}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("none", "binary", "."):
+        with pytest.raises(UserInputError, match="expected"):
+            read_run_config(tmp_path / name, KNOWN)
+
+
+def test_the_command_line_comes_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[ExtractOptions]
+) -> None:
+    file = file_of(
+        tmp_path, "model: DA3-BASE\ndataset: o/d\nprocess_res: 112\nviews: independent\noutputs: [ray]\ndtype: fp32\n"
+    )
+    assert call(monkeypatch, "extract", "--config", file, "--process-res", "504", "--model", "DA3-SMALL") == 0
+    # 504 is the default, and stands because it was given.
+    assert asked == [
+        ExtractOptions(
+            model="DA3-SMALL", dataset="o/d", process_res=504, views="independent", outputs=("ray",), dtype="fp32"
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: DA3-SMALL", "Missing option '--dataset' (other options are from"),
+        ("dataset: x", "Missing option '--model' (other options are from"),
+        ("model: a\ndataset: b\nviews: both", "'joint', 'independent' (other options are from"),
+        ("model: a\ndataset: b\nbatch_size: many", "batch-size: expected a number of frames, or auto, got 'many'"),
+        ("model: a\ndatset: b", "did you mean dataset?"),
+        ("model: a\ndataset: b\nhelp: c", "got 'help'"),
+        ("model: a\ndataset: b\nconfig: c", "got 'config'"),
+        ("model: a\ndataset: b\ndry_run: c", "got 'dry_run'"),
+    ],
+)
+def test_what_a_file_lacks_or_has_wrong_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: list[ExtractOptions],
+    text: str,
+    message: str,
+) -> None:
+    assert call(monkeypatch, "extract", "--config", file_of(tmp_path, text)) == cli.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("geomcache: ")
+    assert error.count("\n") == 1
+    assert asked == []
+
+
+def test_every_option_can_be_kept() -> None:
+    command = typing.cast("typing.Any", typer.main.get_command(cli.app)).commands["extract"]
+    assert {option.name for option in command.params} - cli.NOT_KEPT == set(KNOWN)
+
+
+def test_what_is_written_gives_the_same_options_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[ExtractOptions]
+) -> None:
+    cache = make_store(tmp_path / "cache.zarr")
+    monkeypatch.chdir(tmp_path)
+    spec, dataset = make_spec(model_revision="c0ffee"), make_dataset_spec(revision="0123")
+    options = ExtractOptions(
+        model="DA3-SMALL", dataset="o/d", output=Path("cache.zarr"), episodes="1:30", batch_size=3, overwrite=True
+    )
+    assert write_run_config(cache, resolve(options, spec, dataset)) is None
+    monkeypatch.chdir("/")
+    assert call(monkeypatch, "extract", "--config", tmp_path / "cache.run.yaml") == 0
+    resolved = replace(
+        options,
+        overwrite=False,
+        output=cache,
+        model_revision="c0ffee",
+        revision="0123",
+        cameras=CAMERAS,
+        process_res=spec.process_res,
+        grid=spec.grid,
+        dtype="fp32",
+    )
+    assert asked == [resolved]
+
+
+def test_local_folders_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ExtractOptions(model="da3", dataset="o/d", root=Path("data"), revision="v1")
+    written = resolve(options, make_spec(), make_dataset_spec())
+    assert written["model"] == str(tmp_path / "da3")
+    assert written["root"] == str(tmp_path / "data")
+    assert written["output"] == str(tmp_path / "d.zarr")
+    assert written["revision"] == "v1"
+    assert {"device", "num_workers", "batch_size", "model_revision", "episodes"}.isdisjoint(written)
+
+
+def test_the_file_lies_beside_the_cache() -> None:
+    assert run_config_path(Path("a/libero.zarr")) == Path("a/libero.run.yaml")
+    assert run_config_path(Path("libero.14x14")) == Path("libero.14x14.run.yaml")
+
+
+def test_a_users_file_stays(tmp_path: Path) -> None:
+    cache = make_store(tmp_path / "cache.zarr")
+    path = run_config_path(cache)
+    path.write_text("# mine\nmodel: a\n")
+    note = write_run_config(cache, {"model": "b"})
+    assert note is not None
+    assert str(path) in note
+    assert path.read_text() == "# mine\nmodel: a\n"
+
+
+def _write(cache: Path, number: int) -> None:
+    for _ in range(20):
+        write_run_config(cache, {"model": f"m{number}" * 1000})
+
+
+def test_jobs_that_write_it_at_the_same_time_leave_one_of_theirs(tmp_path: Path) -> None:
+    cache = make_store(tmp_path / "cache.zarr")
+    context = multiprocessing.get_context("spawn")
+    jobs = [context.Process(target=_write, args=(cache, number)) for number in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(120)
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    text = run_config_path(cache).read_text()
+    assert text.startswith(HEADER)
+    assert yaml.safe_load(text)["model"] in {f"m{number}" * 1000 for number in range(3)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.run.yaml", "cache.zarr"]

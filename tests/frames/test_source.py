@@ -1,0 +1,195 @@
+"""Finding a dataset and saying what it is."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from lerobot.datasets import LeRobotDatasetMetadata
+
+from geomcache.errors import DatasetError, DatasetNotFoundError, UserInputError
+from geomcache.frames.source import describe_dataset, episode_lengths, open_dataset, parse_episodes
+from tests.support.datasets import DEMO, make_dataset
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO, tmp_path / "demo"))
+
+
+def test_the_shipped_episodes_are_described() -> None:
+    dataset, episodes = open_dataset("geomcache/libero_object_demo", root=DEMO)
+    info = json.loads((DEMO / "meta" / "info.json").read_text())
+    lengths = pq.read_table(DEMO / "meta" / "episodes")["length"].to_numpy()
+    assert episodes == [(0, 3)]
+    assert dataset.spec.frames == info["total_frames"] == lengths.sum()
+    assert (dataset.spec.episodes, dataset.spec.fps, dataset.spec.decoder) == (3, 10, "pyav")
+    assert dataset.spec.revision is None
+    assert dataset.spec.episodes_sha256 == hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest()
+    assert [(camera.key, camera.height, camera.width) for camera in dataset.cameras] == [
+        ("observation.images.image", 256, 256),
+        ("observation.images.image2", 256, 256),
+    ]
+    assert dataset.rows([(0, 1), (1, 3)]) == [(0, lengths[0]), (lengths[0], lengths.sum())]
+
+
+def test_the_reader_locates_every_row() -> None:
+    dataset, _ = open_dataset("demo", root=DEMO)
+    table = pq.read_table(DEMO / "data")
+    located = [dataset.reader.locate(index) for index in range(dataset.spec.frames)]
+    expected = list(zip(table["episode_index"].to_pylist(), table["frame_index"].to_pylist(), strict=True))
+    assert located == expected
+
+
+def test_the_identity_is_of_the_pictures_not_of_the_name_or_place(demo: Path) -> None:
+    here = describe_dataset(LeRobotDatasetMetadata("a", root=DEMO), ["observation.images.image"])
+    there = describe_dataset(LeRobotDatasetMetadata("b", root=demo), ["observation.images.image"])
+    assert here.images_sha256 == there.images_sha256
+    other = describe_dataset(LeRobotDatasetMetadata("a", root=DEMO), ["observation.images.image2"])
+    assert other.images_sha256 != here.images_sha256
+    stats = json.loads((demo / "meta" / "stats.json").read_text())
+    stats["observation.images.image"]["mean"][0][0][0] += 1e-6
+    (demo / "meta" / "stats.json").write_text(json.dumps(stats))
+    changed = describe_dataset(LeRobotDatasetMetadata("b", root=demo), ["observation.images.image"])
+    assert changed.images_sha256 != here.images_sha256
+    assert changed.episodes_sha256 == here.episodes_sha256
+
+
+def test_a_dataset_of_images_says_so(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "dataset", (2, 3))
+    dataset, _ = open_dataset("test", root=tmp_path / "dataset")
+    assert dataset.spec.decoder == "image"
+    assert not dataset.reader.videos
+    lengths = episode_lengths(LeRobotDatasetMetadata("test", root=tmp_path / "dataset"))
+    np.testing.assert_array_equal(lengths, [2, 3])
+
+
+@pytest.mark.parametrize(
+    ("text", "ranges"),
+    [
+        (None, [(0, 9)]),
+        ("0:9", [(0, 9)]),
+        ("7", [(7, 8)]),
+        ("0,3,5:8", [(0, 1), (3, 4), (5, 8)]),
+        ("5:8, 0:2,2:4,3:6", [(0, 8)]),
+    ],
+)
+def test_episodes_are_parsed(text: str | None, ranges: list[tuple[int, int]]) -> None:
+    assert parse_episodes(text, 9) == ranges
+
+
+@pytest.mark.parametrize("text", ["", "a", "3:", ":3", "5:3", "3:3", "9", "0:10", "-1", "1.5", "0,,1", "²"])
+def test_episodes_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(UserInputError, match="episodes: expected"):
+        parse_episodes(text, 9)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetNotFoundError, match=r"no meta/info\.json"):
+        open_dataset("test", root=tmp_path)
+
+
+def test_an_older_version_names_the_converter(demo: Path) -> None:
+    info = json.loads((demo / "meta" / "info.json").read_text())
+    (demo / "meta" / "info.json").write_text(json.dumps({**info, "codebase_version": "v2.1"}))
+    with pytest.raises(DatasetError, match=r"expected LeRobotDataset v3\.0, found v2\.1.*convert_dataset_v21_to_v30"):
+        open_dataset("test", root=demo)
+
+
+def test_the_converter_that_the_message_names_is_there() -> None:
+    import lerobot.scripts.convert_dataset_v21_to_v30 as converter
+
+    assert "--repo-id" in Path(converter.__file__).read_text()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"fps": 10}'])
+def test_malformed_info_is_refused(demo: Path, text: str) -> None:
+    (demo / "meta" / "info.json").write_text(text)
+    with pytest.raises(DatasetError, match=r"meta/info\.json is malformed"):
+        open_dataset("test", root=demo)
+
+
+def test_a_camera_that_is_not_there_lists_those_that_are() -> None:
+    with pytest.raises(
+        DatasetError, match=r"got 'front'; it has observation\.images\.image, observation\.images\.image2"
+    ):
+        open_dataset("test", root=DEMO, cameras=["front"])
+    with pytest.raises(DatasetError, match=r"expected a camera, got 'observation\.state'"):
+        open_dataset("test", root=DEMO, cameras=["observation.state"])
+    with pytest.raises(
+        DatasetError, match=r"did you mean observation\.images\.image2\? expected a camera, got 'imag2'"
+    ):
+        open_dataset("test", root=DEMO, cameras=["imag2"])
+
+
+@pytest.mark.parametrize(
+    "name", ["videos/observation.images.image2/chunk-000/file-000.mp4", "data/chunk-000/file-000.parquet"]
+)
+def test_files_that_are_missing_are_named(demo: Path, name: str) -> None:
+    (demo / name).unlink()
+    with pytest.raises(DatasetError, match=f"1 of 3 files are not there, first .*{name}"):
+        open_dataset("test", root=demo)
+
+
+def test_metadata_that_is_missing_is_named(demo: Path) -> None:
+    shutil.rmtree(demo / "meta" / "episodes")
+    with pytest.raises(DatasetError, match=r"expected meta/episodes/\*/\*\.parquet, found none"):
+        open_dataset("test", root=demo)
+
+
+def test_a_gap_in_the_episode_table_is_refused(demo: Path) -> None:
+    path = demo / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(path)
+    starts = table["dataset_from_index"].to_numpy().copy()
+    starts[1] += 1
+    place = table.column_names.index("dataset_from_index")
+    pq.write_table(table.set_column(place, "dataset_from_index", [starts]), path)
+    with pytest.raises(DatasetError, match="gaps or overlaps"):
+        open_dataset("test", root=demo)
+
+
+def test_without_a_hub_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise ConnectionError("no route to the Hub\nat all")
+
+    monkeypatch.setattr("lerobot.datasets.dataset_metadata.get_safe_version", refuse)
+    monkeypatch.setattr("lerobot.datasets.dataset_metadata.HF_LEROBOT_HOME", tmp_path)
+    with pytest.raises(
+        DatasetNotFoundError, match=r"nobody/nothing: not to be had .*no route to the Hub at all.*--root DIR"
+    ):
+        open_dataset("nobody/nothing")
+
+
+def test_a_folder_given_as_a_name_gets_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lerobot.datasets.dataset_metadata.HF_LEROBOT_HOME", tmp_path)
+    with pytest.raises(DatasetNotFoundError, match=r"is a folder: give --dataset NAME --root"):
+        open_dataset(str(DEMO.parent))
+
+
+def test_files_of_a_hub_dataset_are_fetched_where_lerobot_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The snapshot folder has the metadata; files of the wanted episodes are asked for by name and commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    root = Path(shutil.copytree(DEMO, tmp_path / "snapshots" / commit))
+    video = "videos/observation.images.image/chunk-000/file-000.mp4"
+    (root / video).unlink()
+    asked = {}
+
+    def download(repo_id: str, **options: object) -> str:
+        asked.update(options, repo_id=repo_id)
+        shutil.copy(DEMO / video, root / video)
+        return str(root)
+
+    monkeypatch.setattr(
+        "geomcache.frames.source.open_metadata", lambda *_: LeRobotDatasetMetadata("org/demo", root=root)
+    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    dataset, _ = open_dataset("org/demo")
+    assert dataset.spec.revision == commit
+    assert asked["repo_id"] == "org/demo"
+    assert asked["revision"] == commit
+    assert asked["allow_patterns"] == [video]

@@ -1,0 +1,125 @@
+"""Caches in an S3 bucket, through s3fs and a real server, with the connection cut; and the errors of drivers."""
+
+import errno
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from geomcache.errors import CacheCorruptError, CacheIncompleteError, ConnectionFailedError, RemoteError
+from geomcache.sharing.object_store import FsspecRemote
+from geomcache.sharing.pull import pull
+from geomcache.sharing.push import NOTE, push
+from tests.support.servers import Wire, s3_wire
+from tests.support.sharing import CONTROL, FILES, RAY, assert_reads, contents, make_small_store, said
+
+__all__ = ["s3_wire", "said"]
+
+ADDRESS = "s3://bucket/caches/made-up.zarr"
+PULLING = ".there.zarr.geomcache-pull"
+
+
+def test_pushed_and_pulled_with_the_connection_cut_once_each(tmp_path: Path, s3_wire: Wire, said: list[str]) -> None:
+    path, target = make_small_store(tmp_path / "here.zarr"), tmp_path / "there.zarr"
+    s3_wire.cut_after(6_000)  # of answers: about ten files go through
+    with pytest.raises(ConnectionFailedError, match="the same command, given again, goes on from here"):
+        push(path, ADDRESS, say=said.append)
+    assert [f"attempt {number} of 5" in " ".join(said) for number in (1, 2, 3, 4)] == [True] * 4
+    s3_wire.mend()
+    there = FsspecRemote(ADDRESS).listing()
+    assert "manifest.json" not in there
+    assert NOTE in there
+    with pytest.raises(CacheIncompleteError, match="it was not pushed to its end"):
+        pull(ADDRESS, target, say=said.append)
+    sent = push(path, ADDRESS, verify=True, say=said.append).sent
+    assert 0 < sent < FILES + CONTROL
+    assert FsspecRemote(ADDRESS).listing().keys() == contents(path).keys()
+    assert push(path, ADDRESS, say=said.append).sent == 0
+
+    s3_wire.cut_after(40_000)
+    with pytest.raises(ConnectionFailedError, match="the same command, given again, goes on from here"):
+        pull(ADDRESS, target, say=said.append)
+    assert s3_wire.cuts > 1
+    assert not target.exists()
+    kept = {name for name in contents(tmp_path / PULLING) if not name.startswith(".incoming")}
+    assert kept
+    s3_wire.mend()
+    report = pull(ADDRESS, target, say=said.append)
+    assert report.fetched == FILES - len(kept)
+    assert f"{len(kept)} are here already" in " ".join(said)
+    assert contents(target) == contents(path)
+    assert_reads(target, list(range(90)))
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["here.zarr", "there.zarr"]
+    assert not any("made-up-secret" in line for line in said)
+
+
+def test_a_file_that_is_not_the_manifests_is_refused_by_name(tmp_path: Path, s3_wire: Wire, said: list[str]) -> None:
+    push(make_small_store(tmp_path / "here.zarr"), ADDRESS, say=said.append)
+    store = fsspec.filesystem("s3")
+    damaged = f"bucket/caches/made-up.zarr/{RAY}/c.2.0.0.0"
+    content = store.cat_file(damaged)
+    store.pipe_file(damaged, content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        CacheCorruptError, match=rf"s3://{damaged}: expected {len(content)} bytes with sha256"
+    ) as raised:
+        pull(ADDRESS, tmp_path / "there.zarr", say=said.append)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "there.zarr").exists()
+    store.rm_file(damaged)
+    with pytest.raises(CacheCorruptError, match=rf"{RAY}/c.2.0.0.0: expected .* found none"):
+        pull(ADDRESS, tmp_path / "there.zarr", say=said.append)
+
+
+def test_what_s3_refuses_is_told_in_one_line(
+    tmp_path: Path, s3_wire: Wire, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_small_store(tmp_path / "here.zarr")
+    with pytest.raises(RemoteError, match="no-such-bucket") as raised:
+        push(path, "s3://no-such-bucket/cache.zarr", say=said.append)
+    assert not isinstance(raised.value, ConnectionFailedError)  # trying again would not help
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    type(fsspec.filesystem("s3")).clear_instance_cache()
+    with pytest.raises(RemoteError, match="expected access, found none .* aws configure"):
+        pull("s3://bucket/none.zarr", tmp_path / "there.zarr", say=said.append)
+
+
+def test_a_driver_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(RemoteError, match=r"pip install 'geomcache\[s3\]'"):
+        FsspecRemote("s3://bucket/cache.zarr")
+    with pytest.raises(RemoteError, match="expected an address that fsspec can open"):
+        FsspecRemote("no-such-scheme://bucket/cache.zarr")
+
+
+def test_errors_that_pass_are_told_from_errors_that_stay(tmp_path: Path) -> None:
+    place = FsspecRemote(f"file://{tmp_path}/cache.zarr")
+    for error, passing in {
+        TimeoutError("slow"): True,
+        ConnectionResetError("cut"): True,
+        OSError(errno.EIO, "an answer with status 500"): True,
+        OSError(errno.ENOSPC, "full"): False,
+        FileNotFoundError("gone"): False,
+        PermissionError("no"): False,
+    }.items():
+        with pytest.raises(RemoteError) as raised, place._speaking("name"):
+            raise error
+        assert isinstance(raised.value, ConnectionFailedError) == passing, error
+
+
+def test_no_more_is_read_than_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "file").write_bytes(b"x" * 1000)
+    place = FsspecRemote(f"file://{tmp_path}/cache")
+    fetched = place.fetch("file", 10, tmp_path)
+    assert fetched is not None
+    assert fetched.read_bytes() == b"x" * 11  # one more, so that the file is known to be longer
+    assert place.fetch("none", 10, tmp_path) is None
+    with pytest.raises(RemoteError, match="expected at most 10 bytes, found more"):
+        place.read("file", 10)
+    assert place.read("none", 10) is None
+    assert place.address == f"file://{tmp_path}/cache"
+    assert FsspecRemote("memory://name:secret@host/cache").address == "memory://host/cache"

@@ -1,0 +1,187 @@
+"""What `push` does to a place: nothing half sent is whole, nothing of another's is lost, nothing is sent twice."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from geomcache.cache import durable
+from geomcache.errors import (
+    CacheCorruptError,
+    CacheExistsError,
+    CacheIncompleteError,
+    CacheLockedError,
+    CacheNotFoundError,
+    RemoteError,
+    UserInputError,
+)
+from geomcache.sharing.object_store import FsspecRemote
+from geomcache.sharing.pull import pull
+from geomcache.sharing.push import NOTE, push
+from tests.support.sharing import CONTROL, FILES, RAY, SPEC, contents, make_small_store, said
+from tests.support.stores import fill, make_store, open_writer
+
+__all__ = ["said"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    return make_small_store(tmp_path / "here.zarr")
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    return tmp_path / "places" / "there.zarr"
+
+
+def address_of(folder: Path) -> str:
+    return f"file://{folder}"
+
+
+def stop_before(monkeypatch: pytest.MonkeyPatch, stop: Callable[[str], bool]) -> list[str]:
+    """Make sending fail at the first such name, for good; what was sent before."""
+    sent: list[str] = []
+    put = FsspecRemote._put
+
+    def failing(self: FsspecRemote, name: str, source: Path | bytes) -> None:
+        if stop(name):
+            raise RemoteError(f"{name}: stopped")
+        put(self, name, source)
+        sent.append(name)
+
+    monkeypatch.setattr(FsspecRemote, "_put", failing)
+    return sent
+
+
+def test_all_files_are_sent_and_none_twice(here: Path, there: Path, said: list[str]) -> None:
+    report = push(here, address_of(there), say=said.append)
+    assert (report.files, report.sent) == (FILES + CONTROL, FILES + CONTROL)
+    assert report.nbytes_sent == sum(map(len, contents(here).values()))
+    assert contents(there) == contents(here)
+    before = {path: path.stat().st_mtime_ns for path in there.rglob("*")}
+    assert push(here, address_of(there), say=said.append).sent == 0
+    assert before == {path: path.stat().st_mtime_ns for path in there.rglob("*")}
+
+
+@pytest.mark.parametrize("last", ["journal.jsonl", "manifest.json", NOTE, f"{RAY}/zarr.json", "zarr.json"])
+def test_what_is_half_sent_is_no_cache_and_is_finished(
+    here: Path, there: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    with monkeypatch.context() as patch:
+        sent = stop_before(patch, lambda name: name == last)
+        with pytest.raises(RemoteError, match="stopped"):
+            push(here, address_of(there), say=said.append)
+    with pytest.raises(CacheIncompleteError if sent else CacheNotFoundError):
+        pull(address_of(there), tmp_path / "copy.zarr", say=said.append)
+    report = push(here, address_of(there), say=said.append)
+    assert report.sent == FILES + CONTROL - len({*sent} - {NOTE})
+    assert contents(there) == contents(here)
+
+
+def test_half_of_one_extraction_is_not_mixed_with_half_of_another(
+    here: Path, there: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal settings, equal sizes, other numbers: only hashes tell the two apart, and the place tells none."""
+    other = make_small_store(tmp_path / "other.zarr", shift=1000)
+    for path, last in ((here, f"{RAY}/c.4.0.0.0"), (other, f"{RAY}/c.2.0.0.0"), (here, f"{RAY}/c.1.0.0.0")):
+        with monkeypatch.context() as patch:
+            stop_before(patch, lambda name, last=last: name == last)  # type: ignore[misc]
+            with pytest.raises(RemoteError, match="stopped"):
+                push(path, address_of(there), say=said.append)
+    push(other, address_of(there), say=said.append)
+    assert contents(there) == contents(other)
+    push(here, address_of(there), say=said.append)
+    assert contents(there) == contents(here)
+
+
+def test_a_cache_that_has_grown_sends_what_is_new(tmp_path: Path, there: Path, said: list[str]) -> None:
+    path = make_small_store(tmp_path / "cache.zarr", [(0, 50)])
+    push(path, address_of(there), say=said.append)
+    with open_writer(path, [(50, 90)], spec=SPEC) as writer:
+        fill(writer)
+        assert writer.seal()
+    report = push(path, address_of(there), say=said.append)
+    # shard 3 was made again with more rows, 4 and 5 are new: two files each, beside the control files
+    assert report.sent == 2 * 3 + CONTROL
+    assert contents(there) == contents(path)
+
+
+def test_another_cache_is_replaced_only_when_asked(here: Path, there: Path, tmp_path: Path, said: list[str]) -> None:
+    other = make_store(tmp_path / "other.zarr")
+    push(other, address_of(there), say=said.append)
+    (there / "mine.txt").write_text("mine")
+    with pytest.raises(CacheExistsError, match="found the one with .* replace it with --overwrite"):
+        push(here, address_of(there), say=said.append)
+    assert contents(there) == contents(other) | {"mine.txt": b"mine"}
+    push(here, address_of(there), overwrite=True, say=said.append)
+    assert contents(there) == contents(here) | {"mine.txt": b"mine"}
+
+
+def test_frames_that_only_the_place_has_are_not_lost(here: Path, there: Path, tmp_path: Path, said: list[str]) -> None:
+    push(here, address_of(there), say=said.append)
+    part = make_small_store(tmp_path / "part.zarr", [(0, 50)])
+    with pytest.raises(CacheExistsError, match=r"expected no frames that .* lacks, found 40"):
+        push(part, address_of(there), say=said.append)
+    push(part, address_of(there), overwrite=True, say=said.append)
+    assert contents(there) == contents(part)
+
+
+def test_something_else_is_never_replaced(here: Path, there: Path, said: list[str]) -> None:
+    there.mkdir(parents=True)
+    (there / "thesis.tex").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(CacheExistsError, match=r"found 1 files without a cache's zarr.json, such as thesis.tex"):
+            push(here, address_of(there), overwrite=overwrite, say=said.append)
+    assert contents(there) == {"thesis.tex": b"mine"}
+
+
+def test_reading_back_finds_what_sizes_do_not_tell(here: Path, there: Path, said: list[str]) -> None:
+    push(here, address_of(there), say=said.append)
+    name = f"{RAY}/c.3.0.0.0"
+    content = (there / name).read_bytes()
+    (there / name).write_bytes(content[::-1])
+    assert push(here, address_of(there), say=said.append).sent == 0
+    with pytest.raises(CacheCorruptError, match=rf"{name}: expected sha256 [0-9a-f]+, found [0-9a-f]+: removed"):
+        push(here, address_of(there), verify=True, say=said.append)
+    assert push(here, address_of(there), verify=True, say=said.append).sent == 1
+    assert contents(there) == contents(here)
+
+
+def test_what_is_not_whole_here_is_not_sent(here: Path, there: Path, tmp_path: Path, said: list[str]) -> None:
+    unfinished = tmp_path / "unfinished.zarr"
+    with open_writer(unfinished, spec=SPEC) as writer:
+        fill(writer, 2)
+    with pytest.raises(CacheIncompleteError, match=r"expected a sealed cache, found no manifest.json"):
+        push(unfinished, address_of(there), say=said.append)
+    with pytest.raises(CacheNotFoundError, match="expected a cache, found nothing"):
+        push(tmp_path / "none.zarr", address_of(there), say=said.append)
+    name = f"{RAY}/c.3.0.0.0"
+    (here / name).write_bytes((here / name).read_bytes()[::-1])
+    with pytest.raises(CacheCorruptError, match=rf"{name}: expected the content that manifest.json has a hash of"):
+        push(here, address_of(there), say=said.append)
+    assert not there.exists()
+
+
+def test_a_cache_that_is_written_meanwhile_is_told(
+    here: Path, there: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = FsspecRemote._put
+
+    def growing(self: FsspecRemote, name: str, source: Path | bytes) -> None:
+        put(self, name, source)
+        if name == "journal.jsonl":
+            durable.replace_file(here / "manifest.json", b"another")
+
+    monkeypatch.setattr(FsspecRemote, "_put", growing)
+    with pytest.raises(CacheLockedError, match="its manifest has changed meanwhile"):
+        push(here, address_of(there), say=said.append)
+    assert "manifest.json" not in contents(there)
+
+
+def test_an_address_is_no_path_and_a_bucket_has_no_privacy(here: Path, tmp_path: Path, said: list[str]) -> None:
+    with pytest.raises(UserInputError, match="got a path: to copy a cache on this machine, copy its folder"):
+        push(here, str(tmp_path / "copy.zarr"), say=said.append)
+    with pytest.raises(UserInputError, match="--revision: expected none"):
+        push(here, "memory://cache.zarr", revision="main", say=said.append)
+    with pytest.raises(RemoteError, match="--private: expected a repository of the Hub"):
+        push(here, "memory://cache.zarr", private=True, say=said.append)
