@@ -55,6 +55,7 @@ lint: $(READY) ## Check style, types and shell scripts
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/lint-imports pyproject.toml --no-cache
 	$(RUN)/shellcheck .ci/run pipelines/*.sh pipelines/slurm/*.sh
 
 coverage: $(READY) system-libraries ## Run the tests and say which lines of geomcache/ they miss (slower than `test`)

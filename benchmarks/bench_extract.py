@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.common import real_dataset, table
 from geomcache.da3.encoder import DA3Encoder
-from geomcache.extraction.run import ExtractOptions, extract
+from geomcache.extraction.options import ExtractOptions
+from geomcache.extraction.run import extract
 from geomcache.frames.source import open_dataset
 from pipelines.make_random_da3 import save_random_da3
 
@@ -30,7 +31,8 @@ from pipelines.make_random_da3 import save_random_da3
 MEMORY = """
 import json, resource, sys
 from pathlib import Path
-from geomcache.extraction.run import ExtractOptions, extract
+from geomcache.extraction.run import extract
+from geomcache.extraction.options import ExtractOptions
 options = json.loads(sys.argv[1])
 options.update(root=Path(options["root"]), output=Path(options["output"]))
 report = extract(ExtractOptions(**options), say=lambda line: None)

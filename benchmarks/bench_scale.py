@@ -57,7 +57,8 @@ import json, os, sys, time
 from pathlib import Path
 options = json.loads(sys.argv[1])
 os.sched_setaffinity(0, {options.pop("core")})
-from geomcache.extraction.run import ExtractOptions, extract
+from geomcache.extraction.run import extract
+from geomcache.extraction.options import ExtractOptions
 options.update(root=Path(options["root"]), output=Path(options["output"]))
 report = extract(ExtractOptions(**options), say=lambda line: None)
 print(json.dumps([report.frames, time.time() - report.seconds, time.time()]))

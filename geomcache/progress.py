@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
@@ -99,3 +100,27 @@ class Progress:
             if kind is None:
                 self._bar.update(max(0, self._frames_done() * self._views - self._bar.n))
             self._bar.close()
+
+
+class TransferBar:
+    """Bytes on their way: a bar on a terminal, a plain line now and then elsewhere. Threads may share it."""
+
+    def __init__(self, verb: str, total: int, say: Say) -> None:
+        self._verb, self._total, self._say = verb, total, say
+        self._done, self._said, self._guard = 0, time.monotonic(), Lock()
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=verb, disable=not sys.stderr.isatty())
+
+    def __call__(self, nbytes: int) -> None:
+        """So many bytes more."""
+        with self._guard:
+            self._done += nbytes
+            self._bar.update(nbytes)
+            if self._bar.disable and time.monotonic() - self._said >= LINE_EVERY_S:
+                self._said = time.monotonic()
+                self._say(f"{self._verb}: {human_bytes(self._done)} of {human_bytes(self._total)}")
+
+    def __enter__(self) -> "TransferBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

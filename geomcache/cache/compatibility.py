@@ -8,17 +8,16 @@ What a policy's adapter was built for (model, views, grid, outputs, target grid)
 the policy's configuration: `PI05GeometryConfig.bind_cache`.
 """
 
-import json
-import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from geomcache.cache.commands import extract_command
 from geomcache.errors import CacheIncompleteError, CacheMismatchError, UserInputError
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec
+from geomcache.ranges import format_ranges
 
 if TYPE_CHECKING:
     from geomcache.cache.store import GeometryStore
@@ -26,29 +25,6 @@ if TYPE_CHECKING:
 # `repo_id` is a label: copies of one dataset under two names have the same frames. `decoder` is what stage one used;
 # a run's own decoder only makes the pictures that the policy sees, the geometry is computed already.
 COMPARED_DATASET_FIELDS = ("frames", "episodes", "fps", "episodes_sha256", "images_sha256")
-
-# Transforms that leave every pixel where it is: colours, noise, blur, holes. A list of what is known to be harmless, so
-# that a transform which a later version brings is refused until somebody has looked at it.
-PIXELS_STAY = frozenset(
-    {
-        # torchvision.transforms.v2
-        *(
-            "ColorJitter",
-            "GaussianBlur",
-            "GaussianNoise",
-            "Grayscale",
-            "Identity",
-            "JPEG",
-            "RGB",
-            "RandomAdjustSharpness",
-        ),
-        *("RandomAutocontrast", "RandomChannelPermutation", "RandomEqualize", "RandomErasing", "RandomGrayscale"),
-        *("RandomInvert", "RandomPhotometricDistort", "RandomPosterize", "RandomSolarize"),
-        # LeRobot's own
-        *("CoarseDropout", "GammaCorrection", "GaussianPatchBrightness", "JPEGCompression", "MotionBlur"),
-        *("PlanckianJitter", "RandomShadow", "SharpnessJitter"),
-    }
-)
 
 
 def compare_datasets(cached: DatasetSpec, run: DatasetSpec) -> None:
@@ -169,47 +145,6 @@ def require_episodes(store: "GeometryStore", episodes: Sequence[int] | None, roo
         )
 
 
-def check_image_transforms(config: Any) -> None:
-    """Refuse augmentation that moves pixels: the cached geometry is that of the pictures as they are stored.
-
-    Args:
-        config: LeRobot's `ImageTransformsConfig`.
-
-    Raises:
-        UserInputError: a transform that is switched on is not known to leave pixels in place.
-    """
-    if not config.enable:
-        return
-    active = {name: tf for name, tf in config.tfs.items() if tf.weight > 0.0}
-    moving = {name: tf.type for name, tf in active.items() if tf.type not in PIXELS_STAY}
-    if moving:
-        others = {
-            name: {"weight": tf.weight, "type": tf.type, "kwargs": tf.kwargs}
-            for name, tf in active.items()
-            if name not in moving
-        }
-        named = ", ".join(f"{name} ({kind})" for name, kind in moving.items())
-        option = f"--dataset.image_transforms.tfs='{json.dumps(others)}'"
-        raise UserInputError(
-            f"dataset.image_transforms: expected transforms that leave pixels in place, got {named}: the cached"
-            f" geometry would not fit the picture: leave it out with {option}"
-        )
-
-
-def check_rename_map(spec: GeometrySpec, rename_map: Mapping[str, str]) -> None:
-    """Refuse to rename the cache's cameras: at inference the encoder looks for them under the cache's names.
-
-    Raises:
-        UserInputError: a camera of the cache is renamed.
-    """
-    for key in spec.camera_keys:
-        if rename_map.get(key, key) != key:
-            raise UserInputError(
-                f"rename_map: expected the cache's cameras to keep their names, got {key} -> {rename_map[key]}: the"
-                " online encoder looks for the cache's names: leave it out; pi05_geometry takes any camera names"
-            )
-
-
 def compare_fingerprints(checkpoint: str | None, cache: str) -> None:
     """See that a run resumes from the cache that it began with.
 
@@ -224,35 +159,3 @@ def compare_fingerprints(checkpoint: str | None, cache: str) -> None:
             cache,
             checkpoint,
         )
-
-
-def extract_command(store: "GeometryStore", episodes: NDArray[np.int64], root: str | None = None) -> str:
-    """The command that puts these episodes (sorted, at least one) into a cache."""
-    spec, dataset = store.spec, store.dataset
-    options = {
-        "model": spec.model_id,
-        "model-revision": spec.model_revision,
-        "dataset": dataset.repo_id,
-        "root": root,
-        "revision": dataset.revision,
-        "output": store.path,
-        "cameras": ",".join(spec.camera_keys),
-        "views": spec.views,
-        "process-res": spec.process_res,
-        "grid": spec.grid,
-        "outputs": ",".join(spec.outputs),
-        "dtype": spec.compute_dtype,
-        "codec": store.codec if store.codec != "raw" else None,
-    }
-    if len(episodes) < dataset.episodes:
-        ranges = format_ranges(episodes)
-        # Many small gaps would make a command nobody can read; what is there already is not made again.
-        options["episodes"] = ranges if len(ranges) <= 80 else f"{episodes[0]}:{episodes[-1] + 1}"
-    given = [(name, str(value)) for name, value in options.items() if value is not None]
-    return shlex.join(["geomcache", "extract", *(part for name, value in given for part in (f"--{name}", value))])
-
-
-def format_ranges(numbers: NDArray[np.int64]) -> str:
-    """Sorted numbers as ``0:3,7``, the form that `geomcache extract --episodes` takes."""
-    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1) if len(numbers) else []
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs)

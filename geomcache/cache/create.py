@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache import durable
+from geomcache.cache import durable, locks
 from geomcache.cache.header import GROUP, LOCK, Header
-from geomcache.cache.journal import JOURNAL, Files, begin_line
-from geomcache.cache.layout import Ranges, merge_ranges
-from geomcache.cache.store import create_arrays
+from geomcache.cache.journal import begin_line
+from geomcache.cache.manifest import JOURNAL
+from geomcache.cache.records import Files
+from geomcache.cache.zarr_arrays import create_arrays
 from geomcache.errors import CacheExistsError, CacheLockedError, CacheMismatchError, UserInputError
 from geomcache.geometry import DatasetSpec, differences
+from geomcache.ranges import Ranges, merge_ranges
 
 _ASIDE = ".geomcache-tmp"  # ends the names of folders beside a cache's place: not yet it, or it no more
 _LABELS = {"spec.model_id", "dataset.repo_id"}  # other names of the same weights and frames are no difference
@@ -47,7 +49,7 @@ def create(target: Path, header: Header, episode_lengths: NDArray[np.int64]) -> 
         with durable.naming(draft):
             draft.mkdir()
         try:
-            lock = durable.LockFile(draft / LOCK)
+            lock = locks.LockFile(draft / LOCK)
             stack.callback(lock.close)
             lock.claim(0)  # tells other processes that somebody is at work here
             _fill(draft, header, episode_lengths)
@@ -120,7 +122,7 @@ def _take_over(target: Path, stack: contextlib.ExitStack) -> None:
             f"{target}: expected a cache to replace, found something else: --overwrite removes caches only; choose"
             " another --output"
         )
-    lock = durable.LockFile(target / LOCK)
+    lock = locks.LockFile(target / LOCK)
     stack.callback(lock.close)
     if not lock.claim_everything():
         raise CacheLockedError(
@@ -137,7 +139,7 @@ def _remove_abandoned(target: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_ASIDE)}")
     for folder in target.parent.iterdir():
         if pattern.fullmatch(folder.name) and (folder / LOCK).exists():
-            lock = durable.LockFile(folder / LOCK)
+            lock = locks.LockFile(folder / LOCK)
             try:
                 if lock.claim_everything():
                     with durable.naming(folder):

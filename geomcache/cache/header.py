@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from geomcache.cache.codecs import RAW, Codec
-from geomcache.cache.journal import SCHEMA_VERSION, Statistics, describe_statistics
 from geomcache.cache.layout import CHECKSUMS, MAX_SHARD_FRAMES, MIN_SHARD_FRAMES, Layout, choose_shard_frames
+from geomcache.cache.records import SCHEMA_VERSION, Statistics, describe_statistics
 from geomcache.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UserInputError
 from geomcache.geometry import DatasetSpec, GeometrySpec, fingerprint
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from geomcache.cache.header import GROUP, Header
-from geomcache.cache.journal import JOURNAL, MANIFEST, Journal, Manifest
-from geomcache.cache.layout import Layout, Ranges, clip_ranges, merge_ranges
+from geomcache.cache.journal import Journal
+from geomcache.cache.layout import Layout
+from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.errors import CacheCorruptError, CacheError, CacheIncompleteError
+from geomcache.ranges import Ranges, clip_ranges, merge_ranges
 
 CONTROL_LIMITS = {GROUP: 16 << 20, MANIFEST: 256 << 20, JOURNAL: 1 << 30}
 """Bytes that a control file from elsewhere may have: a million shards fit."""

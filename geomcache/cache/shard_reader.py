@@ -14,20 +14,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.layout import (
-    CRC_NBYTES,
-    Column,
-    Layout,
-    RowSet,
-    ShardFiles,
-    clip_ranges,
-    crc32c,
-    rows_of,
-    with_crc,
-    without_crc,
-)
+from geomcache.cache.layout import CRC_NBYTES, Column, Layout, ShardFiles, crc32c, with_crc, without_crc
 from geomcache.cache.result_memory import ResultMemory
 from geomcache.errors import CacheCorruptError
+from geomcache.ranges import RowSet, clip_ranges, rows_of
 
 _SMALL = 8 << 10  # bytes of a map
 _ANY_BYTE = (bytearray(1),)  # where bytes go that nobody looks at

@@ -5,8 +5,7 @@ it. docs/cache-format.md has the format. Rows are the dataset's frame numbers; r
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,13 +13,17 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.compatibility import extract_command
-from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_TABLE, GROUP, Header
-from geomcache.cache.journal import JOURNAL, MANIFEST, Files, Journal, Manifest, Statistics, pool
-from geomcache.cache.layout import CHECKSUMS, Ranges, RowSet, without_crc
+from geomcache.cache.commands import extract_command
+from geomcache.cache.contents import check_files, read_episodes
+from geomcache.cache.header import Header
+from geomcache.cache.journal import Journal
+from geomcache.cache.layout import CHECKSUMS
+from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
+from geomcache.cache.records import Statistics, pool
 from geomcache.cache.shard_reader import ShardReader
 from geomcache.errors import CacheCorruptError, MissingFrameError, UserInputError
 from geomcache.geometry import Geometry
+from geomcache.ranges import Ranges, RowSet
 from geomcache.statistics import Moments
 
 
@@ -227,66 +230,6 @@ class GeometryStore:
         )
 
 
-def create_arrays(folder: Path, header: Header, episode_lengths: NDArray[np.int64]) -> None:
-    """Make the Zarr group of a cache, with coordinates and episode table, and no frame."""
-    import zarr
-    from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
-
-    little, layout = BytesCodec(endian="little"), header.layout
-    group = zarr.create_group(folder, zarr_format=3, attributes=header.attributes())
-
-    def create(name: str, chunks: tuple[int, ...], **options: Any) -> Any:
-        return group.create_array(
-            name, chunks=chunks, filters=None, chunk_key_encoding={"name": "default", "separator": "."}, **options
-        )
-
-    for column in layout.columns:
-        create(
-            column.key,
-            (layout.shard_frames, *column.shape),
-            shape=(layout.frames, *column.shape),
-            dtype="float16",
-            fill_value=np.nan,  # what other readers see where a frame is missing
-            serializer=ShardingCodec(
-                chunk_shape=(1, *column.shape),
-                codecs=[little, *layout.codec.zarr_codecs(), Crc32cCodec()],
-                index_codecs=[little, Crc32cCodec()],
-                index_location="end",
-            ),
-            compressors=None,
-            dimension_names=("frame", "row", "column", "channel")[: len(column.shape) + 1],
-        )
-    keys = [column.key for column in layout.columns]
-    create(
-        CHECKSUMS,
-        (layout.shard_frames, len(keys)),
-        shape=(layout.frames, len(keys)),
-        dtype="uint32",
-        fill_value=0,
-        serializer=little,
-        compressors=[Crc32cCodec()],
-        dimension_names=("frame", "array"),
-        attributes={"columns": keys},
-    )
-    starts = np.cumsum(episode_lengths) - episode_lengths
-    # A fill value that no row has: zarr writes no chunk that holds nothing else.
-    options = {"dtype": "int64", "fill_value": -1, "serializer": little}
-    for name, values in zip(EPISODE_TABLE, (starts, episode_lengths), strict=True):
-        table = create(name, values.shape, shape=values.shape, compressors=[Crc32cCodec()], **options)
-        table[:] = values
-    compressors = [ZstdCodec(level=3), Crc32cCodec()]
-    shape, chunks = (layout.frames,), (min(layout.frames, COORDINATE_CHUNK),)
-    episode_index, frame_index = (
-        create(name, chunks, shape=shape, compressors=compressors, dimension_names=("frame",), **options)
-        for name in COORDINATES
-    )
-    for start in range(0, layout.frames, COORDINATE_CHUNK):
-        rows = np.arange(start, min(start + COORDINATE_CHUNK, layout.frames))
-        episodes = starts.searchsorted(rows, "right") - 1
-        episode_index[rows[0] : rows[-1] + 1] = episodes
-        frame_index[rows[0] : rows[-1] + 1] = rows - starts[episodes]
-
-
 def _identity(path: Path) -> tuple[int, int] | None:
     """Tells one version of a file from the next; None where there is none."""
     try:
@@ -294,76 +237,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def check_files(folder: Path, header: Header, contents: Manifest | Journal) -> None:
-    """Compare metadata and episode table with their hashes. The large coordinates are left to verification.
-
-    Raises:
-        CacheCorruptError: a file is missing or differs.
-    """
-    small = [*header.metadata(), *(f"{name}/c.0" for name in EPISODE_TABLE)]
-    if isinstance(contents, Manifest):
-        small.append(GROUP)
-    for _, error in damaged_files(folder, small, contents.files):
-        raise error
-
-
-def damaged_files(folder: Path, names: Iterable[str], files: Files) -> Iterator[tuple[str, CacheCorruptError]]:
-    """Compare files with their bytes and sha256: the names of those that are missing or differ, each with its error."""
-    for name in names:
-        path = folder / name
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            yield name, CacheCorruptError(f"{path}: expected the file, found none: restore it from a copy")
-            continue
-        expected, found = files.get(name), (len(content), sha256(content).hexdigest())
-        if found != expected:
-            yield (
-                name,
-                CacheCorruptError(
-                    f"{path}: expected {expected or 'no such file'} (bytes, sha256), found {found}: the file was"
-                    " changed; restore it from a copy"
-                ),
-            )
-
-
-def read_coordinates(folder: Path) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """(first row, episode of each row, frame of each row), chunk after chunk: what other readers see."""
-    import zarr
-
-    arrays = [zarr.open_array(folder / name, mode="r") for name in COORDINATES]
-    for start in range(0, arrays[0].shape[0], COORDINATE_CHUNK):
-        episodes, frames = (np.asarray(array[start : start + COORDINATE_CHUNK]) for array in arrays)
-        yield start, episodes, frames
-
-
-def read_episodes(folder: Path, header: Header) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Start and length of every episode, int64 [E] each. The files' hashes are checked before.
-
-    Raises:
-        CacheCorruptError: they are not the dataset's.
-    """
-    arrays = []
-    for name in EPISODE_TABLE:
-        path = folder / name / "c.0"
-        content = without_crc(path.read_bytes())
-        if content is None or len(content) != 8 * header.dataset.episodes:
-            raise CacheCorruptError(f"{path}: expected {header.dataset.episodes} episodes, found other content")
-        arrays.append(np.frombuffer(content, "<i8"))
-    start, length = arrays
-    if (
-        sha256(length.tobytes()).hexdigest() != header.dataset.episodes_sha256
-        or ((length < 1) | (length > header.dataset.frames)).any()
-        or not np.array_equal(start, np.cumsum(length) - length)
-        or int(length.sum()) != header.dataset.frames
-    ):
-        raise CacheCorruptError(
-            f"{folder / 'episodes'}: expected {header.dataset.frames} frames in episodes of the lengths with sha256"
-            f" {header.dataset.episodes_sha256}, found others: restore the folder from a copy"
-        )
-    return start, length
 
 
 def _as_rows(indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:

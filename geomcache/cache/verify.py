@@ -21,28 +21,27 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from geomcache.cache.compatibility import extract_command, format_ranges
+from geomcache.cache.commands import extract_command
+from geomcache.cache.contents import damaged_files, read_episodes
 from geomcache.cache.header import EPISODE_TABLE, GROUP, Header
-from geomcache.cache.journal import JOURNAL, MANIFEST, Journal, Manifest
-from geomcache.cache.layout import (
-    CRC_NBYTES,
-    Column,
-    Layout,
+from geomcache.cache.journal import Journal
+from geomcache.cache.layout import CRC_NBYTES, Column, Layout, ShardFiles, crc32c, without_crc
+from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
+from geomcache.cache.store import GeometryStore
+from geomcache.cache.writer import StoreWriter
+from geomcache.cache.zarr_arrays import read_coordinates
+from geomcache.errors import CacheCorruptError, CacheError, CacheFormatError
+from geomcache.progress import human_bytes
+from geomcache.ranges import (
     Ranges,
     RowSet,
-    ShardFiles,
     clip_ranges,
     common_ranges,
     count_rows,
-    crc32c,
+    format_ranges,
     merge_ranges,
     rows_of,
-    without_crc,
 )
-from geomcache.cache.store import GeometryStore, damaged_files, read_coordinates, read_episodes
-from geomcache.cache.writer import StoreWriter
-from geomcache.errors import CacheCorruptError, CacheError, CacheFormatError
-from geomcache.progress import human_bytes
 
 _LISTED = 100  # lines of problems; --json has all
 

@@ -24,23 +24,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache import durable
+from geomcache.cache import durable, locks
 from geomcache.cache.codecs import RAW, Codec
+from geomcache.cache.contents import check_files
 from geomcache.cache.create import check_episodes, check_rows, create, matching_header
 from geomcache.cache.header import GROUP, LOCK, Header
-from geomcache.cache.journal import JOURNAL, MANIFEST, Commit, Drop, Journal, Manifest
-from geomcache.cache.layout import (
-    CHECKSUMS,
-    Column,
-    Ranges,
-    ShardFiles,
-    clip_ranges,
-    common_ranges,
-    count_rows,
-    merge_ranges,
-    rows_of,
-)
-from geomcache.cache.store import check_files
+from geomcache.cache.journal import Commit, Drop, Journal
+from geomcache.cache.layout import CHECKSUMS, Column, ShardFiles
+from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.errors import (
     CacheCorruptError,
     CacheLockedError,
@@ -48,6 +39,7 @@ from geomcache.errors import (
     NonFiniteGeometryError,
 )
 from geomcache.geometry import OUTPUTS, DatasetSpec, GeometrySpec
+from geomcache.ranges import Ranges, clip_ranges, common_ranges, count_rows, merge_ranges, rows_of
 from geomcache.statistics import Moments
 
 Maps = Mapping[str, Mapping[str, NDArray[np.float16]]]
@@ -89,7 +81,7 @@ class StoreWriter:
         self._journal = Journal(path / JOURNAL, self._layout, header.fingerprint)
         self._pending: set[int] = set()
         self._done: dict[int, int] = {}  # by shard: wanted rows that are there
-        self._lock = durable.LockFile(path / LOCK)
+        self._lock = locks.LockFile(path / LOCK)
         try:
             with self._current():
                 check_files(path, header, self._journal)

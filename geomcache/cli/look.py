@@ -84,7 +84,7 @@ def report(
     ] = 20_000,
 ) -> None:
     """Write one page about a cache: facts, histograms, confidence over time, sample frames, outliers, disk use."""
-    from geomcache.look.report import ReportOptions
+    from geomcache.look.gather import ReportOptions
     from geomcache.look.report import report as run
 
     options = ReportOptions(

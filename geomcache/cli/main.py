@@ -153,7 +153,7 @@ def extract(
     ] = None,
 ) -> None:
     """Run DA3 once over every frame of a dataset and write a cache. The same command again continues."""
-    from geomcache.extraction.run import ExtractOptions
+    from geomcache.extraction.options import ExtractOptions
     from geomcache.extraction.run import extract as run
 
     report = run(

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from geomcache.cache.layout import RowSet
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import CacheIncompleteError, GeometryError, UserInputError
 from geomcache.frames.of_cache import open_pictures
 from geomcache.geometry import ComputeDtype
+from geomcache.ranges import RowSet
 
 SMALLEST_STEP_AT = 2.0**-8
 # What another batch size or build of torch may change on the same kind of device. In fp32 that is less than a rounding.

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from geomcache.cache.codecs import Codec
-from geomcache.cache.layout import count_rows, shards_nbytes
+from geomcache.cache.layout import shards_nbytes
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import GeomcacheError, OutOfSpaceError
 from geomcache.extraction.decoding import Decoder
 from geomcache.frames.source import FrameDataset
 from geomcache.geometry import GeometrySpec
 from geomcache.progress import human_bytes, human_time
+from geomcache.ranges import count_rows
 
 TIMED_BATCHES = 3
 

@@ -17,12 +17,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geomcache.cache import durable
+from geomcache.cache import durable, locks
 from geomcache.cache.header import LOCK
 from geomcache.errors import UserInputError, did_you_mean, one_line
 
 if TYPE_CHECKING:
-    from geomcache.extraction.run import ExtractOptions
+    from geomcache.extraction.options import ExtractOptions
     from geomcache.geometry import DatasetSpec, GeometrySpec
 
 HEADER = "# Written by `geomcache extract`; `geomcache extract --config` of this file repeats the run.\n"
@@ -112,7 +112,7 @@ def write_run_config(cache: Path, options: dict[str, object]) -> str | None:
     path = run_config_path(cache)
     content = HEADER.encode() + yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=10_000).encode()
     # Jobs that share a cache come here at the same time, with the same name for the draft.
-    with contextlib.closing(durable.LockFile(cache / LOCK)) as lock, lock.exclusive():
+    with contextlib.closing(locks.LockFile(cache / LOCK)) as lock, lock.exclusive():
         try:
             there = path.read_bytes()
         except FileNotFoundError:

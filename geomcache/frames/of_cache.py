@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.compatibility import compare_cameras, compare_datasets, format_ranges
+from geomcache.cache.compatibility import compare_cameras, compare_datasets
 from geomcache.cache.store import GeometryStore
 from geomcache.frames.reader import FrameReader
 from geomcache.frames.source import open_dataset
+from geomcache.ranges import format_ranges
 
 
 def open_pictures(

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.errors import DatasetError, DatasetNotFoundError, UserInputError, did_you_mean, one_line
+from geomcache.errors import DatasetError, DatasetNotFoundError, did_you_mean, one_line
 from geomcache.frames.reader import DECODER, FrameReader, VideoColumn
 from geomcache.geometry import Camera, DatasetSpec, canonical_json, check_camera_key
+from geomcache.ranges import parse_episodes
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -80,32 +81,6 @@ def open_dataset(
     wanted = parse_episodes(episodes, int(meta.total_episodes))
     _require_files(meta, repo_id, keys, wanted, local=root is not None)
     return FrameDataset(spec=describe_dataset(meta, keys), reader=_make_reader(meta, keys)), wanted
-
-
-def parse_episodes(text: str | None, total: int) -> list[tuple[int, int]]:
-    """Ranges (first, last + 1) of episodes out of ``0:100``, ``7`` or ``0,3,5:8``, sorted and merged; all for None.
-
-    Raises:
-        UserInputError: malformed, empty, or out of range.
-    """
-    if text is None:
-        return [(0, total)]
-    ranges = []
-    for part in text.split(","):
-        first, colon, last = part.strip().partition(":")
-        if not first.isdecimal() or (colon and not last.isdecimal()):
-            raise UserInputError(f"episodes: expected such as 0:100 or 0,3,5:8, got {text!r}")
-        start, stop = int(first), int(last) if colon else int(first) + 1
-        if not start < stop <= total:
-            raise UserInputError(f"episodes: expected a part of 0:{total}, got {part.strip()!r}")
-        ranges.append((start, stop))
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
 
 
 def episode_lengths(meta: "LeRobotDatasetMetadata") -> NDArray[np.int64]:

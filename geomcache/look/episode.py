@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.compatibility import extract_command
+from geomcache.cache.commands import extract_command
 from geomcache.cache.info import format_episodes
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import MissingFrameError, UserInputError

@@ -17,7 +17,7 @@ from geomcache.geometry import OUTPUTS
 from geomcache.look.charts import histogram, legend, over_time
 from geomcache.look.drawing import LEGEND, fit_width, scalar_colours, vector_colours
 from geomcache.look.episode import SCALARS, short_key
-from geomcache.look.report import Outlier, Report, ShownFrame
+from geomcache.look.gather import Outlier, Report, ShownFrame
 from geomcache.look.value_counts import ValueCounts
 from geomcache.progress import human_bytes
 

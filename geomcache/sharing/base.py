@@ -7,11 +7,9 @@ A place holds files under the names that they have in the cache. Nothing here tr
 layout, sizes are known before a byte is asked for, and content is compared with hashes by whoever asked.
 """
 
-import contextlib
 import re
-import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
@@ -19,10 +17,8 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Protocol
 
-from tqdm import tqdm
-
-from geomcache.errors import ConnectionFailedError, UserInputError, one_line
-from geomcache.progress import LINE_EVERY_S, Say, human_bytes
+from geomcache.errors import ConnectionFailedError, one_line
+from geomcache.progress import Say
 
 ATTEMPTS = 5
 FIRST_WAIT_S = 1.0  # doubled after each attempt
@@ -96,34 +92,6 @@ def is_remote(address: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", address) is not None
 
 
-@contextlib.contextmanager
-def open_remote(address: str, revision: str | None = None) -> Iterator[Remote]:
-    """The place of this address. Nothing is asked of it yet.
-
-    Raises:
-        UserInputError: the address is none, or cannot have a revision.
-        RemoteError: the package that speaks to such places is missing.
-    """
-    if not is_remote(address):
-        raise UserInputError(
-            f"{address}: expected an address such as hf://datasets/owner/name or s3://bucket/name.zarr, got a path: to"
-            " copy a cache on this machine, copy its folder"
-        )
-    if address.startswith(HUB_SCHEME):
-        from geomcache.sharing.hub import HubRemote
-
-        with HubRemote.open(address, revision) as hub:
-            yield hub
-        return
-    if revision is not None:
-        raise UserInputError(
-            f"--revision: expected none for {without_secrets(address)}, got {revision!r}: leave it out"
-        )
-    from geomcache.sharing.object_store import FsspecRemote
-
-    yield FsspecRemote(address)
-
-
 class Patience:
     """Tries again after connection errors: five times, with longer waits. The threads of a transfer share one.
 
@@ -184,30 +152,6 @@ def in_parallel[T](operation: Callable[[T], object], items: Iterable[T]) -> None
             future.result()
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-class TransferBar:
-    """Bytes on their way: a bar on a terminal, a plain line now and then elsewhere. Threads may share it."""
-
-    def __init__(self, verb: str, total: int, say: Say) -> None:
-        self._verb, self._total, self._say = verb, total, say
-        self._done, self._said, self._guard = 0, time.monotonic(), Lock()
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=verb, disable=not sys.stderr.isatty())
-
-    def __call__(self, nbytes: int) -> None:
-        """So many bytes more."""
-        with self._guard:
-            self._done += nbytes
-            self._bar.update(nbytes)
-            if self._bar.disable and time.monotonic() - self._said >= LINE_EVERY_S:
-                self._said = time.monotonic()
-                self._say(f"{self._verb}: {human_bytes(self._done)} of {human_bytes(self._total)}")
-
-    def __enter__(self) -> "TransferBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 def hash_file(path: Path) -> tuple[int, str]:

@@ -4,12 +4,11 @@ import json
 import shlex
 from pathlib import Path
 
-from geomcache.cache.compatibility import format_ranges
-from geomcache.cache.layout import rows_of
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.catalog import MODELS, published
 from geomcache.geometry import GeometrySpec
 from geomcache.progress import human_bytes
+from geomcache.ranges import format_ranges, rows_of
 
 _HUB_LICENSES = {"Apache-2.0": "apache-2.0", "CC BY-NC 4.0": "cc-by-nc-4.0"}  # the Hub's names of them
 _LOCAL = "not known: a local folder"

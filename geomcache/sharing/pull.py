@@ -20,14 +20,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache import durable
-from geomcache.cache.compatibility import format_ranges
+from geomcache.cache import durable, locks
+from geomcache.cache.contents import damaged_files, read_episodes
 from geomcache.cache.create import is_cache, replace_cache
 from geomcache.cache.header import EPISODE_TABLE, GROUP, LOCK
 from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, Stored, named_as
-from geomcache.cache.journal import JOURNAL, MANIFEST, begin_line, encode_line
-from geomcache.cache.layout import Ranges, RowSet, clip_ranges, common_ranges, count_rows, merge_ranges
-from geomcache.cache.store import damaged_files, read_episodes
+from geomcache.cache.journal import begin_line, encode_line
+from geomcache.cache.manifest import JOURNAL, MANIFEST
 from geomcache.cache.writer import StoreWriter
 from geomcache.errors import (
     CacheCorruptError,
@@ -36,19 +35,19 @@ from geomcache.errors import (
     CacheNotFoundError,
     OutOfSpaceError,
 )
-from geomcache.frames.source import parse_episodes
-from geomcache.progress import Say, human_bytes, silent
-from geomcache.sharing.base import (
-    Patience,
-    Remote,
-    TransferBar,
-    hash_file,
-    in_parallel,
-    is_remote,
-    open_remote,
-    sleep,
-    without_secrets,
+from geomcache.progress import Say, TransferBar, human_bytes, silent
+from geomcache.ranges import (
+    Ranges,
+    RowSet,
+    clip_ranges,
+    common_ranges,
+    count_rows,
+    format_ranges,
+    merge_ranges,
+    parse_episodes,
 )
+from geomcache.sharing.base import Patience, Remote, hash_file, in_parallel, is_remote, sleep, without_secrets
+from geomcache.sharing.open import open_remote
 
 _ASIDE = ".geomcache-pull"  # ends the name of the folder beside PATH that files arrive in
 _INCOMING = ".incoming"  # in it, for files whose hash is not known to be right yet
@@ -292,7 +291,7 @@ class _Pull:
             with durable.naming(self._draft):
                 self._draft.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # the other process has just renamed the folder
-                lock = durable.LockFile(self._draft / LOCK)
+                lock = locks.LockFile(self._draft / LOCK)
                 if lock.claim(_CLAIM) and (self._draft / LOCK).exists():
                     break
                 lock.close()

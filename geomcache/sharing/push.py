@@ -20,21 +20,14 @@ from geomcache.cache import durable
 from geomcache.cache.create import is_cache
 from geomcache.cache.header import COORDINATES, EPISODE_TABLE, GROUP, Header
 from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, files_of, named_as
-from geomcache.cache.journal import JOURNAL, MANIFEST, Manifest
-from geomcache.cache.layout import CHECKSUMS, common_ranges, count_rows
+from geomcache.cache.layout import CHECKSUMS
+from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.errors import CacheCorruptError, CacheError, CacheExistsError, CacheLockedError
-from geomcache.progress import Say, human_bytes
-from geomcache.sharing.base import (
-    LocalFile,
-    Patience,
-    Remote,
-    RemoteFile,
-    TransferBar,
-    hash_file,
-    in_parallel,
-    open_remote,
-)
+from geomcache.progress import Say, TransferBar, human_bytes
+from geomcache.ranges import common_ranges, count_rows
+from geomcache.sharing.base import LocalFile, Patience, Remote, RemoteFile, hash_file, in_parallel
 from geomcache.sharing.card import write_card
+from geomcache.sharing.open import open_remote
 
 NOTE = MANIFEST + durable.TEMPORARY
 CARD = "README.md"

@@ -18,7 +18,8 @@ from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheCorruptError, GeomcacheError, RemoteError, one_line
 from geomcache.geometry import Geometry
 from geomcache.progress import Say, silent
-from geomcache.sharing.base import HUB_SCHEME, Patience, open_remote, without_secrets
+from geomcache.sharing.base import HUB_SCHEME, Patience, without_secrets
+from geomcache.sharing.open import open_remote
 from geomcache.sharing.pull import look
 
 METADATA_LIMIT = 16 << 20  # bytes of a metadata file

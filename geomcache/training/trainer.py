@@ -100,6 +100,7 @@ def bind(config: Any, store: GeometryStore) -> None:
 
     from geomcache.cache import compatibility
     from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+    from geomcache.training import checks
 
     policy = config.policy
     if not isinstance(policy, PI05GeometryConfig):
@@ -126,8 +127,8 @@ def bind(config: Any, store: GeometryStore) -> None:
     # LeRobot's streaming dataset reads every episode, whichever it is asked for.
     episodes = None if config.dataset.streaming else config.dataset.episodes
     compatibility.require_episodes(store, episodes, config.dataset.root)
-    compatibility.check_image_transforms(config.dataset.image_transforms)
-    compatibility.check_rename_map(store.spec, config.rename_map)
+    checks.check_image_transforms(config.dataset.image_transforms)
+    checks.check_rename_map(store.spec, config.rename_map)
     if config.env is not None and 0 < config.env_eval_freq <= config.steps:
         features = env_to_policy_features(config.env).items()
         sizes = {key: feature.shape[1:] for key, feature in features if feature.type is FeatureType.VISUAL}

@@ -12,10 +12,12 @@ import torchvision.transforms.v2 as v2
 from lerobot.transforms import ImageTransformConfig, ImageTransforms, ImageTransformsConfig
 from lerobot.transforms.transforms import _CUSTOM_TRANSFORMS
 
+from geomcache import ranges
 from geomcache.cache import compatibility
 from geomcache.errors import CacheIncompleteError, CacheMismatchError, UserInputError
-from geomcache.frames.source import parse_episodes
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec
+from geomcache.ranges import parse_episodes
+from geomcache.training import checks
 
 FRONT = Camera(key="observation.images.image", height=256, width=320)
 WRIST = Camera(key="observation.images.image2", height=128, width=128)
@@ -128,10 +130,10 @@ def test_an_environment_of_another_size_is_told_the_options() -> None:
 
 
 def test_renaming_a_cached_camera_is_refused() -> None:
-    compatibility.check_rename_map(SPEC, {})
-    compatibility.check_rename_map(SPEC, {"observation.images.top": "observation.images.x", FRONT.key: FRONT.key})
+    checks.check_rename_map(SPEC, {})
+    checks.check_rename_map(SPEC, {"observation.images.top": "observation.images.x", FRONT.key: FRONT.key})
     with pytest.raises(UserInputError, match=r"observation\.images\.image2 -> observation\.images\.wrist"):
-        compatibility.check_rename_map(SPEC, {WRIST.key: "observation.images.wrist"})
+        checks.check_rename_map(SPEC, {WRIST.key: "observation.images.wrist"})
 
 
 # ---- episodes --------------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def test_many_gaps_make_a_short_line_and_a_command_that_covers_them() -> None:
 
 def test_ranges_are_what_extract_takes() -> None:
     numbers = np.array([0, 1, 2, 7, 9, 10])
-    assert compatibility.format_ranges(numbers) == "0:3,7,9:11"
+    assert ranges.format_ranges(numbers) == "0:3,7,9:11"
     expanded = [n for first, last in parse_episodes("0:3,7,9:11", 11) for n in range(first, last)]
     assert expanded == numbers.tolist()
 
@@ -197,26 +199,26 @@ def test_ranges_are_what_extract_takes() -> None:
 def test_every_transform_known_to_keep_pixels_exists_and_is_none_of_torchvisions_geometric_ones() -> None:
     geometric = {name for name, value in vars(v2).items() if "_geometry" in getattr(value, "__module__", "")}
     assert {"RandomAffine", "RandomResizedCrop", "RandomHorizontalFlip", "Resize", "RandomPerspective"} <= geometric
-    assert not compatibility.PIXELS_STAY & geometric
-    for name in compatibility.PIXELS_STAY:
+    assert not checks.PIXELS_STAY & geometric
+    for name in checks.PIXELS_STAY:
         assert name in _CUSTOM_TRANSFORMS or issubclass(getattr(v2, name), v2.Transform)
-    assert set(_CUSTOM_TRANSFORMS) <= compatibility.PIXELS_STAY, "look at the new one: does it move pixels?"
+    assert set(_CUSTOM_TRANSFORMS) <= checks.PIXELS_STAY, "look at the new one: does it move pixels?"
 
 
 def test_transforms_that_are_off_do_not_matter() -> None:
-    compatibility.check_image_transforms(ImageTransformsConfig())
+    checks.check_image_transforms(ImageTransformsConfig())
     off = {"flip": ImageTransformConfig(weight=0.0, type="RandomHorizontalFlip")}
-    compatibility.check_image_transforms(ImageTransformsConfig(enable=True, tfs=off))
+    checks.check_image_transforms(ImageTransformsConfig(enable=True, tfs=off))
 
 
 def test_lerobots_default_transforms_are_refused_with_an_option_that_keeps_the_others() -> None:
     with pytest.raises(UserInputError, match=r"affine \(RandomAffine\)") as caught:
-        compatibility.check_image_transforms(ImageTransformsConfig(enable=True))
+        checks.check_image_transforms(ImageTransformsConfig(enable=True))
     (option,) = [word for word in shlex.split(str(caught.value)) if word.startswith("--dataset.image_transforms.tfs=")]
     tfs = {name: ImageTransformConfig(**tf) for name, tf in json.loads(option.partition("=")[2]).items()}
     assert set(tfs) == {"brightness", "contrast", "saturation", "hue", "sharpness"}
     advised = ImageTransformsConfig(enable=True, tfs=tfs)
-    compatibility.check_image_transforms(advised)
+    checks.check_image_transforms(advised)
     ImageTransforms(advised)  # LeRobot takes them
 
 
@@ -224,7 +226,7 @@ def test_lerobots_default_transforms_are_refused_with_an_option_that_keeps_the_o
 def test_what_moves_pixels_or_is_unknown_is_refused(kind: str) -> None:
     tfs = {"mine": ImageTransformConfig(weight=1.0, type=kind)}
     with pytest.raises(UserInputError, match=rf"mine \({kind}\)"):
-        compatibility.check_image_transforms(ImageTransformsConfig(enable=True, tfs=tfs))
+        checks.check_image_transforms(ImageTransformsConfig(enable=True, tfs=tfs))
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geomcache.cache import durable
+from geomcache.cache import durable, locks
 from geomcache.errors import CacheLockedError, OutOfSpaceError
 from tests.support.stores import Faults, output_of, run_python
 
 HOLDER = """
 import sys
 from pathlib import Path
-from geomcache.cache.durable import LockFile
+from geomcache.cache.locks import LockFile
 lock = LockFile(Path(sys.argv[1]))
 print(lock.claim(3), lock.claim(4), flush=True)
 for line in sys.stdin:
@@ -79,7 +79,7 @@ def test_a_claim_keeps_other_processes_out_until_its_owner_gives_it_back_or_dies
     assert other.stdin is not None
     assert other.stdout is not None
     assert other.stdout.readline() == "True True\n"
-    mine = durable.LockFile(path)
+    mine = locks.LockFile(path)
     assert (mine.claim(2), mine.claim(3), mine.claim(4)) == (True, False, False)
     assert not mine.claim_everything()
     other.stdin.write("release 3\n")
@@ -94,11 +94,11 @@ def test_a_claim_keeps_other_processes_out_until_its_owner_gives_it_back_or_dies
 
 def test_the_journals_lock_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    mine = durable.LockFile(path)
+    mine = locks.LockFile(path)
     script = """
 import sys
 from pathlib import Path
-from geomcache.cache.durable import LockFile
+from geomcache.cache.locks import LockFile
 lock = LockFile(Path(sys.argv[1]))
 print(Path(sys.argv[2]).read_text())
 """
@@ -112,7 +112,7 @@ print(Path(sys.argv[2]).read_text())
 
 
 def test_two_users_in_one_process_keep_each_other_out(tmp_path: Path) -> None:
-    one, two = durable.LockFile(tmp_path / "lock"), durable.LockFile(tmp_path / "lock")
+    one, two = locks.LockFile(tmp_path / "lock"), locks.LockFile(tmp_path / "lock")
     assert (one.claim(0), two.claim(0), one.claim(0)) == (True, False, False)
     assert one.holds(0)
     assert not two.holds(0)
@@ -121,7 +121,7 @@ def test_two_users_in_one_process_keep_each_other_out(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from geomcache.cache.durable import LockFile
+from geomcache.cache.locks import LockFile
 print(LockFile(Path(sys.argv[1])).claim(0))
 """
     assert output_of(run_python(script, tmp_path / "lock")) == "False\n"
@@ -131,7 +131,7 @@ print(LockFile(Path(sys.argv[1])).claim(0))
 
 def test_everything_is_claimed_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    mine = durable.LockFile(path)
+    mine = locks.LockFile(path)
     assert mine.claim_everything()
     script = """
 import fcntl, sys
@@ -151,7 +151,7 @@ def test_a_forked_child_has_none_of_its_parents_locks_and_cannot_drop_them(tmp_p
     script = """
 import os, sys
 from pathlib import Path
-from geomcache.cache.durable import LockFile
+from geomcache.cache.locks import LockFile
 from geomcache.errors import CacheLockedError
 mine = LockFile(Path(sys.argv[1]))
 mine.claim(0)
@@ -173,7 +173,7 @@ sys.stdin.read()
     lines = [process.stdout.readline() for _ in range(3)]
     assert "expected its use in process PARENT, which opened it, found process CHILD" in lines[0]
     assert lines[1:] == ["False\n", "ready\n"]
-    mine = durable.LockFile(path)
+    mine = locks.LockFile(path)
     assert not mine.claim(0)
     output_of(process)
     assert mine.claim(0)
@@ -187,4 +187,4 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with pytest.raises(CacheLockedError, match="lock: expected a file system with POSIX locks, found none"):
-        durable.LockFile(tmp_path / "lock")
+        locks.LockFile(tmp_path / "lock")

@@ -8,9 +8,11 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
-from geomcache.cache.journal import Commit, Drop, Journal, Manifest, begin_line, decode_line, encode_line
-from geomcache.cache.layout import Layout, ShardFiles, count_rows
+from geomcache.cache.journal import Commit, Drop, Journal, begin_line, decode_line, encode_line
+from geomcache.cache.layout import Layout, ShardFiles
+from geomcache.cache.manifest import Manifest
 from geomcache.errors import CacheCorruptError, CacheFormatError
+from geomcache.ranges import count_rows
 from geomcache.statistics import Moments
 from tests.support.stores import make_maps, make_spec
 

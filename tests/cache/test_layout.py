@@ -10,20 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geomcache.cache.layout import (
-    Layout,
-    RowSet,
-    choose_shard_frames,
-    clip_ranges,
-    common_ranges,
-    count_rows,
-    crc32c,
-    merge_ranges,
-    rows_of,
-    with_crc,
-    without_crc,
-)
+from geomcache.cache.layout import Layout, choose_shard_frames, crc32c, with_crc, without_crc
 from geomcache.errors import UserInputError
+from geomcache.ranges import RowSet, clip_ranges, common_ranges, count_rows, merge_ranges, rows_of
 from tests.support.stores import CAMERAS, make_maps, make_spec
 
 ABSENT = 0xFFFFFFFFFFFFFFFF

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from geomcache.cache.journal import Drop
-from geomcache.cache.layout import Ranges
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import Claim
 from geomcache.errors import (
@@ -23,6 +22,7 @@ from geomcache.errors import (
     OutOfSpaceError,
     UserInputError,
 )
+from geomcache.ranges import Ranges
 from geomcache.statistics import Moments
 from tests.support.stores import (
     Faults,

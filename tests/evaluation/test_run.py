@@ -26,7 +26,8 @@ from geomcache.evaluation.run import (
     watched_policy,
     with_defaults,
 )
-from geomcache.extraction.run import ExtractOptions, extract
+from geomcache.extraction.options import ExtractOptions
+from geomcache.extraction.run import extract
 from geomcache.geometry import Camera, GeometrySpec
 from geomcache.policy.checkpoint import read_config
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy

@@ -12,8 +12,9 @@ from lerobot.datasets import LeRobotDataset
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import CacheIncompleteError, GeometryError, UserInputError
+from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.parity import OutputParity, ParityReport, choose_rows, float16_steps, parity
-from geomcache.extraction.run import ExtractOptions, extract
+from geomcache.extraction.run import extract
 from geomcache.geometry import Geometry
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy

@@ -18,7 +18,7 @@ import zarr
 from safetensors.torch import load_file, save_file
 
 from geomcache.cache.codecs import Codec
-from geomcache.cache.compatibility import extract_command
+from geomcache.cache.commands import extract_command
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import (
     CacheExistsError,
@@ -28,8 +28,9 @@ from geomcache.errors import (
     OutOfSpaceError,
     UserInputError,
 )
+from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import require_space
-from geomcache.extraction.run import ExtractOptions, ExtractReport, extract
+from geomcache.extraction.run import ExtractReport, extract
 from geomcache.extraction.run_config import read_run_config, run_config_path
 from geomcache.frames.source import open_dataset
 from tests.support.da3 import area_average, assert_one_step, upstream_maps, upstream_network

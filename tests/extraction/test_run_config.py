@@ -13,7 +13,8 @@ from tests.test_cli import call
 from geomcache.cli import main as cli
 from geomcache.errors import UserInputError
 from geomcache.extraction import run as extract
-from geomcache.extraction.run import ExtractOptions, ExtractReport
+from geomcache.extraction.options import ExtractOptions
+from geomcache.extraction.run import ExtractReport
 from geomcache.extraction.run_config import HEADER, read_run_config, resolve, run_config_path, write_run_config
 from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store
 

@@ -20,7 +20,8 @@ from geomcache.cache.verify import verify
 from geomcache.da3.encoder import DA3Encoder, PendingGeometry
 from geomcache.errors import EncoderMemoryError, WorkerDiedError
 from geomcache.extraction.decoding import ForkServer
-from geomcache.extraction.run import ExtractOptions, extract
+from geomcache.extraction.options import ExtractOptions
+from geomcache.extraction.run import extract
 from tests.faults.common import Figure
 from tests.support.da3 import assert_one_step
 from tests.support.datasets import make_dataset

@@ -11,7 +11,8 @@ import pytest
 from lerobot.datasets import LeRobotDatasetMetadata
 
 from geomcache.errors import DatasetError, DatasetNotFoundError, UserInputError
-from geomcache.frames.source import describe_dataset, episode_lengths, open_dataset, parse_episodes
+from geomcache.frames.source import describe_dataset, episode_lengths, open_dataset
+from geomcache.ranges import parse_episodes
 from tests.support.datasets import DEMO, make_dataset
 
 

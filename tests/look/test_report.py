@@ -14,7 +14,8 @@ from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheIncompleteError, DatasetNotFoundError, UserInputError
 from geomcache.look import report as report_module
 from geomcache.look.charts import over_time
-from geomcache.look.report import ReportOptions, choose_rows, disk_use, gather, lowest_confidence, report
+from geomcache.look.gather import ReportOptions, choose_rows, disk_use, gather, lowest_confidence
+from geomcache.look.report import report
 from tests.support.scene import KEYS, LENGTHS, Scene, make_scene, scene_maps
 from tests.support.stores import make_store, open_writer
 

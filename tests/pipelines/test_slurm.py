@@ -9,7 +9,8 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from geomcache.cache.store import GeometryStore
-from geomcache.extraction.run import ExtractOptions, extract
+from geomcache.extraction.options import ExtractOptions
+from geomcache.extraction.run import extract
 from pipelines.slurm import check_locks
 from tests.support.da3 import assert_one_step
 from tests.support.datasets import ROOT, make_dataset

@@ -13,7 +13,7 @@ from geomcache.errors import (
     RemoteError,
     UserInputError,
 )
-from geomcache.sharing.base import open_remote
+from geomcache.sharing.open import open_remote
 from geomcache.sharing.pull import pull
 from geomcache.sharing.push import push
 from tests.support.hub_server import TOKEN, HubHere, hub

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zarr
 
-from geomcache.cache import durable
+from geomcache.cache import locks
 from geomcache.cache.compatibility import require_episodes
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import verify
@@ -249,7 +249,7 @@ def test_another_process_that_pulls_the_same_is_waited_for(
 ) -> None:
     draft = path.with_name(".cache.zarr.geomcache-pull")
     draft.mkdir(parents=True)
-    other = durable.LockFile(draft / "lock")
+    other = locks.LockFile(draft / "lock")
     assert other.claim(module._CLAIM)
     finished: list[float] = []
 

@@ -1,0 +1,136 @@
+"""The JSON records that the journal and the manifest share, and how each is checked."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from geomcache.cache.layout import Layout, ShardFiles
+from geomcache.errors import CacheCorruptError, CacheFormatError, GeomcacheError
+from geomcache.ranges import Ranges, clip_ranges, count_rows
+from geomcache.statistics import Moments
+
+SCHEMA_VERSION = 1
+
+
+Files = dict[str, tuple[int, str]]
+"""Relative path -> bytes and sha256, hexadecimal, of metadata, coordinates and episode table."""
+
+
+Statistics = dict[str, dict[str, Moments]]
+"""Camera -> output -> moments over the rows that are there."""
+
+
+def identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
+    """Members that begin journal and manifest: of which cache they are, and how its shards are cut."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        "shard_frames": layout.shard_frames,
+        "columns": [column.key for column in layout.columns],
+    }
+
+
+def check_identity(record: Any, path: Path, layout: Layout, fingerprint: str) -> None:
+    """Compare those members.
+
+    Raises:
+        CacheCorruptError: one differs.
+    """
+    for name, expected in identity(layout, fingerprint).items():
+        if record[name] != expected:
+            raise CacheCorruptError(
+                f"{path}: expected {name} {expected}, as zarr.json has it, found {record[name]}: files of two caches"
+                " were mixed, or one is damaged; restore them from a copy"
+            )
+
+
+def held_by_shard(rows: Ranges, layout: Layout) -> Iterator[tuple[int, int]]:
+    """(shard, how many of the rows it holds) of the shards that hold any, in order."""
+    for shard in layout.shards_of(rows):
+        yield shard, count_rows(clip_ranges(rows, *layout.shard_rows(shard)))
+
+
+def describe_statistics(statistics: Statistics) -> dict[str, Any]:
+    """As JSON types: of each camera, and pooled over them."""
+    cameras = {
+        camera: {output: moments.to_dict() for output, moments in outputs.items()}
+        for camera, outputs in statistics.items()
+    }
+    return {"pooled": {name: moments.to_dict() for name, moments in pool(statistics).items()}, "cameras": cameras}
+
+
+def pool(statistics: Statistics) -> dict[str, Moments]:
+    """Of each output over all cameras, merged in the order of the views."""
+    names = next(iter(statistics.values()), {})
+    return {name: Moments.merged(outputs[name] for outputs in statistics.values()) for name in names}
+
+
+def parse_statistics(data: Any, layout: Layout) -> Statistics:
+    """Moments of every column, from JSON types."""
+    statistics: Statistics = {}
+    for column in layout.columns:
+        moments = Moments.from_dict(data[column.camera][column.output], column.output)
+        statistics.setdefault(column.camera, {})[column.output] = moments
+    if sum(map(len, data.values())) != len(layout.columns):
+        raise ValueError("statistics of every camera's outputs")
+    return statistics
+
+
+def parse_ranges(data: Any, start: int, stop: int) -> Ranges:
+    """Merged ranges of rows from `start` on, before `stop`, from JSON types."""
+    ranges = tuple((first, last) for first, last in data)
+    bounds = [bound for item in ranges for bound in item]
+    ascending = all(a < b for a, b in itertools.pairwise(bounds))
+    if not (all(type(bound) is int for bound in bounds) and ascending and start <= min(bounds, default=start)):
+        raise ValueError(f"ascending ranges of rows from {start} on")
+    if max(bounds, default=stop) > stop:
+        raise ValueError(f"ranges of rows before {stop}")
+    return ranges
+
+
+def parse_shard_files(sizes: Any, hashes: Any, layout: Layout, rows: int) -> ShardFiles:
+    """Files of a shard that holds so many rows, from JSON types."""
+    bounds = layout.size_bounds(rows)
+    fits = (type(size) is int and low <= size <= high for size, (low, high) in zip(sizes, bounds, strict=True))
+    if rows < 1 or not all(fits):
+        raise ValueError(f"files of {' '.join(f'{low} to {high}' for low, high in bounds)} bytes")
+    digests = tuple(map(bytes.fromhex, hashes))
+    if [len(digest) for digest in digests] != [sha256().digest_size] * len(bounds):
+        raise ValueError(f"{len(bounds)} sha256")
+    return ShardFiles(tuple(sizes), digests)
+
+
+def parse_files(data: Any) -> Files:
+    """Bytes and sha256 of files, from JSON types."""
+    files = {name: (size, digest) for name, (size, digest) in data.items()}
+    if not all(type(size) is int and type(digest) is str for size, digest in files.values()):
+        raise ValueError("bytes and sha256 of files")
+    return files
+
+
+def check_shard(shard: Any, layout: Layout) -> int:
+    """A shard's number, from JSON types."""
+    if type(shard) is not int or not 0 <= shard < layout.shards:
+        raise ValueError(f"a shard from 0 to {layout.shards - 1}")
+    return shard
+
+
+@contextlib.contextmanager
+def malformed(path: Path) -> Iterator[None]:
+    """Say of which file it is that a record has not the expected form, although its checksum fits.
+
+    Raises:
+        CacheFormatError: instead of what reading JSON types raises.
+    """
+    try:
+        yield
+    except GeomcacheError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CacheFormatError(
+            f"{path}: expected records of schema version {SCHEMA_VERSION}, found others"
+            f" ({type(error).__name__}: {error}): another version of geomcache wrote it, or another program"
+        ) from error
