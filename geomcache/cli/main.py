@@ -3,8 +3,11 @@
 Heavy imports stay inside the commands, so that `geomcache --help` answers at once.
 """
 
+import contextlib
+import logging
 import signal
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -348,12 +351,36 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     raise _Stopped(number)
 
 
+class _Echo(logging.Handler):
+    """Prints what the package logs: one plain line, warnings to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=record.levelno >= logging.WARNING)
+
+
+@contextlib.contextmanager
+def _printed_log() -> Iterator[None]:
+    """Print the package's log while a command runs."""
+    logger, echo = logging.getLogger("geomcache"), _Echo()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(echo)
+    logger.propagate = False  # LeRobot gives the root logger a handler of its own
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(echo)
+        logger.propagate = True
+
+
 def main() -> None:
     """Entry point: an error of the user's becomes one line and exit code 2."""
     for number in (signal.SIGINT, signal.SIGTERM):  # both unwind: what is half written is dropped in order
         signal.signal(number, _stop)
     try:
-        code = app(prog_name="geomcache", standalone_mode=False)
+        with _printed_log():
+            code = app(prog_name="geomcache", standalone_mode=False)
     except TyperException as error:  # a call that cannot be parsed; typer has shown the help where nothing was given
         if error.format_message():
             _fail(_usage_message(error), EXIT_USER_ERROR)
