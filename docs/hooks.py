@@ -47,7 +47,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _generated(marker: re.Match[str]) -> str:
     if marker[1] not in MARKERS:
         raise PluginError(f"{marker[0]}: expected one of {', '.join(MARKERS)}, got {marker[1]!r}")
-    return MARKERS[marker[1]]()
+    text: str = MARKERS[marker[1]]()
+    return text
 
 
 def _turned(link: re.Match[str], uri: str) -> str:

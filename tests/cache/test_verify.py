@@ -12,7 +12,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
-from tests.test_cli import call
+from tests.cli.test_main import call
 
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import Problem, VerifyReport, require_intact, verify

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.test_cli import call
+from tests.cli.test_main import call
 
 from geomcache.cli import main as cli
 from tests.support.scene import Scene, make_scene

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.test_cli import call
+from tests.cli.test_main import call
 
 from geomcache.cli import main as cli
 from tests.support.sharing import contents, make_small_store

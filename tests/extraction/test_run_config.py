@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from tests.test_cli import call
+from tests.cli.test_main import call
 
 from geomcache.cli import main as cli
 from geomcache.errors import UserInputError
