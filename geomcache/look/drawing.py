@@ -244,13 +244,15 @@ class Sheet:
         for axis, name in enumerate("xyz"):
             colours = np.zeros((1, 256, 3), np.uint8)
             colours[..., axis] = np.arange(256)
-            ticks = [(0, f"{limits[0, axis]:.2f}"), (127.5, name), (255, f"{limits[1, axis]:.2f}")]
-            self._draw_bar(self._left(column) + axis * (width + MARGIN), top, width, colours, ticks)
+            ticks = [(0, f"{limits[0, axis]:.2f}"), (255, f"{limits[1, axis]:.2f}")]
+            left = self._left(column) + axis * (width + MARGIN)
+            self._draw_bar(left, top, width, colours, ticks)
+            self._write(left + width / 2, top + 9, name, color="white", weight="bold", ha="center")
 
     def _draw_bar(
         self, left: int, top: int, width: int, colours: NDArray[np.uint8], ticks: Sequence[tuple[float, str]]
     ) -> None:
-        axes = self._axes(left, top, width, 10)
+        axes = self._axes(left, top, width, 12)
         axes.imshow(colours, aspect="auto")
         axes.set_yticks([])
         axes.set_xticks([place for place, _ in ticks], [text for _, text in ticks])

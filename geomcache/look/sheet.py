@@ -11,6 +11,7 @@ from geomcache.look.drawing import (
     panel_height,
     range_caption,
     scalar_colours,
+    shorten,
     vector_caption,
     vector_colours,
 )
@@ -39,10 +40,10 @@ class EpisodeSheet:
             Column(title="ray origin over the episode"),
         ]
         title = f"{episode.store.dataset.repo_id},  episode {episode.number}"
-        model = f"{spec.model_id} at {spec.process_res} px,  grid {spec.grid_hw[0]}x{spec.grid_hw[1]}."
+        model = f"{shorten(spec.model_id, 60)} at {spec.process_res} px,  grid {spec.grid_hw[0]}x{spec.grid_hw[1]}."
         axes = f"Rays are in {COORDINATES[spec.views]} coordinates: x right, y down, z ahead."
         self._sheet = Sheet(
-            (title, f"{axes}  Colours span the whole episode.  {model}"),
+            (title, f"{model}  {axes}  Colours span the whole episode."),
             episode.views,
             [panel_height(camera.height, camera.width) for camera in spec.cameras],
             columns if episode.reader is not None else columns[1:],
