@@ -7,6 +7,7 @@ module, which therefore imports neither NumPy nor torch.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,9 +15,10 @@ from typer import Option
 
 from geomcache.errors import UserInputError
 
-DATASET_PANEL = "Dataset: which part of it, and where it is"
-GEOMETRY_PANEL = "Geometry: what the cache's numbers depend on"
-MACHINE_PANEL = "Machine: the numbers do not depend on these"
+# The panels of `--help`.
+_dataset = partial(Option, rich_help_panel="Dataset: which part of it, and where it is")
+_geometry = partial(Option, rich_help_panel="Geometry: what the cache's numbers depend on")
+_machine = partial(Option, rich_help_panel="Machine: the numbers do not depend on these")
 
 NOT_RECORDED = frozenset({"dry_run", "overwrite"})  # how one call behaves, not what is in the cache
 
@@ -59,78 +61,53 @@ class ExtractOptions:
 
     root: Annotated[
         Path | None,
-        Option(help="The dataset's folder, if it is on this machine.", metavar="DIR", rich_help_panel=DATASET_PANEL),
+        _dataset(help="The dataset's folder, if it is on this machine.", metavar="DIR"),
     ] = None
-    revision: Annotated[
-        str | None, Option(help="The dataset's branch, tag or commit.", metavar="REV", rich_help_panel=DATASET_PANEL)
-    ] = None
-    episodes: Annotated[
-        str | None, Option(help="Such as 0:100 or 0,3,5:8.", show_default="all", rich_help_panel=DATASET_PANEL)
-    ] = None
+    revision: Annotated[str | None, _dataset(help="The dataset's branch, tag or commit.", metavar="REV")] = None
+    episodes: Annotated[str | None, _dataset(help="Such as 0:100 or 0,3,5:8.", show_default="all")] = None
     cameras: Annotated[
         tuple[str, ...] | None,
-        Option(
-            help="Keys in the order of the views; the first is the reference.",
-            show_default="all",
-            rich_help_panel=DATASET_PANEL,
-        ),
+        _dataset(help="Keys in the order of the views; the first is the reference.", show_default="all"),
         FromText(_parse_names),
     ] = None
 
     views: Annotated[
         Literal["joint", "independent"],
-        Option(
-            help="Encode a frame's cameras as views of one scene, or each camera alone.",
-            rich_help_panel=GEOMETRY_PANEL,
-        ),
+        _geometry(help="Encode a frame's cameras as views of one scene, or each camera alone."),
     ] = "joint"
-    process_res: Annotated[
-        int, Option(help="Longest side of what the network sees, in pixels.", rich_help_panel=GEOMETRY_PANEL)
-    ] = 504
-    grid: Annotated[str, Option(help="patch, native, or cells such as 14x14.", rich_help_panel=GEOMETRY_PANEL)] = (
-        "patch"
-    )
+    process_res: Annotated[int, _geometry(help="Longest side of what the network sees, in pixels.")] = 504
+    grid: Annotated[str, _geometry(help="patch, native, or cells such as 14x14.")] = "patch"
     outputs: Annotated[
         tuple[str, ...],
-        Option(help="Any of ray, ray_conf, depth, depth_conf.", rich_help_panel=GEOMETRY_PANEL),
+        _geometry(help="Any of ray, ray_conf, depth, depth_conf."),
         FromText(_parse_names),
     ] = ("ray", "ray_conf")
     codec: Annotated[
         Literal["raw", "zstd"],
-        Option(
-            help="How maps are stored. zstd: the same numbers in fewer bytes, slower to read.",
-            rich_help_panel=GEOMETRY_PANEL,
-        ),
+        _geometry(help="How maps are stored. zstd: the same numbers in fewer bytes, slower to read."),
     ] = "raw"
     dtype: Annotated[
         Literal["bf16", "fp32"] | None,
-        Option(
-            help="Precision of the backbone.",
-            show_default="bf16 on CUDA, fp32 otherwise",
-            rich_help_panel=GEOMETRY_PANEL,
-        ),
+        _geometry(help="Precision of the backbone.", show_default="bf16 on CUDA, fp32 otherwise"),
     ] = None
-    model_revision: Annotated[
-        str | None, Option(help="The model's branch, tag or commit.", metavar="REV", rich_help_panel=GEOMETRY_PANEL)
-    ] = None
+    model_revision: Annotated[str | None, _geometry(help="The model's branch, tag or commit.", metavar="REV")] = None
 
     device: Annotated[
         str | None,
-        Option(help="Such as cuda:1 or cpu.", show_default="the GPU if there is one", rich_help_panel=MACHINE_PANEL),
+        _machine(help="Such as cuda:1 or cpu.", show_default="the GPU if there is one"),
     ] = None
     batch_size: Annotated[
         int | Literal["auto"] | None,
-        Option(
+        _machine(
             help="Frames per forward pass, or auto: as many as fit and help.",
             metavar="N|auto",
             show_default="16 on a GPU, 4 on a CPU",
-            rich_help_panel=MACHINE_PANEL,
         ),
         FromText(_parse_batch_size),
     ] = None
     num_workers: Annotated[
         int | None,
-        Option(help="Decoding processes.", show_default="the spare cores, up to 8", rich_help_panel=MACHINE_PANEL),
+        _machine(help="Decoding processes.", show_default="the spare cores, up to 8"),
     ] = None
 
     def __post_init__(self) -> None:
