@@ -1,6 +1,7 @@
 """An episode as a video: H.264 in yuv420p, which every ordinary player takes, at the dataset's frame rate."""
 
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,11 +13,11 @@ ENCODER, FALLBACK = "libx264", "mpeg4"  # MPEG-4 part 2 where PyAV was built wit
 QUALITY = {ENCODER: {"crf": "18"}, FALLBACK: {"qscale": "3"}}
 
 
-def write_video(path: Path, pictures: Iterable[Image.Image], fps: int) -> None:
+def write_video(path: Path, pictures: Iterable[Image.Image], fps: float) -> None:
     """Write pictures of one size. An odd side loses its last pixel: yuv420p stores colour for two by two pixels."""
     encoder = ENCODER if ENCODER in av.codec.codecs_available else FALLBACK
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream(encoder, rate=fps, options=QUALITY[encoder])
+        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001), options=QUALITY[encoder])
         assert isinstance(stream, av.VideoStream)
         stream.pix_fmt = "yuv420p"
         for picture in pictures:
