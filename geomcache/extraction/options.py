@@ -5,6 +5,7 @@ depends on the machine. A new option is a new field here and nothing else. `geom
 module, which therefore imports neither NumPy nor torch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -70,6 +71,9 @@ class ExtractOptions:
         _dataset(help="Keys in the order of the views; the first is the reference.", show_default="all"),
         FromText(_parse_names),
     ] = None
+    tolerance_s: Annotated[
+        float, _dataset(help="How far the time stamp of a video's frame may be off, as in lerobot-train.", metavar="S")
+    ] = 1e-4
 
     views: Annotated[
         Literal["joint", "independent"],
@@ -115,6 +119,8 @@ class ExtractOptions:
             raise UserInputError(f"batch-size: expected at least 1, or auto, got {self.batch_size}")
         if self.num_workers is not None and self.num_workers < 0:
             raise UserInputError(f"num-workers: expected at least 0, got {self.num_workers}")
+        if not 0 < self.tolerance_s < math.inf:
+            raise UserInputError(f"tolerance-s: expected a positive number of seconds, got {self.tolerance_s}")
         if self.cameras == ():
             raise UserInputError("cameras: expected at least one key, got none: leave the option out to use all")
 

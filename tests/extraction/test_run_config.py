@@ -150,7 +150,18 @@ def test_the_commands_defaults_are_the_dataclasss(monkeypatch: pytest.MonkeyPatc
 
 def test_every_option_reaches_the_dataclass(monkeypatch: pytest.MonkeyPatch, asked: list[ExtractOptions]) -> None:
     words = [*("--model", "m", "--dataset", "d", "-o", "c.zarr", "--dry-run", "--overwrite"), *("--root", "r")]
-    words += ["--revision", "1", "--episodes", "0:3", "--cameras", "b, a", "--views", "independent"]
+    words += [
+        "--revision",
+        "1",
+        "--episodes",
+        "0:3",
+        "--cameras",
+        "b, a",
+        "--tolerance-s",
+        "0.01",
+        "--views",
+        "independent",
+    ]
     words += ["--process-res", "28", "--grid", "2x2", "--outputs", "ray,depth", "--codec", "zstd", "--dtype", "bf16"]
     words += ["--model-revision", "2", "--device", "cpu", "--batch-size", "auto", "--num-workers", "0"]
     assert call(monkeypatch, "extract", *words) == 0
@@ -165,6 +176,7 @@ def test_every_option_reaches_the_dataclass(monkeypatch: pytest.MonkeyPatch, ask
         revision="1",
         episodes="0:3",
         cameras=("b", "a"),
+        tolerance_s=0.01,
         views="independent",
         process_res=28,
         grid="2x2",

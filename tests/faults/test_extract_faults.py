@@ -87,7 +87,7 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(
     monkeypatch.setattr(DA3Encoder, "launch", limited)
     with logged_lines() as lines:
         report = extract(replace(options, output=tmp_path / "cache.zarr", views=views))
-    assert [re.findall(r"\d+", line) for line in lines] == [["8", "4"], ["4", "2"]]
+    assert [re.findall(r"\d+", line) for line in lines if "memory" in line] == [["8", "4"], ["4", "2"]]
     assert sizes == [2] * 20  # logged once, and remembered
     assert report.frames == FRAMES
     assert_same_rows(report.path, plain)
