@@ -20,6 +20,7 @@ from geomcache.da3.encoder import DA3Encoder
 from geomcache.extraction.batch_size import find_batch_size
 from geomcache.extraction.decoding import ClaimedRanges, ForkServer, NetworkBatch, decode, naming_worker_death
 from geomcache.extraction.encoding import BatchEncoder
+from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import describe_plan, require_space
 from geomcache.extraction.process import Process
@@ -54,6 +55,7 @@ def extract(options: ExtractOptions) -> ExtractReport:
         revision=options.revision,
         cameras=options.cameras,
         episodes=options.episodes,
+        tolerance_s=options.tolerance_s,
     )
     encoder = _load_encoder(options, dataset, process)
     batch_size = _choose_batch_size(options, encoder, process)
@@ -98,20 +100,23 @@ def _open_writer(
     rows: Sequence[tuple[int, int]],
     process: Process,
 ) -> StoreWriter:
-    """Create the cache, or open the one that exists."""
+    """Create the cache, or open the one that exists; shards that lack a file count as missing."""
     codec = Codec.of(options.codec)
     if not options.output_path.exists():
         require_space(options.output_path, encoder.spec, count_rows(rows), codec)
-    with process.main_first():  # the others open what the main process has created or replaced
+
+    def open_writer(*, overwrite: bool) -> StoreWriter:
+        path, lengths = options.output_path, dataset.reader.episode_length
         return StoreWriter.create_or_open(
-            options.output_path,
-            encoder.spec,
-            dataset.spec,
-            dataset.reader.episode_length,
-            rows,
-            codec=codec,
-            overwrite=options.overwrite and process.is_main,
+            path, encoder.spec, dataset.spec, lengths, rows, codec=codec, overwrite=overwrite
         )
+
+    with process.main_first():  # the others open what the main process has created or replaced
+        writer = open_writer(overwrite=options.overwrite and process.is_main)
+        if process.is_main and drop_missing_shards(writer):
+            writer.close()
+            writer = open_writer(overwrite=False)  # now it wants the rows of those shards, too
+        return writer
 
 
 def _announce(writer: StoreWriter, options: ExtractOptions, process: Process) -> int:
