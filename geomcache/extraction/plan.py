@@ -54,7 +54,7 @@ def _time_batches(
     encode_s, decode_s = [], []
     for number in range(1 + TIMED_BATCHES):
         first = start + number * count % (stop - start - count + 1)
-        batch = decoder[first, first + count]
+        batch = decoder.decode(first, first + count)
         if isinstance(batch, GeomcacheError):
             raise batch
         began = time.perf_counter()

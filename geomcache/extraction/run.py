@@ -2,7 +2,7 @@
 
     decode workers                       main thread                writer thread
     row range -> pictures -> input  ──►  input -> geometry  ──►     geometry -> shard -> disk -> journal
-    decoding.decode                      encoding.BatchEncoder      writer_thread.ShardWriterThread
+    workers.decode                       encoding.BatchEncoder      writer_thread.ShardWriterThread
 
 The three overlap. The cache's writer hands out shards of consecutive rows; decoding runs ahead of the encoder by a few
 batches, and a bounded queue stands between the encoder and the writing, so that memory does not grow with the dataset.
@@ -14,11 +14,13 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+
 from geomcache.cache.codecs import Codec
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.extraction.batch_size import find_batch_size
-from geomcache.extraction.decoding import ClaimedRanges, ForkServer, NetworkBatch, decode, naming_worker_death
+from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
 from geomcache.extraction.encoding import BatchEncoder
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
@@ -26,16 +28,18 @@ from geomcache.extraction.plan import describe_plan, require_space
 from geomcache.extraction.process import Process
 from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import resolve, write_run_config
+from geomcache.extraction.workers import ForkServer, claimed_ranges, decode, naming_worker_death
 from geomcache.extraction.writer_thread import ShardWriterThread
 from geomcache.frames.source import FrameDataset, open_dataset
 from geomcache.progress import Progress
-from geomcache.ranges import count_rows
+from geomcache.ranges import count_rows, format_ranges
 
 __all__ = ["ExtractReport", "extract"]
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5  # how often a process with nothing left to claim checks the shards of the others
+WAIT_LINE_S = 30.0  # between lines about shards that other processes hold
 GPU_BATCH, CPU_BATCH = 16, 4  # frames per forward pass
 
 
@@ -149,7 +153,8 @@ class _Run:
         self._dataset, self._encoder, self._writer = dataset, encoder, writer
         self._batch_size, self._server, self._process, self._began = batch_size, server, process, began
         self._stage = BatchEncoder(encoder, batch_size, dataset.reader.locate)
-        self._first_encoded: float | None = None  # when the first batch was: the end of the start-up
+        self._first_encoded: float | None = None  # when the first batch was encoded: the end of the start-up
+        self._waiting_logged = time.monotonic()
         self._report = ExtractReport(path=writer.path, workers=workers)
 
     def until_sealed(self, total: int) -> ExtractReport:
@@ -162,9 +167,10 @@ class _Run:
                 first = self._writer.claim()
                 if first is not None:
                     self._make_shards(first, progress)
-                elif self._writer.pending():
+                elif pending := self._writer.pending():
                     time.sleep(POLL_S)  # other processes hold the rest; if one dies, its shards can be claimed
                     progress.update(unwritten=0, nbytes=report.nbytes)
+                    self._log_wait(pending)
                 else:
                     break
             self._writer.seal()
@@ -173,12 +179,26 @@ class _Run:
         report.encode_s = self._stage.encode_s
         return report
 
+    def _log_wait(self, pending: Sequence[int]) -> None:
+        """Say now and then that shards are waited for, and which."""
+        now = time.monotonic()
+        if self._process.is_main and now - self._waiting_logged >= WAIT_LINE_S:
+            self._waiting_logged = now
+            logger.info("waiting for shards that other processes hold: %s", format_ranges(np.array(pending)))
+
     def _make_shards(self, first: Claim, progress: Progress) -> None:
         """Decode, encode and write `first`, and every shard that can be claimed after it."""
         report, frames_encoded = self._report, 0
         with ShardWriterThread(self._writer) as thread, naming_worker_death():
-            ranges = ClaimedRanges(self._writer, first, self._batch_size, on_claim=thread.expect)
-            for encoded in self._stage.encode(self._timed(self._decode(ranges))):
+            ranges = claimed_ranges(self._writer, first, self._batch_size, on_claim=thread.expect)
+            batches = decode(
+                BatchDecoder(self._dataset.reader, self._encoder.preprocessor),
+                ranges,
+                report.workers,
+                server=self._server,
+                pin_memory=self._encoder.device.type == "cuda",
+            )
+            for encoded in self._stage.encode(self._timed(batches)):
                 thread.put(encoded.maps)
                 self._count(encoded.stop - encoded.start)
                 frames_encoded += encoded.stop - encoded.start
@@ -191,16 +211,6 @@ class _Run:
         report.shards += thread.shards_written
         report.nbytes += thread.nbytes_written
         report.write_s += thread.write_s
-
-    def _decode(self, ranges: ClaimedRanges) -> Iterator[NetworkBatch]:
-        return decode(
-            self._dataset.reader,
-            self._encoder.preprocessor,
-            ranges,
-            self._report.workers,
-            server=self._server,
-            pin_memory=self._encoder.device.type == "cuda",
-        )
 
     def _timed(self, batches: Iterable[NetworkBatch]) -> Iterator[NetworkBatch]:
         for batch in batches:

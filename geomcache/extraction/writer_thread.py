@@ -1,5 +1,6 @@
 """Writing in stage one: a thread that collects geometry into shards and commits them."""
 
+import logging
 import queue
 import threading
 import time
@@ -14,7 +15,12 @@ from numpy.typing import NDArray
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.ranges import count_rows
 
+logger = logging.getLogger(__name__)
+
 QUEUED_BATCHES = 4  # between encoder and writing: enough to ride out an fsync, few enough to bound memory
+
+POLL_S = 0.1
+WAIT_LINE_S = 30.0  # between lines about a disk that is waited for
 
 BatchMaps = Mapping[str, NDArray[np.float16]]
 """Output name -> [n, V, h, w(, 6)], n consecutive rows."""
@@ -34,6 +40,7 @@ class ShardWriterThread:
         self._stop = threading.Event()
         self.frames_written = self.shards_written = self.nbytes_written = 0
         self.write_s = 0.0
+        self._waiting_logged = 0.0
         self._thread = threading.Thread(target=self._run, name="geomcache-writer", daemon=True)
         self._thread.start()
 
@@ -43,23 +50,16 @@ class ShardWriterThread:
 
     def put(self, maps: BatchMaps) -> None:
         """Hand over the next rows, all of one claim. Blocks while the queue is full."""
-        while True:
-            self._raise_error()
-            try:
-                self._queue.put(maps, timeout=0.1)
-            except queue.Full:
-                continue
-            return
+        self._put(maps)
+        self._raise_error()
 
     def close(self) -> None:
         """Wait until everything is on disk."""
+        self._put(None)
+        began = time.monotonic()
         while self._thread.is_alive():
-            try:
-                self._queue.put(None, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        self._thread.join()
+            self._thread.join(POLL_S)
+            self._log_wait(began)
         self._raise_error()
 
     def abort(self) -> None:
@@ -77,6 +77,28 @@ class ShardWriterThread:
             self.close()
         else:
             self.abort()
+
+    def _put(self, maps: BatchMaps | None) -> None:
+        began = time.monotonic()
+        while self._thread.is_alive():
+            try:
+                self._queue.put(maps, timeout=POLL_S)
+            except queue.Full:
+                self._log_wait(began)
+            else:
+                return
+
+    def _log_wait(self, began: float) -> None:
+        """Say now and then that the disk, or another process that holds the cache's lock, is waited for."""
+        now = time.monotonic()
+        if now - max(began, self._waiting_logged) >= WAIT_LINE_S:
+            self._waiting_logged = now
+            logger.warning(
+                "%s: waiting for %.0f s to write shard %d: the disk is slow, or another process holds the cache's lock",
+                self._writer.path,
+                now - began,
+                self._claims[0].shard,
+            )
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -123,7 +145,7 @@ class ShardWriterThread:
     def _next_maps(self) -> BatchMaps | None:
         while not self._stop.is_set():
             try:
-                return self._queue.get(timeout=0.1)
+                return self._queue.get(timeout=POLL_S)
             except queue.Empty:
                 continue
         return None

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import verify
 from geomcache.da3.encoder import DA3Encoder, PendingGeometry
 from geomcache.errors import EncoderMemoryError, WorkerDiedError
-from geomcache.extraction.decoding import ForkServer
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.run import extract
+from geomcache.extraction.workers import ForkServer
 from geomcache.geometry import Views
 from tests.faults.common import Figure
 from tests.support.da3 import assert_one_step
@@ -143,6 +144,48 @@ def test_a_decoding_worker_that_dies_is_one_line_and_the_next_run_goes_on(
     thread.join()
     extract(replace(options, output=path))
     assert_same_rows(path, reference)
+
+
+# The command with workers from the first batch on.
+WITH_WORKERS = """
+from geomcache.cli import main as cli
+from geomcache.extraction.workers import ForkServer
+ForkServer.ready = property(lambda server: server._starting.join() or True)
+if __name__ == "__main__":
+    cli.main()
+"""
+SMALL_SHM = 'mount --make-rprivate / && mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+MAY_MOUNT = ["unshare", "-m", "bash", "-c", SMALL_SHM, "bash", "true"]
+
+
+def may_mount() -> bool:
+    return shutil.which("unshare") is not None and subprocess.run(MAY_MOUNT, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="a mount namespace needs privileges")
+def test_a_dev_shm_that_is_too_small_for_a_batch_is_worked_around(
+    options: ExtractOptions, reference: Path, tmp_path: Path
+) -> None:
+    """As Docker's 64 MB at the GPU's default batch: torch's queue thread fails, and its loader waits forever."""
+    path, script = tmp_path / "cache.zarr", tmp_path / "with_workers.py"
+    script.write_text(WITH_WORKERS)
+    wide = replace(options, process_res=112)
+    arguments = command(wide, path)[2:]
+    arguments[arguments.index("--num-workers") + 1] = "1"
+    arguments[arguments.index("--batch-size") + 1] = "8"  # 4.8 MB
+    done = subprocess.run(
+        [*MAY_MOUNT[:-1], sys.executable, str(script), *arguments],
+        env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"/dev/shm: .*--shm-size", done.stderr)
+    assert "Traceback" not in done.stderr
+    plain = extract(replace(wide, output=tmp_path / "plain.zarr")).path
+    assert_same_rows(path, plain)
 
 
 def command(options: ExtractOptions, output: Path) -> list[str]:
