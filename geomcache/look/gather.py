@@ -7,6 +7,7 @@ evenly spaced.
 Legend of shapes:  V views   h, w grid   n frames read   E episodes
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def gather(options: ReportOptions) -> Report:
         rows = choose_rows(store, options.max_frames)
         counts, name, confidence = _count(store, rows)
         chosen = rows[(np.arange(min(SAMPLES, len(rows))) * 2 + 1) * len(rows) // (2 * min(SAMPLES, len(rows)))]
-        lowest = lowest_confidence(rows, confidence, store.dataset.fps)
+        lowest = lowest_confidence(rows, confidence, math.ceil(store.dataset.fps))
         shown_rows = sorted({*chosen.tolist(), *(row for row, _, _ in lowest)})
         reader, no_pictures = _open_pictures(store, options, shown_rows)
         shown = {row: _show(store, reader, row) for row in shown_rows}

@@ -1,6 +1,7 @@
 """An episode as a video: H.264 in yuv420p, which every ordinary player plays, at the dataset's frame rate."""
 
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -15,7 +16,7 @@ MAX_FPS = 1000  # a cache's header may claim any rate, and a video's clock is a 
 QUALITY = {ENCODER: {"crf": "18"}, FALLBACK: {"qscale": "3"}}
 
 
-def write_video(path: Path, pictures: Iterable[NDArray[np.uint8]], fps: int) -> None:
+def write_video(path: Path, pictures: Iterable[NDArray[np.uint8]], fps: float) -> None:
     """Write pictures of one size, uint8 [H, W, 3].
 
     An odd side loses its last pixel: yuv420p stores colour for two by two pixels.
@@ -27,7 +28,7 @@ def write_video(path: Path, pictures: Iterable[NDArray[np.uint8]], fps: int) -> 
         raise UserInputError(f"dataset.fps: expected at most {MAX_FPS} for a video, found {fps}: write a .png or .rrd")
     encoder = ENCODER if ENCODER in av.codec.codecs_available else FALLBACK
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream(encoder, rate=fps, options=QUALITY[encoder])
+        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001), options=QUALITY[encoder])
         assert isinstance(stream, av.VideoStream)
         stream.pix_fmt = "yuv420p"
         for picture in pictures:
