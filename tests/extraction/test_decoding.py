@@ -1,18 +1,19 @@
 """Batches come in order, whoever decodes them: this process while the workers' imports last, then the workers."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from geomcache.cache.writer import Claim
+from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Preprocessor
 from geomcache.errors import FrameDecodeError
 from geomcache.extraction import decoding
-from geomcache.extraction.decoding import Batches, Decoder, ForkServer, Work, decode
+from geomcache.extraction.decoding import BatchDecoder, ClaimedRanges, ForkServer, NetworkBatch, decode
 from geomcache.frames.source import FrameDataset, open_dataset
 from tests.support.datasets import make_dataset
 
@@ -29,14 +30,6 @@ class Writer:
         return self.claims.pop(0) if self.claims else None
 
 
-class Sink:
-    def __init__(self) -> None:
-        self.claims: list[Claim] = []
-
-    def expect(self, claim: Claim) -> None:
-        self.claims.append(claim)
-
-
 class Server:
     """Is ready after it was asked so often."""
 
@@ -49,13 +42,13 @@ class Server:
         return self.after < 0
 
 
-class Marked(Decoder):
+class Marked(BatchDecoder):
     """Leaves the process's number in the place of a time."""
 
     def __getitem__(self, rows: tuple[int, int]) -> Any:
-        work = super().__getitem__(rows)
-        assert isinstance(work, Work)
-        return Work(start=work.start, stop=work.stop, inputs=work.inputs, decode_s=os.getpid(), preprocess_s=0)
+        batch = super().__getitem__(rows)
+        assert isinstance(batch, NetworkBatch)
+        return replace(batch, decode_s=os.getpid())
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +63,31 @@ def preprocessor(dataset: FrameDataset) -> DA3Preprocessor:
     return DA3Preprocessor(dataset.cameras, 56, "upper_bound_resize")
 
 
-def batches(sink: Sink) -> Batches:
-    return Batches(Writer(), Claim(0, ((0, 8),)), sink, 4)  # type: ignore[arg-type]
+def ranges(on_claim: Callable[[Claim], None] = lambda _: None) -> ClaimedRanges:
+    return ClaimedRanges(cast("StoreWriter", Writer()), Claim(0, ((0, 8),)), 4, on_claim=on_claim)
 
 
 EXPECTED = [(0, 4), (4, 8), (8, 11), (12, 16), (16, 20), (20, 23)]
 
 
-def run(dataset: FrameDataset, preprocessor: DA3Preprocessor, **options: Any) -> Iterator[Work]:
-    return decode(dataset.reader, preprocessor, batches(Sink()), pin_memory=False, **options)
+def run(dataset: FrameDataset, preprocessor: DA3Preprocessor, **options: Any) -> Iterator[NetworkBatch]:
+    return decode(dataset.reader, preprocessor, ranges(), pin_memory=False, **options)
 
 
-def test_rows_in_order_and_claims_told_to_the_sink(dataset: FrameDataset, preprocessor: DA3Preprocessor) -> None:
-    sink = Sink()
-    found = list(decode(dataset.reader, preprocessor, batches(sink), 0, server=None, pin_memory=False))
-    assert [(work.start, work.stop) for work in found] == EXPECTED
-    assert [claim.shard for claim in sink.claims] == [0, 1, 2]
-    for work in found:
-        expected = preprocessor(dataset.reader.read(work.start, work.stop).images)
-        assert torch.equal(work.inputs, expected)  # type: ignore[arg-type]
+def tensor(batch: NetworkBatch) -> torch.Tensor:
+    assert isinstance(batch.inputs, torch.Tensor)
+    return batch.inputs
+
+
+def test_rows_in_order_and_claims_announced(dataset: FrameDataset, preprocessor: DA3Preprocessor) -> None:
+    claims: list[Claim] = []
+    batches = list(decode(dataset.reader, preprocessor, ranges(claims.append), 0, server=None, pin_memory=False))
+    assert [(batch.start, batch.stop) for batch in batches] == EXPECTED
+    assert [claim.shard for claim in claims] == [0, 1, 2]
+    for batch in batches:
+        expected = preprocessor(dataset.reader.read(batch.start, batch.stop).images)
+        assert isinstance(expected, torch.Tensor)
+        assert torch.equal(tensor(batch), expected)
 
 
 @pytest.mark.parametrize("after", [0, 2, 100])
@@ -96,13 +95,13 @@ def test_this_process_decodes_until_the_workers_can(
     dataset: FrameDataset, preprocessor: DA3Preprocessor, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     reference = list(run(dataset, preprocessor, workers=0, server=None))
-    monkeypatch.setattr(decoding, "Decoder", Marked)
-    found = list(run(dataset, preprocessor, workers=1, server=Server(after)))
-    assert [(work.start, work.stop) for work in found] == EXPECTED
-    here = [work.decode_s == os.getpid() for work in found]
-    assert here == [True] * min(after, 6) + [False] * max(0, 6 - after)
-    for work, expected in zip(found, reference, strict=True):
-        assert torch.equal(work.inputs, expected.inputs)  # type: ignore[arg-type]
+    monkeypatch.setattr(decoding, "BatchDecoder", Marked)
+    batches = list(run(dataset, preprocessor, workers=1, server=Server(after)))
+    assert [(batch.start, batch.stop) for batch in batches] == EXPECTED
+    in_this_process = [batch.decode_s == os.getpid() for batch in batches]
+    assert in_this_process == [True] * min(after, 6) + [False] * max(0, 6 - after)
+    for batch, expected in zip(batches, reference, strict=True):
+        assert torch.equal(tensor(batch), tensor(expected))
 
 
 @pytest.mark.parametrize("after", [0, 100])

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -18,8 +19,12 @@ from tests.support.datasets import DEMO, make_dataset
 CAMERAS = {"observation.images.front": (48, 64), "observation.images.wrist": (64, 64)}
 
 
+Recorded = tuple[Path, dict[str, NDArray[np.uint8]]]
+"""A dataset's folder, and each camera's pictures as they were recorded, [N, H, W, 3]."""
+
+
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, NDArray[np.uint8]]]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     root = tmp_path_factory.mktemp("images") / "dataset"
     return root, make_dataset(root, (5, 1, 4), CAMERAS)
 
@@ -31,13 +36,16 @@ def demo(tmp_path: Path) -> Path:
 
 
 def plain_decode(path: Path) -> NDArray[np.uint8]:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    container = av.open(str(path))
+    with container:
+        frames: NDArray[np.uint8] = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    return frames
 
 
 def encode(path: Path, frames: NDArray[np.uint8], rate: int) -> None:
     with av.open(str(path), "w") as target:
         stream = target.add_stream("libsvtav1", rate=rate)
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for pixels in frames:
@@ -46,7 +54,7 @@ def encode(path: Path, frames: NDArray[np.uint8], rate: int) -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 10), (3, 8), (9, 10), (4, 6)])
-def test_image_features_are_read_losslessly_across_episodes(images, start: int, stop: int) -> None:
+def test_image_features_are_read_losslessly_across_episodes(images: Recorded, start: int, stop: int) -> None:
     root, recorded = images
     dataset, _ = open_dataset("test", root=root)
     batch = dataset.reader.read(start, stop)
@@ -55,7 +63,7 @@ def test_image_features_are_read_losslessly_across_episodes(images, start: int, 
         np.testing.assert_array_equal(pixels, recorded[camera.key][start:stop])
 
 
-def test_cameras_come_in_the_order_asked_for(images) -> None:
+def test_cameras_come_in_the_order_asked_for(images: Recorded) -> None:
     root, recorded = images
     keys = list(reversed(CAMERAS))
     dataset, _ = open_dataset("test", root=root, cameras=keys)
@@ -110,7 +118,7 @@ def test_a_dataset_of_many_files_reads_like_one_of_few(tmp_path: Path) -> None:
             assert (distance.argmin(axis=0) == np.arange(5)).all()
 
 
-def test_a_reader_travels_by_pickle_without_its_table(images) -> None:
+def test_a_reader_travels_by_pickle_without_its_table(images: Recorded) -> None:
     root, recorded = images
     dataset, _ = open_dataset("test", root=root)
     dataset.reader.read(0, 2)
@@ -151,7 +159,7 @@ def test_a_video_of_another_frame_rate_is_refused_not_resampled(demo: Path) -> N
         dataset.reader.read(0, 10)
 
 
-def rewrite(path: Path, change) -> None:
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     table = pq.read_table(path)
     pq.write_table(change(table), path)
 
@@ -183,7 +191,7 @@ def test_a_data_file_that_is_cut_off_is_named(demo: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["garbage", "missing", "small"])
-def test_an_image_that_is_damaged_is_named(images, tmp_path: Path, damage: str) -> None:
+def test_an_image_that_is_damaged_is_named(images: Recorded, tmp_path: Path, damage: str) -> None:
     root = Path(shutil.copytree(images[0], tmp_path / "dataset"))
     key = "observation.images.front"
 

@@ -178,7 +178,7 @@ def test_files_of_a_hub_dataset_are_fetched_where_lerobot_keeps_them(
     root = Path(shutil.copytree(DEMO, tmp_path / "snapshots" / commit))
     video = "videos/observation.images.image/chunk-000/file-000.mp4"
     (root / video).unlink()
-    asked = {}
+    asked: dict[str, object] = {}
 
     def download(repo_id: str, **options: object) -> str:
         asked.update(options, repo_id=repo_id)

@@ -1,4 +1,4 @@
-"""The writing end of stage one: a thread that gathers geometry into shards and commits them."""
+"""Writing in stage one: a thread that collects geometry into shards and commits them."""
 
 import queue
 import threading
@@ -12,23 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.writer import Claim, StoreWriter
-from geomcache.geometry import GeometrySpec
+from geomcache.ranges import count_rows
 
-QUEUED_BATCHES = 4  # between forward and writing: enough to ride out an fsync, little enough to bound memory
+QUEUED_BATCHES = 4  # between encoder and writing: enough to ride out an fsync, few enough to bound memory
 
-Maps = Mapping[str, NDArray[np.float16]]
-"""Output name -> [n, V, h, w(, 6)], of consecutive rows."""
+BatchMaps = Mapping[str, NDArray[np.float16]]
+"""Output name -> [n, V, h, w(, 6)], n consecutive rows."""
 
 
-class ShardSink:
-    """Takes geometry row after row, in the order of the claims, and commits each claim when it is full.
+class ShardWriterThread:
+    """Takes the geometry of claimed rows, in the order of the claims, and commits each claim once it is complete.
 
-    An error of the thread is raised by the next `put` or by `close`, in the caller's thread.
+    An error in the thread is raised by the next `put` or by `close`, in the caller's thread.
     """
 
-    def __init__(self, writer: StoreWriter, spec: GeometrySpec) -> None:
-        self._writer, self._spec = writer, spec
-        self._queue: queue.Queue[Maps | None] = queue.Queue(maxsize=QUEUED_BATCHES)
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+        self._queue: queue.Queue[BatchMaps | None] = queue.Queue(maxsize=QUEUED_BATCHES)
         self._claims: deque[Claim] = deque()
         self._error: BaseException | None = None
         self._stop = threading.Event()
@@ -38,10 +38,10 @@ class ShardSink:
         self._thread.start()
 
     def expect(self, claim: Claim) -> None:
-        """The rows of this claim come after those of the claims before it."""
+        """Announce a claim: its rows follow those of the claims before it."""
         self._claims.append(claim)
 
-    def put(self, maps: Maps) -> None:
+    def put(self, maps: BatchMaps) -> None:
         """Hand over the next rows, all of one claim. Blocks while the queue is full."""
         while True:
             self._raise_error()
@@ -63,7 +63,7 @@ class ShardSink:
         self._raise_error()
 
     def abort(self) -> None:
-        """Stop after the shard that is being written; drop what is not full."""
+        """Stop after the shard that is being written, and drop the incomplete one."""
         self._stop.set()
         self._thread.join()
 
@@ -84,41 +84,43 @@ class ShardSink:
 
     def _run(self) -> None:
         try:
-            while (claim := self._gather()) is not None:
-                self._claims.popleft()
-                self.frames_written += sum(stop - start for start, stop in claim.rows)
-                self.shards_written += 1
+            while self._write_claim():
+                pass
         except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
             self._error = error
 
-    def _gather(self) -> Claim | None:
-        """Fill and commit the next claim; None at the end."""
-        buffers: dict[str, NDArray[np.float16]] = {}
+    def _write_claim(self) -> bool:
+        """Collect the rows of the next claim and commit them; False at the end of the queue."""
+        shard: dict[str, NDArray[np.float16]] = {}  # output -> [V, rows, h, w(, 6)]: a camera's part is contiguous
         filled = 0
-        while (maps := self._next()) is not None:
+        while (maps := self._next_maps()) is not None:
             began = time.perf_counter()
             claim = self._claims[0]
-            size = sum(stop - start for start, stop in claim.rows)
+            size = count_rows(claim.rows)
             for name, values in maps.items():
-                if name not in buffers:  # one block a view: the shard of a camera is contiguous
+                if name not in shard:
                     views, *cell = values.shape[1:]
-                    buffers[name] = np.empty((views, size, *cell), np.float16)
-                buffers[name][:, filled : filled + len(values)] = np.moveaxis(values, 1, 0)
+                    shard[name] = np.empty((views, size, *cell), np.float16)
+                shard[name][:, filled : filled + len(values)] = np.moveaxis(values, 1, 0)
             filled += len(next(iter(maps.values())))
             if filled == size:
-                self.nbytes_written += self._writer.commit(
-                    claim,
-                    {
-                        key: {name: block[view] for name, block in buffers.items()}
-                        for view, key in enumerate(self._spec.camera_keys)
-                    },
-                )
-                self.write_s += time.perf_counter() - began
-                return claim
+                self._commit(claim, shard)
             self.write_s += time.perf_counter() - began
-        return None
+            if filled == size:
+                return True
+        return False
 
-    def _next(self) -> Maps | None:
+    def _commit(self, claim: Claim, shard: Mapping[str, NDArray[np.float16]]) -> None:
+        by_camera = {
+            key: {name: values[view] for name, values in shard.items()}
+            for view, key in enumerate(self._writer.spec.camera_keys)
+        }
+        self.nbytes_written += self._writer.commit(claim, by_camera)
+        self._claims.popleft()
+        self.frames_written += count_rows(claim.rows)
+        self.shards_written += 1
+
+    def _next_maps(self) -> BatchMaps | None:
         while not self._stop.is_set():
             try:
                 return self._queue.get(timeout=0.1)
