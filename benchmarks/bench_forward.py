@@ -2,12 +2,13 @@
 
     python benchmarks/bench_forward.py [--da3 DIR] [--process-res 504] [--frames 1,4,16,32] [--compiled 1,16] [--heads]
 
-The first table has views/s of each engine, on inputs that lie on the device. With --heads, two more: operations as torch
-counts them (matrix products, convolutions and attention, a multiply and an add as two) and times of backbone and head, for
-the head as upstream calls it and for the rays alone, in turn; before, both are compared bit for bit. Random weights serve.
+The first table has views/s of each engine, from pictures on the device. With --heads, a second one compares the head
+as upstream calls it with the rays alone: operations as torch counts them (matrix products, convolutions and attention,
+a multiply and an add as two) and times, in turn, after both were compared bit for bit. Random weights are good enough.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def engine_rows(encoder: DA3Encoder, sizes: list[int], compiled: list[int], repe
             torch.cuda.reset_peak_memory_stats()
         try:
             compiling = encoder.compile(frames) if engine == "compiled" else 0.0
-            taken = median_seconds(lambda: encoder.forward(inputs), encoder.device, repeats)
+            taken = median_seconds(functools.partial(encoder.forward, inputs), encoder.device, repeats)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -136,17 +137,17 @@ def main() -> None:
     title = f"{encoder.spec.model_name} at {arguments.process_res} px in {encoder.spec.compute_dtype}"
     table(
         f"The encoder alone: {title}",
-        f"Frames of two views, joint; from pictures on the device to the grid there. Median of {arguments.repeats} after"
-        " one to warm up. `compile` is the time that the engine takes for its first batch of a size.",
+        f"Frames of two views, joint; from pictures on the device to the grid there. Median of {arguments.repeats}"
+        " after one to warm up. `compile` is the time that the engine takes for its first batch of a size.",
         ["engine", "frames", "views/s", "ms a forward", "peak, GiB", "compile, s"],
         rows,
     )
     if native is not None:
         table(
             f"The ray-only forward compared with the whole head: {title}",
-            f"A frame of two views, joint. Operations in 10^9; seconds, median of {arguments.repeats}, each way in turn."
-            " Rays and confidences of both heads are equal to the bit. Ratios are of backbone and head together, to"
-            " those with the whole head.",
+            f"A frame of two views, joint. Operations in 10^9; seconds, median of {arguments.repeats}, each way in"
+            " turn. Rays and confidences of both heads are equal to the bit. Ratios are of backbone and head together,"
+            " to those with the whole head.",
             ["model", "head", "backbone, ops", "head, ops", "ratio", "backbone, s", "head, s", "both, s", "ratio"],
             head_rows(native, arguments.repeats),
         )

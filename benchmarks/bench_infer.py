@@ -4,8 +4,8 @@
                                      [--cameras 1,2] [--engines eager,compiled] [--target-hw 14,10,7,4]
 
 Plain Pi0.5, with geometry given on each target grid, and with DA3 online by each engine, for each number of cameras of
-256x256. On a GPU the real sizes: Pi0.5 in bfloat16, 3.6 billion parameters, and DA3-LARGE; on a CPU the small variant and
-DA3-SMALL. Random weights serve: speed does not depend on them.
+256x256. On a GPU the real sizes: Pi0.5 in bfloat16, 3.6 billion parameters, and DA3-LARGE; on a CPU the small variant
+and DA3-SMALL. Random weights are good enough: speed does not depend on them.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_parity.py [--da3 DIR] [--preset da3-large] [--process-res 504] [--frames 16]
 
-Before the table, the rotary walk is compared with upstream's own forward, and normalisation on the device with upstream's
-on the CPU: both are to be equal to the bit. Random weights serve: real ones give other figures of the same order.
+The first table compares the rotary walk with upstream's own forward, and normalisation on the device with upstream's
+on the CPU: both should be equal to the bit. The second has random weights: real ones give other figures.
 """
 
 import argparse
@@ -56,9 +56,7 @@ def upstream_forward(network: nn.ModuleDict, images: Tensor, *, bf16: bool) -> d
     """Run upstream's own modules as upstream runs them."""
     with torch.no_grad():
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
-            features, _ = network["backbone"](
-                images, cam_token=None, export_feat_layers=[], ref_view_strategy="first"
-            )
+            features, _ = network["backbone"](images, cam_token=None, export_feat_layers=[], ref_view_strategy="first")
         with torch.autocast(images.device.type, enabled=False):
             maps: dict[str, Tensor] = network["head"](features, *images.shape[-2:], patch_start_idx=0)
     return maps
@@ -121,7 +119,9 @@ def measure_machine(rows: Rows, make: Callable[..., DA3Encoder], images: list[ND
         encoder.compile(frames)
         compiled = maps_of(encoder, images)
         rows.add(f"bf16, eager and {encoder.engine}", stored, compiled)
-        rows.add(f"bf16 {encoder.engine}, a full batch and a padded one", compiled, maps_of(encoder, images, frames - 1))
+        rows.add(
+            f"bf16 {encoder.engine}, a full batch and a padded one", compiled, maps_of(encoder, images, frames - 1)
+        )
         rows.add(f"bf16 {encoder.engine}, and fp32", compiled, reference)
     exact.compile(frames)
     rows.add(f"fp32, eager and {exact.engine}", reference, maps_of(exact, images))
@@ -140,8 +140,10 @@ def measure_faults(
     rows.add("another reference view", stored, {name: maps[:, ::-1] for name, maps in turned.items()})
     rows.add("BGR", stored, maps_of(encoder, [view[..., ::-1] for view in images]))
     rows.add("turned by 180 degrees", stored, maps_of(encoder, [view[:, ::-1, ::-1] for view in images]))
-    coarse = [maps_of(make(dtype=dtype, process_res=size, grid="14x14"), images) for size in (process_res, process_res - 14)]
-    rows.add("process-res less 14, grid 14x14", *coarse)
+    coarse = [
+        maps_of(make(dtype=dtype, process_res=size, grid="14x14"), images) for size in (process_res, process_res - 14)
+    ]
+    rows.add(f"process-res less 14, grid {grid}", *coarse)
     for share in (0.001, 0.01):
         changed = make(dtype=dtype)
         changed_weights(changed, share)
@@ -189,8 +191,8 @@ def main() -> None:
         spec = make(dtype=arguments.dtype).spec
     table(
         f"Where numbers move: {spec.model_name} at {spec.process_res} px",
-        f"{arguments.frames} frames of {len(spec.cameras)} views on the patch grid, random weights. Origins are relative"
-        " to their spread; float16 steps of the whole output.",
+        f"{arguments.frames} frames of {len(spec.cameras)} views on the patch grid, random weights. Origins are"
+        " relative to their spread; float16 steps of the whole output.",
         HEAD,
         rows.cells,
     )

@@ -1,12 +1,13 @@
 """What does a training step cost with geometry from the cache, compared with plain Pi0.5 and with DA3 in the loop?
 
-    python benchmarks/bench_train.py [--da3 DIR] [--process-res 504] [--batch-size 8] [--rounds 10] [--target-hw 14,10,7,4]
+    python benchmarks/bench_train.py [--da3 DIR] [--process-res 504] [--batch-size 8] [--rounds 10]
+                                     [--target-hw 14,10,7,4]
 
 LeRobot's own trainer takes the steps, with the loader and worker processes that `geomcache train` gives it. Its dataset
 factory is replaced, and two more of its functions: the one that repeats the loader, so that the ways to train take
 turns, and the one that updates, so that the clock is read and geometry is added where no loader brings it. On a GPU the
 real sizes: Pi0.5 in bfloat16 with gradient checkpointing, and DA3-LARGE; on a CPU the small variant and DA3-SMALL.
-Random weights serve: speed does not depend on them.
+Random weights are good enough: speed does not depend on them.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from benchmarks.common import ROOT, da3_folder, table
+from benchmarks.common import ROOT, da3_folder, initialised_on, table
 from geomcache.cache.store import GeometryStore
 from geomcache.geometry import batch_key
 from geomcache.training.dataset import GeometryDataset, Item
@@ -291,7 +292,15 @@ def report(setup: Setup, turns: Turns, memory: dict[str, tuple[float, ...]]) -> 
         f" {spec.grid_hw[0]}x{spec.grid_hw[1]}; {setup.num_workers} worker(s) of the loader. In turn, in one run of"
         f" LeRobot's trainer, {turns.rounds} rounds after one to warm up; a turn is {setup.steps} steps, from workers"
         f" that are idle to workers that are idle, and a round's batches are the same. Medians. {measured}",
-        ["", "tokens", "s/step", "fetching", "over b", "over a", *(["GPU, GiB"] if turns.cuda else ["process, MiB", "worker, MiB"])],
+        [
+            "",
+            "tokens",
+            "s/step",
+            "fetching",
+            "over b",
+            "over a",
+            *(["GPU, GiB"] if turns.cuda else ["process, MiB", "worker, MiB"]),
+        ],
         rows,
     )
     print(f"c/b: {spread(seconds[CACHED], seconds[CONSTANT])}")
@@ -299,8 +308,8 @@ def report(setup: Setup, turns: Turns, memory: dict[str, tuple[float, ...]]) -> 
     parts = added_by_cache(setup)
     table(
         "What the cache adds to a batch",
-        "Median of 200 batches of random frames, warm, in one process, as a share of a step of (b). Left out: handing two more"
-        " tensors from a worker to the trainer. Workers do their part while the trainer trains, where there are cores"
+        "Median of 200 batches of random frames, warm, in one process, as a share of a step of (b). Left out: handing"
+        " two more tensors from a worker to the trainer. Workers do their part while the trainer trains, where there are cores"
         " for both.",
         ["", "ms", "of a step"],
         [

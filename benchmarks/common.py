@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, tables as Markdown and as JSON, random models, and a longer dataset."""
+"""What the benchmarks share: the machine's name, tables as Markdown and JSON, random models, and a longer dataset."""
 
 import contextlib
 import importlib.metadata
@@ -59,7 +59,13 @@ def table(title: str, method: str, head: Sequence[str], rows: Sequence[Sequence[
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
     print(flush=True)
     if JSON_FILE in os.environ:
-        found = {"title": title, "method": method, "machine": machine(), "head": list(head), "rows": list(map(list, rows))}
+        found = {
+            "title": title,
+            "method": method,
+            "machine": machine(),
+            "head": list(head),
+            "rows": list(map(list, rows)),
+        }
         with Path(os.environ[JSON_FILE]).open("a") as file:
             file.write(json.dumps(found) + "\n")
 
@@ -137,7 +143,9 @@ def repeat_dataset(source: Path, target: Path, times: int) -> Path:
         ("data/chunk-000/file-000.parquet", {"episode_index": episodes, "index": frames}),
     ):
         original = pd.read_parquet(source / table_name)
-        copies = [original.assign(**{name: original[name] + n * by for name, by in shifted.items()}) for n in range(times)]
+        copies = [
+            original.assign(**{name: original[name] + n * by for name, by in shifted.items()}) for n in range(times)
+        ]
         (target / table_name).parent.mkdir(parents=True, exist_ok=True)
         pd.concat(copies, ignore_index=True).to_parquet(target / table_name)
     info.update(total_episodes=episodes * times, total_frames=frames * times, splits={"train": f"0:{episodes * times}"})

@@ -1,10 +1,11 @@
 """The forward of Depth Anything 3's backbone with rotary tables that are made once for a size.
 
-Upstream's blocks ask the device for ``int(positions.max())`` twice each, from `rope_start` on: a GPU stops 32 times in a
-forward of DA3-LARGE. Here upstream's own modules (``depth_anything_3/model/dinov2``) run on the same numbers, with the
-cosines and sines of every token made before: in float32 on the CPU the features are equal to upstream's to the bit, and
-so they are on a GPU in float32 and in bfloat16. On a CPU upstream makes its tables in bfloat16 under autocast, which
-moves positions by degrees; here they are float32 everywhere. Tests compare both, and notice when upstream's code changes.
+Upstream's blocks ask the device for ``int(positions.max())`` twice each, from `rope_start` on, so that a GPU stops 32
+times in a forward of DA3-LARGE. Here upstream's own modules (``depth_anything_3/model/dinov2``) run on the same numbers,
+with the cosines and sines of every token made before. In float32 on the CPU the features are equal to upstream's to the
+bit, and on a GPU in float32 and bfloat16. On a CPU upstream makes its tables in bfloat16 under autocast, which moves
+angles by degrees; here they are float32 everywhere. Tests compare both forwards, and notice when upstream's code
+changes.
 
 Legend:  N scenes   S views of a scene   n tokens of a view (one for the camera, then its patches)   C channels
 """
@@ -145,4 +146,3 @@ def _camera_tokens(network: Any, scenes: int, views: int) -> Tensor:
     """Return the token of each view, [N, S, C]: one for the reference, another for the rest."""
     reference, others = network.camera_token[:, :1], network.camera_token[:, 1:]
     return torch.cat([reference.expand(scenes, -1, -1), others.expand(scenes, views - 1, -1)], dim=1)
-

@@ -36,7 +36,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from geomcache.da3.catalog import find_model
 from geomcache.da3.checks import Images, check_device, check_images, check_same, choose_grid_hw, raise_nan
-from geomcache.da3.engine import EngineName, NetworkForward
+from geomcache.da3.engine import EngineName, NetworkForward, is_out_of_memory
 from geomcache.da3.weights import load_weights, sha256
 from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import (
@@ -384,7 +384,12 @@ class DA3Encoder:
             missing = self._batch_frames - batch
             images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1, -1)]) if missing else images
         scenes = images if self.spec.views == "joint" else images.flatten(0, 1)[:, None]
-        maps = self._forward(scenes, self.spec.outputs)
+        try:
+            maps = self._forward(scenes, self.spec.outputs)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                self._batch_frames = 0  # the next batch, a smaller one, sets the shape anew
+            raise
         averaged = {name: _average(maps[name], self.spec.grid_hw) for name in self.spec.outputs}  # [N, S, h, w, ...]
         return {name: values.reshape(-1, views, *values.shape[2:])[:batch] for name, values in averaged.items()}
 

@@ -4,8 +4,9 @@
     ray origin       the distance between the origins, over the spread of the origins
     ray_conf, depth, depth_conf    the difference over the larger of both values
 
-Float16 steps, the distance to the next float16 number at the larger of two values, tell rounding from anything else, but
-exaggerate near zero. There, where float16's steps become finer than float32's own noise, a step is that at 2^-8, 3.8e-6.
+Float16 steps are distances in units of the gap between neighbouring float16 numbers, at the larger of two values. They
+tell rounding from anything else, but exaggerate near zero: there, where float16's gaps become finer than float32's own
+noise, a step is the one at 2^-8, 3.8e-6.
 """
 
 from collections.abc import Mapping
