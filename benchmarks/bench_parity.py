@@ -26,7 +26,7 @@ from geomcache.da3.catalog import find_model
 from geomcache.da3.encoder import DA3Encoder, normalise
 from geomcache.extraction.differences import UNITS, float16_steps, measure, origin_spread
 from geomcache.frames.source import open_dataset
-from geomcache.geometry import ComputeDtype
+from geomcache.geometry import PATCH_SIZE, ComputeDtype
 
 Maps = dict[str, NDArray[np.float16]]
 HEAD = ("compared", "output", "mean", "largest", "", "steps mean", "steps largest")
@@ -49,7 +49,7 @@ class Rows:
             cells = [name, output, f"{values.mean():.3g}", f"{values.max():.3g}", unit]
             self.cells.append([*cells, f"{counted.mean():.3g}", f"{counted.max():.4g}"])
         elapsed = time.perf_counter() - self._began
-        print(f"[{elapsed:6.1f}] {name}: {'; '.join(' '.join(c[1:5]) for c in self.cells[-2:])}", flush=True)
+        print(f"[{elapsed:6.1f}] {name}: {'; '.join(' '.join(c[1:5]) for c in self.cells[-3:])}", flush=True)
 
 
 def upstream_forward(network: nn.ModuleDict, images: Tensor, *, bf16: bool) -> dict[str, Tensor]:
@@ -104,7 +104,9 @@ def changed_weights(encoder: DA3Encoder, share: float) -> None:
         parameter.data.copy_(parameter.data.float() * (1 + share * noise))
 
 
-def measure_machine(rows: Rows, make: Callable[..., DA3Encoder], images: list[NDArray[np.uint8]], dtype: str) -> Maps:
+def measure_machine(
+    rows: Rows, make: Callable[..., DA3Encoder], images: list[NDArray[np.uint8]], dtype: str, *, compiled: bool
+) -> Maps:
     """Measure what batch size, engine and dtype do on this device; return the maps of float32."""
     frames, exact = len(images[0]), make(dtype="fp32")
     reference = maps_of(exact, images)
@@ -116,15 +118,16 @@ def measure_machine(rows: Rows, make: Callable[..., DA3Encoder], images: list[ND
         for size in (1, 2, 4, 5):
             rows.add(f"bf16, {frames} frames a forward and {size}", stored, maps_of(encoder, images, size))
         rows.add("bf16 and fp32", stored, reference)
-        encoder.compile(frames)
-        compiled = maps_of(encoder, images)
-        rows.add(f"bf16, eager and {encoder.engine}", stored, compiled)
-        rows.add(
-            f"bf16 {encoder.engine}, a full batch and a padded one", compiled, maps_of(encoder, images, frames - 1)
-        )
-        rows.add(f"bf16 {encoder.engine}, and fp32", compiled, reference)
-    exact.compile(frames)
-    rows.add(f"fp32, eager and {exact.engine}", reference, maps_of(exact, images))
+        if compiled:
+            print(f"compiled in {encoder.compile(frames):.1f} s")
+            fast = maps_of(encoder, images)
+            rows.add(f"bf16, eager and {encoder.engine}", stored, fast)
+            padded = maps_of(encoder, images, frames - 1)
+            rows.add(f"bf16 {encoder.engine}, a full batch and a padded one", fast, padded)
+            rows.add(f"bf16 {encoder.engine}, and fp32", fast, reference)
+    if compiled:
+        exact.compile(frames)
+        rows.add(f"fp32, eager and {exact.engine}", reference, maps_of(exact, images))
     return reference
 
 
@@ -140,9 +143,9 @@ def measure_faults(
     rows.add("another reference view", stored, {name: maps[:, ::-1] for name, maps in turned.items()})
     rows.add("BGR", stored, maps_of(encoder, [view[..., ::-1] for view in images]))
     rows.add("turned by 180 degrees", stored, maps_of(encoder, [view[:, ::-1, ::-1] for view in images]))
-    coarse = [
-        maps_of(make(dtype=dtype, process_res=size, grid="14x14"), images) for size in (process_res, process_res - 14)
-    ]
+    grid = "14x14" if process_res > 14 * PATCH_SIZE else "4x4"
+    sizes = (process_res, process_res - PATCH_SIZE)
+    coarse = [maps_of(make(dtype=dtype, process_res=size, grid=grid), images) for size in sizes]
     rows.add(f"process-res less 14, grid {grid}", *coarse)
     for share in (0.001, 0.01):
         changed = make(dtype=dtype)
@@ -160,6 +163,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=16 if cuda else 4)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="what is compared with fp32")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled engine out")
     parser.add_argument("--cpu-frames", type=int, default=2, help="frames that a CPU encodes too; 0 for none")
     arguments = parser.parse_args()
     dataset, _ = open_dataset("bench", root=real_dataset())
@@ -183,7 +187,7 @@ def main() -> None:
             ("device", "dtype", "", "equal to the bit", "largest difference"),
             same,
         )
-        reference = measure_machine(rows, make, images, arguments.dtype)
+        reference = measure_machine(rows, make, images, arguments.dtype, compiled=not arguments.no_compile)
         if arguments.device != "cpu" and arguments.cpu_frames:
             few = [view[: arguments.cpu_frames] for view in images]
             rows.add("fp32, this device and a CPU", reference, maps_of(make(dtype="fp32", device="cpu"), few))

@@ -309,8 +309,8 @@ def report(setup: Setup, turns: Turns, memory: dict[str, tuple[float, ...]]) -> 
     table(
         "What the cache adds to a batch",
         "Median of 200 batches of random frames, warm, in one process, as a share of a step of (b). Left out: handing"
-        " two more tensors from a worker to the trainer. Workers do their part while the trainer trains, where there are cores"
-        " for both.",
+        " two more tensors from a worker to the trainer. Workers do their part while the trainer trains, where there"
+        " are cores for both.",
         ["", "ms", "of a step"],
         [
             [name, f"{1e3 * part:.2f}", f"{part / medians[CONSTANT]:.3%}"]
@@ -328,6 +328,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16 if cuda else 4, help="of a turn")
     parser.add_argument("--rounds", type=int, default=5 if cuda else 10)
     parser.add_argument("--num-workers", type=int, default=4 if cuda else 1)
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: on a CPU it needs more runs")
     parser.add_argument("--target-hw", default="14", metavar="N,N", help="sides of the target grids (%(default)s)")
     arguments = parser.parse_args()
     preset = "da3-large" if cuda else "da3-small"
@@ -353,7 +354,7 @@ def main() -> None:
             check=True,
             stdout=sys.stderr,
         )
-        memory = {} if cuda else in_own_processes(setup)
+        memory = {} if cuda or arguments.no_memory else in_own_processes(setup)
         turns = train_in_turn(setup, tuple(setup.sides), arguments.rounds)
         report(setup, turns, memory or turns.memory)
 

@@ -1,7 +1,7 @@
 """The forward of Depth Anything 3's backbone with rotary tables that are made once for a size.
 
 Upstream's blocks ask the device for ``int(positions.max())`` twice each, from `rope_start` on, so that a GPU stops 32
-times in a forward of DA3-LARGE. Here upstream's own modules (``depth_anything_3/model/dinov2``) run on the same numbers,
+times in a forward of DA3-LARGE. Here upstream's modules (``depth_anything_3/model/dinov2``) run on the same numbers,
 with the cosines and sines of every token made before. In float32 on the CPU the features are equal to upstream's to the
 bit, and on a GPU in float32 and bfloat16. On a CPU upstream makes its tables in bfloat16 under autocast, which moves
 angles by degrees; here they are float32 everywhere. Tests compare both forwards, and notice when upstream's code
