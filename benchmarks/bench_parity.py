@@ -190,7 +190,9 @@ def main() -> None:
         reference = measure_machine(rows, make, images, arguments.dtype, compiled=not arguments.no_compile)
         if arguments.device != "cpu" and arguments.cpu_frames:
             few = [view[: arguments.cpu_frames] for view in images]
-            rows.add("fp32, this device and a CPU", reference, maps_of(make(dtype="fp32", device="cpu"), few))
+            on_cpu = maps_of(make(dtype="fp32", device="cpu"), few)
+            rows.add("fp32, this device and a CPU", reference, on_cpu)
+            rows.add("fp32 on this device, bf16 on a CPU", reference, maps_of(make(dtype="bf16", device="cpu"), few))
         measure_faults(rows, make, images, arguments.dtype, arguments.process_res)
         spec = make(dtype=arguments.dtype).spec
     table(

@@ -10,7 +10,7 @@
 #   verify    `geomcache extract` and `geomcache verify --parity`, as a user runs them
 #
 # Each step has a time limit of its own; one that fails or is cut off does not stop the others. FOLDER (outputs/gpu) gets
-# a log of each step, tables.jsonl with all tables, and summary.txt. STEPS="forward train" runs some of the steps.
+# log.txt, tables.jsonl with all tables, and summary.txt. STEPS="forward train" runs some of the steps.
 # DA3=FOLDER takes that model instead of making one. SMALL=1 runs small sizes on a CPU, to see that nothing fails for silly reasons. Unpacked without an installation
 # (PYTHONPATH, no registry), the script runs as well: PYTHON names the interpreter.
 set -uo pipefail
@@ -29,8 +29,9 @@ step() {
   local name=$1 limit=$2 began=$SECONDS code
   shift 2
   case " weights ${STEPS:-parity forward extract infer train verify} " in *" ${name%%-*} "*) ;; *) return 0 ;; esac
-  timeout --signal=TERM --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+  timeout --signal=TERM --kill-after=10 "$limit" "$@" >"$work/log" 2>&1
   code=$?
+  { printf '\n===== %s: %s\n' "$name" "$*"; tail -c 100000 "$work/log"; } >>"$out/log.txt"
   [ "$code" -eq 0 ] || failed=1
   printf '%-16s exit %3d  %4d s of %d\n' "$name" "$code" "$((SECONDS - began))" "$limit" | tee -a "$out/summary.txt"
 }
@@ -57,6 +58,7 @@ if [ -n "${SMALL:-}" ]; then
 else
   preset=da3-large res=504
   [ -e "$da3" ] || step weights 90 "$python" "${make_weights[@]}" --name "$preset" --device cuda
+  [ -e "$da3/model.safetensors" ] || step weights-cpu 120 "$python" "${make_weights[@]}" --name "$preset"
   bench parity 130 bench_parity --da3 "$da3"
   bench forward 120 bench_forward --da3 "$da3"
   bench extract-compiled 120 bench_extract --model "$da3" --engine compiled --root "$demo" --repeat-dataset 12 \
@@ -64,8 +66,8 @@ else
   bench extract-eager 90 bench_extract --model "$da3" --engine eager --root "$demo" --repeat-dataset 6 \
     --frames 2200 --repeats 1 --no-memory
   bench infer 100 bench_infer --da3 "$da3" --cameras 2 --engines eager,compiled --target-hw 14,10,7,4 --repeats 8
-  bench train-8 150 bench_train --da3 "$da3" --batch-size 8 --steps 6 --rounds 2 --target-hw 14,10,7,4
-  bench train-32 120 bench_train --da3 "$da3" --batch-size 32 --steps 3 --rounds 1 --target-hw 14,7
+  bench train-8 140 bench_train --da3 "$da3" --batch-size 8 --steps 4 --rounds 2 --target-hw 14,10,7,4
+  bench train-32 140 bench_train --da3 "$da3" --batch-size 32 --steps 2 --rounds 1 --target-hw 14,7
 fi
 cache=$work/verify.zarr
 step verify-extract 90 "$python" -m geomcache extract --model "$da3" --dataset demo --root "$demo" --episodes 0 \
