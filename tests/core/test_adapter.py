@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from geomcache.adapter import ABSOLUTE_STD_FLOOR, RELATIVE_STD_FLOOR, GeometryTokenAdapter
 from geomcache.geometry import OUTPUTS, Geometry
 from geomcache.statistics import Moments
+from tests.support.geometry import example_geometry
 
 
 def moments(mean: list[float], std: list[float]) -> Moments:
@@ -32,7 +33,7 @@ def make_adapter(statistics: Mapping[str, Moments] = PLAIN, **options: object) -
 
 
 def example(views: int = 2, grid_hw: tuple[int, int] = (5, 6), outputs: tuple[str, ...] = tuple(OUTPUTS)) -> Geometry:
-    made = Geometry.example(batch=3, views=views, grid_hw=grid_hw, outputs=outputs)
+    made = example_geometry(batch=3, views=views, grid_hw=grid_hw, outputs=outputs)
     return Geometry(**{name: torch.from_numpy(values) for name, values in made.items()})
 
 
