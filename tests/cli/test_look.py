@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.test_cli import call
 
 from geomcache.cli import main as cli
+from tests.support.cli import call
 from tests.support.scene import Scene, make_scene
 
 

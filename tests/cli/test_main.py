@@ -14,19 +14,12 @@ from PIL import Image
 from geomcache import geometry
 from geomcache.cli import help as cli_help
 from geomcache.cli import main as cli
+from tests.support.cli import call
 from tests.support.datasets import DEMO
 from tests.support.stores import make_store
 
 START = "import sys; sys.argv[0] = 'geomcache'; from geomcache.cli.main import main; main()"
 HEAVY = ("torch", "zarr", "numpy", "lerobot", "depth_anything_3", "transformers", "av")
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Exit code of `geomcache ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["geomcache", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return typing.cast("int", left.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.test_cli import call
 
 from geomcache.cli import main as cli
+from tests.support.cli import call
 from tests.support.sharing import contents, make_small_store
 
 
