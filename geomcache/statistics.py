@@ -75,7 +75,7 @@ class Moments:
         """Build moments from what `to_dict` returned, or from JSON types of unknown origin.
 
         Raises:
-            CacheFormatError: the data is malformed, has other channels than this output, or no values have such moments.
+            CacheFormatError: the data is malformed, of other channels than the output's, or of no possible values.
         """
         channels = len(OUTPUTS[output].channels)
         if (

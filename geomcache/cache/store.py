@@ -5,7 +5,7 @@ it. docs/cache-format.md has the format. Rows are the dataset's frame numbers; r
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +21,7 @@ from geomcache.cache.layout import CHECKSUMS
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.cache.records import Statistics, pool
 from geomcache.cache.shard_reader import ShardReader
+from geomcache.cache.zarr_arrays import open_arrays
 from geomcache.errors import CacheCorruptError, MissingFrameError, UserInputError
 from geomcache.geometry import Geometry
 from geomcache.ranges import Ranges, RowSet
@@ -49,7 +50,7 @@ class GeometryStore:
     """
 
     def __init__(self, path: Path, header: Header, contents: Manifest | Journal) -> None:
-        self.path = path
+        self.path, self._header = path, header
         self.spec, self.dataset = header.spec, header.dataset
         self.fingerprint, self.shard_frames, self.codec = header.fingerprint, header.shard_frames, header.codec.name
         self.sealed = isinstance(contents, Manifest)
@@ -171,20 +172,16 @@ class GeometryStore:
 
     def batch_plain(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Geometry:
         """The same through zarr-python alone: slower, and the reference that `batch` is compared with."""
-        import zarr
-
         rows, places = np.unique(_as_rows(indices), return_inverse=True)
         for row in rows[~self.covers(rows)].tolist():
             raise self._missing(row)
-        group = zarr.open_group(self._zarr_store(), mode="r")
+        arrays = open_arrays(self._zarr_store(), self._header)
         maps: dict[str, NDArray[Any]] = {}
         for column in self._layout.columns:
-            array = group[column.key]
-            assert isinstance(array, zarr.Array)
-            maps[column.key] = np.asarray(array.oindex[rows])
+            maps[column.key] = np.asarray(arrays[column.key].oindex[rows])
             if np.isnan(maps[column.key]).any():  # the fill value: zarr found no chunk
                 raise CacheCorruptError(f"{self.path}: {column.key}: expected the frames asked for, found gaps")
-        self._check_plain(group, rows, maps)
+        self._check_plain(arrays, rows, maps)
         return Geometry(
             **{
                 output: np.stack([maps[f"{camera}/{output}"][places] for camera in self.spec.camera_keys], axis=1)
@@ -196,7 +193,7 @@ class GeometryStore:
         """Where zarr-python finds the cache."""
         return self.path
 
-    def _check_plain(self, group: Any, rows: NDArray[np.int64], maps: dict[str, NDArray[Any]]) -> None:
+    def _check_plain(self, arrays: Mapping[str, Any], rows: NDArray[np.int64], maps: dict[str, NDArray[Any]]) -> None:
         """For a subclass: see what zarr-python read, by array. Here it is the reference, and taken as it is."""
 
     def close(self) -> None:
