@@ -64,7 +64,7 @@ import numpy as np
 from numcodecs import Blosc
 from tests.faults.buffers import HEADER
 nbytes = 1 << 30  # more than a process has behind 16 bytes
-Blosc().decode(HEADER.pack(2, 1, 0x93, 2, nbytes, nbytes, nbytes + 16), np.empty(nbytes, np.uint8))
+Blosc().decode(HEADER.pack(2, 1, 0x93, 2, nbytes, 1 << 20, nbytes + 16), np.empty(nbytes, np.uint8))
 """
     process = run_python(script)
     process.communicate(timeout=120)
