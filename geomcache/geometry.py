@@ -352,13 +352,13 @@ def _from_json[T](cls: type[T], data: Mapping[str, Any], where: str) -> T:
     try:
         spec = msgspec.convert(data, cls)
     except msgspec.ValidationError as error:  # a value of another type, or one that `__post_init__` refuses
-        text, _, path = str(error).partition(" - at `$")
+        text, _, path = str(error).replace("`", "").partition(" - at $")
         field = re.match(r"\.(\w+)", path)
         if field is not None:
             choices = ", ".join(map(str, get_args(cls.__annotations__[field[1]])))
             text = text.replace("Invalid enum value", f"expected one of {choices}, got")
         text = re.sub("^Expected", "expected", text)
-        raise CacheFormatError(f"{where}{path.rstrip('`')}: {text:.200}") from None
+        raise CacheFormatError(f"{where}{path}: {text:.200}") from None
     # msgspec passes over fields that it does not know, and takes the default of one that is missing.
     for name, expected, found in differences(_to_json(spec), data):
         wanted = repr(expected) if name in cls.__annotations__ else "no such field"

@@ -107,6 +107,6 @@ def _check_header(buffer: bytes, nbytes: int) -> None:
 
 @functools.cache
 def _blosc() -> Any:
-    from numcodecs import Blosc  # type: ignore[import-untyped]  # not at the top: raw caches are read without it
+    from numcodecs import Blosc  # not at the top: raw caches are read without it
 
     return Blosc(cname="zstd", clevel=_LEVEL, shuffle=Blosc.SHUFFLE)

@@ -71,7 +71,7 @@ class Inventory:
             == {*itertools.islice(names, len(manifest.files) + 1)},
             f"{GROUP}: expected the content that {MANIFEST} has a hash of": manifest.files.get(GROUP)
             == _stored(control[GROUP]),
-            f"{JOURNAL}: expected the shards, hashes and files of {MANIFEST}": not journal.torn
+            f"{JOURNAL}: expected the shards, hashes and files of {MANIFEST}": not journal.incomplete_nbytes
             and (journal.rows, journal.shards) == (manifest.rows, manifest.shards)
             and journal.files == {name: stored for name, stored in manifest.files.items() if name != GROUP},
         }

@@ -219,15 +219,15 @@ class _Check:
             self._add(JOURNAL, str(error))
             return
         self.journal = journal
-        if journal.torn:
+        if journal.incomplete_nbytes:
             self._add(
                 JOURNAL,
-                f"{journal.path}: expected whole lines, found {journal.torn} bytes behind them that are none: an append"
-                " that a kill cut off, or damage",
+                f"{journal.path}: expected complete lines, found {journal.incomplete_nbytes} bytes of another: an"
+                " append that was interrupted, or damage",
             )
         if self.manifest is not None and self.manifest.shards != journal.shards:
             self._add(MANIFEST, f"{self.folder / MANIFEST}: expected the journal's shards and hashes, found others")
-        for shard, rows in sorted(journal.owed.items()):
+        for shard, rows in sorted(journal.dropped_rows.items()):
             self._add(
                 JOURNAL,
                 f"{journal.path}: shard {shard}: expected {count_rows(rows)} frames, found that they were dropped: the"

@@ -137,8 +137,8 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
                 say(note)
         done, total = writer.frames_done(), count_rows(writer.wanted)
         if process.is_main:
-            if writer.removed_leftovers:
-                say(f"{writer.path}: removed {writer.removed_leftovers} left-over files of an interrupted run")
+            if writer.removed_stale_files:
+                say(f"{writer.path}: removed {writer.removed_stale_files} stale files of an interrupted run")
             if 0 < done < total:
                 say(f"{writer.path}: {done} of {total} frames are there; going on with the rest")
         require_space(writer.path, encoder.spec, total - done, codec)

@@ -14,7 +14,7 @@ import numcodecs
 import numpy as np
 import pytest
 
-from tests.support.stores import LENGTHS, Maps, fill, make_maps, make_spec, make_store, open_writer
+from tests.support.stores import LENGTHS, MadeUpMaps, fill, make_maps, make_spec, make_store, open_writer
 
 of_every_codec = pytest.mark.parametrize("codec", ["raw", "zstd"])
 TRAILING = {"ray": 6, "ray_conf": 1, "depth": 1, "depth_conf": 1}
@@ -96,7 +96,7 @@ def read_rows(folder: Path, rows: list[int], codec: str) -> dict[str, dict[int, 
     return found
 
 
-def check_maps(maps: Maps, rows: list[int], found: dict[str, dict[int, bytes]]) -> None:
+def check_maps(maps: MadeUpMaps, rows: list[int], found: dict[str, dict[int, bytes]]) -> None:
     for camera, outputs in maps.items():
         for output, values in outputs.items():
             assert list(found[f"{camera}/{output}"]) == rows
