@@ -45,6 +45,7 @@ from geomcache.statistics import Moments
 Maps = Mapping[str, Mapping[str, NDArray[np.float16]]]
 """Camera -> output -> [n, h, w, 6] or [n, h, w]."""
 
+DROPPED = ".dropped"  # ends the names of a dropped shard's files, which are kept until the shard is made again
 _STATISTICS_VALUES = 1 << 17  # maps taken together for statistics, in values: their float64 copies fit the CPU's cache
 
 
@@ -192,11 +193,14 @@ class StoreWriter:
             raise
         with self._current():
             self._append(Commit(claim.shard, claim.rows, written, statistics))
+        _remove(path for path in map(_aside, files) if path.exists())  # of the shard as it was before it was dropped
         self._lock.release(claim.shard)
         return written.nbytes
 
     def drop(self, shard: int, files: ShardFiles, reason: str) -> bool:
         """Give a damaged shard up: its rows are owed, and whoever writes next makes them again.
+
+        Its files are renamed, not deleted: no reader finds them, and a shard that turns out to be good is not lost.
 
         Args:
             shard: its number.
@@ -214,6 +218,7 @@ class StoreWriter:
                 if commit is None or commit.files != files:
                     return False
                 self._append(Drop(shard, reason))
+                self._set_aside(self.path / name for name in self._layout.files(shard))
                 return True
         finally:
             self._lock.release(shard)
@@ -326,20 +331,35 @@ class StoreWriter:
         return _remove(durable.temporary(self.path / name) for name in (GROUP, MANIFEST))
 
     def _remove_leftovers(self) -> None:
-        """Remove temporary files, and files of shards that are not in the journal, where no living process works."""
+        """Remove temporary files, and files of shards that are not in the journal, where no living process works.
+
+        The files of a dropped shard stay, under names of their own, until the shard is committed again.
+        """
         found: dict[int, list[Path]] = {}
         for key in (*(column.key for column in self._layout.columns), CHECKSUMS):
             for entry in os.scandir(self.path / key):
-                match = re.fullmatch(r"c\.(\d+)(?:\.0)+(\.tmp)?", entry.name)
+                match = re.fullmatch(r"c\.(\d+)(?:\.0)+(\.tmp|\.dropped)?", entry.name)
                 if match and (match[2] or int(match[1]) not in self._journal.commits):
                     found.setdefault(int(match[1]), []).append(Path(entry.path))
         for shard, paths in found.items():
             if not self._lock.claim(shard):
                 continue
             with self._current():  # its owner may have committed it since
-                there = shard in self._journal.commits
-                self.removed_leftovers += _remove(p for p in paths if p.suffix == durable.TEMPORARY or not there)
+                committed, dropped = shard in self._journal.commits, shard in self._journal.owed
+                temporary = [path for path in paths if path.suffix == durable.TEMPORARY]
+                aside = [path for path in paths if path.suffix == DROPPED]
+                named = [path for path in paths if path.suffix not in (durable.TEMPORARY, DROPPED)]
+                if dropped:  # also by a process that was killed in the middle of dropping it
+                    self._set_aside(path for path in named if not _aside(path).exists())
+                stale = [*temporary, *(aside if committed else []), *([] if committed else named)]
+                self.removed_leftovers += _remove(stale)
             self._lock.release(shard)
+
+    @staticmethod
+    def _set_aside(files: Iterable[Path]) -> None:
+        for file in files:
+            with contextlib.suppress(FileNotFoundError), durable.naming(file):
+                durable.rename(file, _aside(file))
 
     def _write(
         self, claim: Claim, arrays: list[NDArray[np.float16]], drafts: list[Path]
@@ -398,11 +418,19 @@ def _moments(column: Column, values: NDArray[np.float16]) -> Moments:
     )
 
 
+def _aside(file: Path) -> Path:
+    """Where a file of a dropped shard is kept."""
+    return file.with_name(file.name + DROPPED)
+
+
 def _remove(paths: Iterable[Path]) -> int:
     """Remove files; how many of them were there."""
     removed = 0
     for path in paths:
         with contextlib.suppress(FileNotFoundError), durable.naming(path):
-            durable.unlink(path)
+            if path.name.endswith(DROPPED) and path.is_dir() and not path.is_symlink():
+                durable.remove_tree(path)  # a folder was in the file's place
+            else:
+                durable.unlink(path)
             removed += 1
     return removed
