@@ -5,7 +5,7 @@ Ranges are half-open.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,7 +49,7 @@ class GeometryStore:
     """
 
     def __init__(self, path: Path, header: Header, contents: Manifest | Journal) -> None:
-        self.path = path
+        self.path, self._header = path, header
         self.spec, self.dataset = header.spec, header.dataset
         self.fingerprint, self.shard_frames, self.codec = header.fingerprint, header.shard_frames, header.codec.name
         self.sealed = isinstance(contents, Manifest)
@@ -180,23 +180,21 @@ class GeometryStore:
 
         Raises what `batch` raises, but checks only the checksums that Zarr's own codecs check.
         """
-        import zarr
+        from geomcache.cache.zarr_arrays import open_arrays
 
         rows, positions = np.unique(_as_rows(indices), return_inverse=True)
         for row in rows[~self.covers(rows)].tolist():
             raise self._missing(row)
-        group = zarr.open_group(self._zarr_store(), mode="r")
+        arrays = open_arrays(self._zarr_store(), self._header)
         maps: dict[str, NDArray[Any]] = {}
         for column in self._layout.columns:
-            array = group[column.key]
-            assert isinstance(array, zarr.Array)
-            maps[column.key] = np.asarray(array.oindex[rows])
+            maps[column.key] = np.asarray(arrays[column.key].oindex[rows])
             if np.isnan(maps[column.key]).any():  # the fill value: zarr found no chunk
                 raise CacheCorruptError(
                     f"{self.path}: {column.key}: expected {len(rows)} frames, found missing ones among them: a shard is"
                     f" missing; list the damage with `geomcache verify {self.path}`"
                 )
-        self._check_plain(group, rows, maps)
+        self._check_plain(arrays, rows, maps)
         return Geometry(
             **{
                 output: np.stack([maps[f"{camera}/{output}"][positions] for camera in self.spec.camera_keys], axis=1)
@@ -208,7 +206,7 @@ class GeometryStore:
         """Return what zarr-python opens the cache from."""
         return self.path
 
-    def _check_plain(self, group: Any, rows: NDArray[np.int64], maps: dict[str, NDArray[Any]]) -> None:
+    def _check_plain(self, arrays: Mapping[str, Any], rows: NDArray[np.int64], maps: dict[str, NDArray[Any]]) -> None:
         """Check what zarr-python read, by array: for subclasses that have no other check."""
 
     def close(self) -> None:

@@ -251,10 +251,10 @@ class _Check:
             self._add("episodes", str(error))
         else:
             if not damaged:
-                self._check_coordinates(self.episodes[0])
+                self._check_coordinates(header, self.episodes[0])
 
-    def _check_coordinates(self, starts: NDArray[np.int64]) -> None:
-        for first, episodes, frames in read_coordinates(self.folder):
+    def _check_coordinates(self, header: Header, starts: NDArray[np.int64]) -> None:
+        for first, episodes, frames in read_coordinates(self.folder, header):
             rows = np.arange(first, first + len(episodes))
             wanted = starts.searchsorted(rows, "right") - 1
             wrong = np.flatnonzero((episodes != wanted) | (frames != rows - starts[wanted]))

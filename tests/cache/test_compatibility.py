@@ -6,13 +6,11 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torchvision.transforms.v2 as v2
 from lerobot.transforms import ImageTransformConfig, ImageTransforms, ImageTransformsConfig
 from lerobot.transforms.transforms import _CUSTOM_TRANSFORMS
 
-from geomcache import ranges
 from geomcache.cache import compatibility
 from geomcache.errors import CacheIncompleteError, CacheMismatchError, UserInputError
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec
@@ -184,13 +182,6 @@ def test_many_gaps_make_a_short_line_and_a_command_that_covers_them() -> None:
     assert "lacks 1, 3, 5," in message
     assert "--episodes 1:1000`" in message
     assert len(message) < 600
-
-
-def test_ranges_are_what_extract_takes() -> None:
-    numbers = np.array([0, 1, 2, 7, 9, 10])
-    assert ranges.format_ranges(numbers) == "0:3,7,9:11"
-    expanded = [n for first, last in parse_episodes("0:3,7,9:11", 11) for n in range(first, last)]
-    assert expanded == numbers.tolist()
 
 
 # ---- image transforms ------------------------------------------------------------------------------------------------
