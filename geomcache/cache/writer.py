@@ -46,7 +46,8 @@ from geomcache.statistics import Moments
 ShardMaps = Mapping[str, Mapping[str, NDArray[np.float16]]]
 """Camera -> output -> maps of n rows: [n, h, w, 6] or [n, h, w]."""
 
-_SHARD_FILE = re.compile(rf"c\.(0|[1-9][0-9]*)(?:\.0)+({re.escape(durable.TEMPORARY)})?")
+DROPPED = ".dropped"  # ends the names of a dropped shard's files, which are kept until the shard is made again
+_SHARD_FILE = re.compile(rf"c\.(0|[1-9][0-9]*)(?:\.0)+({re.escape(durable.TEMPORARY)}|{re.escape(DROPPED)})?")
 _STATISTICS_VALUES = 1 << 17  # values measured at a time: their float64 copies fit the CPU's cache
 
 
@@ -195,11 +196,16 @@ class StoreWriter:
             raise
         with self._current():
             self._append(Commit(claim.shard, claim.rows, written, statistics))
+        _remove(
+            path for path in map(_dropped_name, files) if path.exists()
+        )  # of the shard as it was before it was dropped
         self._lock.release(claim.shard)
         return written.nbytes
 
     def drop(self, shard: int, files: ShardFiles, reason: str) -> bool:
         """Drop a damaged shard, so that the next writer makes its rows again.
+
+        Its files are renamed, not deleted: no reader finds them, and a shard that turns out to be good is not lost.
 
         Args:
             shard: its number.
@@ -217,6 +223,7 @@ class StoreWriter:
                 if commit is None or commit.files != files:
                     return False
                 self._append(Drop(shard, reason))
+                _keep_dropped(self.path / name for name in self._layout.files(shard))
                 return True
         finally:
             self._lock.release(shard)
@@ -332,23 +339,30 @@ class StoreWriter:
     def _remove_stale_files(self) -> int:
         """Remove temporary files and files of shards that are not committed, except those of living processes.
 
+        The files of a dropped shard stay, under names of their own, until the shard is committed again.
+
         Returns:
             How many files were removed.
         """
-        stale: dict[int, list[Path]] = {}
+        candidates: dict[int, list[Path]] = {}
         for key in (*(column.key for column in self._layout.columns), CHECKSUMS):
             for entry in os.scandir(self.path / key):
                 match = _SHARD_FILE.fullmatch(entry.name)
                 shard = int(match[1]) if match else self._layout.shards
                 if match and shard < self._layout.shards and (match[2] or shard not in self._journal.commits):
-                    stale.setdefault(shard, []).append(Path(entry.path))
+                    candidates.setdefault(shard, []).append(Path(entry.path))
         removed = 0
-        for shard, paths in stale.items():
+        for shard, paths in candidates.items():
             if not self._lock.claim(shard):
                 continue
             with self._current():  # its owner may have committed it since
+                if shard in self._journal.dropped_rows:  # and was killed before it had renamed all files
+                    named = (path for path in paths if path.suffix not in (durable.TEMPORARY, DROPPED))
+                    _keep_dropped(path for path in named if not _dropped_name(path).exists())
                 committed = shard in self._journal.commits
-                removed += _remove(path for path in paths if path.suffix == durable.TEMPORARY or not committed)
+                removed += _remove(
+                    path for path in paths if path.suffix == durable.TEMPORARY or (path.suffix == DROPPED) == committed
+                )
             self._lock.release(shard)
         return removed
 
@@ -412,11 +426,26 @@ def _moments(column: Column, values: NDArray[np.float16]) -> Moments:
     )
 
 
+def _dropped_name(file: Path) -> Path:
+    """Return the name under which a file of a dropped shard is kept."""
+    return file.with_name(file.name + DROPPED)
+
+
+def _keep_dropped(files: Iterable[Path]) -> None:
+    """Give the files of a dropped shard names that no reader looks for."""
+    for file in files:
+        with contextlib.suppress(FileNotFoundError), durable.file_errors(file):
+            durable.rename(file, _dropped_name(file))
+
+
 def _remove(paths: Iterable[Path]) -> int:
     """Remove files; return how many of them existed."""
     removed = 0
     for path in paths:
         with contextlib.suppress(FileNotFoundError), durable.file_errors(path):
-            durable.unlink(path)
+            if path.name.endswith(DROPPED) and path.is_dir() and not path.is_symlink():
+                durable.remove_tree(path)  # a folder was in the file's place
+            else:
+                durable.unlink(path)
             removed += 1
     return removed

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import functools
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,14 +50,6 @@ def open_arrays(store: Any, header: Header) -> "dict[str, zarr.Array[Any]]":
         name: zarr.Array(zarr.AsyncArray(_with_checks(array.metadata, header.codec), StorePath(place, name)))
         for name, array in _create_metadata(MemoryStore(), header).items()
     }
-
-
-def read_coordinates(folder: Path, header: Header) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield (first row, episode of each row, frame of each row) of each chunk, as other readers see them."""
-    arrays = open_arrays(folder, header)
-    for start in range(0, header.dataset.frames, COORDINATE_CHUNK):
-        episodes, frames = (np.asarray(arrays[name][start : start + COORDINATE_CHUNK]) for name in COORDINATES)
-        yield start, episodes, frames
 
 
 def _with_checks(metadata: Any, codec: Codec) -> Any:

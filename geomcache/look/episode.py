@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.commands import extract_command
-from geomcache.cache.info import format_episodes
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import MissingFrameError, UserInputError
 from geomcache.frames.reader import FrameReader
 from geomcache.look.drawing import CLIP
 from geomcache.look.pinhole import mean_origin
 from geomcache.look.value_counts import ValueCounts
+from geomcache.ranges import format_ranges, rows_of
 
 BLOCK_NBYTES = 32 << 20  # of maps, at hand at a time
 BLOCK_PICTURES = 16  # frames decoded together
@@ -91,7 +91,7 @@ def require_cached(store: GeometryStore, episode: int) -> None:
         return
     raise MissingFrameError(
         f"{store.path}: expected episode {episode}, it is not cached as a whole; there are"
-        f" {format_episodes(store.episodes())}: look at one of them, or add it with"
+        f" {format_ranges(rows_of(store.episodes())) or 'none'}: look at one of them, or add it with"
         f" `{extract_command(store, np.array([episode]))}`"
     )
 

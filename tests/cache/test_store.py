@@ -331,7 +331,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "bit of a confidence": (_flip(f"{CONF}/c.5.0.0", 0), 80, r"ray_conf/c.5.0.0: episode 3 frame 5: expected checksum"),
     "bit of a shard index": (_flip(f"{RAY}/c.1.0.0.0", -100), 19, "expected a shard index of 16 frames"),
     "bit of the index's checksum": (_flip(f"{RAY}/c.1.0.0.0", -1), 19, "expected a shard index of 16 frames"),
-    "bit of the checksums": (_flip("frame_crc32c/c.1.0", 5), 19, r"frame_crc32c/c.1.0: .*the checksum of its content"),
+    "bit of the checksums": (_flip("frame_crc32c/c.1.0", 5), 19, r"frame_crc32c/c.1.0: .*sha256"),
     "shard cut off": (_cut(f"{RAY}/c.1.0.0.0", 4096), 19, r"c.1.0.0.0: episode 0 frame 19: expected 2628 bytes, found"),
     "shard of no byte": (_cut(f"{RAY}/c.1.0.0.0", 0), 19, "expected 2628 bytes, found 0"),
     "shard missing": (lambda path: (path / RAY / "c.1.0.0.0").unlink(), 19, "frame 19: expected the file, found none"),

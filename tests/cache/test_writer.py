@@ -1,5 +1,6 @@
 """Shards committed one by one, by many processes, through kills and full disks: nothing acknowledged is lost."""
 
+import contextlib
 import errno
 import json
 import os
@@ -134,12 +135,59 @@ def test_a_dropped_shard_is_made_again_by_whoever_writes_next(tmp_path: Path) ->
             writer._append(Drop(2, "damaged"))
     check(path, ((0, 32), (48, 90)), sealed=False)
     with open_writer(path, [(0, 5)]) as writer:
-        assert (writer.wanted, writer.removed_stale_files) == (((0, 5), (32, 48)), 5)
+        assert (writer.wanted, writer.removed_stale_files) == (((0, 5), (32, 48)), 0)
         assert (writer.pending(), writer.frames_done()) == ((2,), 5)
         assert writer.claim() == claim
         writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
         assert writer.seal()
     check(path, ((0, 90),))
+
+
+def test_files_of_a_dropped_shard_are_kept_until_it_is_made_again(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "cache")
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("c.2.0*"))
+    before = {name: (path / name).read_bytes() for name in names}
+    assert len(names) == 5
+    with open_writer(path) as writer:
+        assert writer.drop(2, writer._journal.commits[2].files, "damaged")
+    for _ in range(2):  # whoever opens it, and however often
+        with open_writer(path, [(0, 1)]) as writer:
+            assert (writer.removed_stale_files, writer.pending()) == (0, (2,))
+        assert not [name for name in names if (path / name).exists()]
+        assert {name: (path / f"{name}.dropped").read_bytes() for name in names} == before
+    # A kill after the new files had their names, and before the journal had its line: the old ones still stay.
+    (path / names[0]).write_bytes(b"made again")
+    with open_writer(path, [(0, 1)]) as writer:
+        assert writer.removed_stale_files == 1
+        assert (path / f"{names[0]}.dropped").read_bytes() == before[names[0]]
+        fill(writer)
+        assert writer.seal()
+    assert not [*path.rglob("*.dropped")]
+    check(path, ((0, 90),))
+
+
+def test_a_kill_at_any_moment_of_dropping_loses_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = make_store(tmp_path / "original")
+    before = {file.relative_to(original): file.read_bytes() for file in original.rglob("c.2.0*")}
+    faults = Faults(monkeypatch)
+    operations = 0
+    while True:
+        path = shutil.copytree(original, tmp_path / "cache")
+        with pytest.raises(Killed) if operations else contextlib.nullcontext(), open_writer(path) as writer:
+            faults.start(operations - 1 if operations else None)
+            assert writer.drop(2, writer._journal.commits[2].files, "damaged")
+            total = faults.count
+        faults.start()
+        with open_writer(path, [(0, 1)]) as writer:
+            if writer.pending():  # it was dropped
+                assert {name: path.joinpath(f"{name}.dropped").read_bytes() for name in before} == before
+            else:
+                assert {name: (path / name).read_bytes() for name in before} == before
+        shutil.rmtree(path)
+        operations += 1
+        if operations > total:
+            break
+    assert total > 10  # the seal, the journal's line, five files
 
 
 def test_statistics_are_those_of_all_values_whoever_wrote_them_and_when(tmp_path: Path) -> None:
