@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 
 def extract_command(store: "GeometryStore", episodes: NDArray[np.int64], root: str | None = None) -> str:
-    """The command that puts these episodes (sorted, at least one) into a cache."""
+    """Return the command that adds episodes to a cache.
+
+    Args:
+        store: the cache.
+        episodes: ascending numbers, int64 [n], at least one.
+        root: folder of a local dataset.
+    """
     spec, dataset = store.spec, store.dataset
     options = {
         "model": spec.model_id,
@@ -32,7 +38,7 @@ def extract_command(store: "GeometryStore", episodes: NDArray[np.int64], root: s
     }
     if len(episodes) < dataset.episodes:
         ranges = format_ranges(episodes)
-        # Many small gaps would make a command nobody can read; what is there already is not made again.
+        # Many small gaps would make a command that nobody can read, and extraction skips what the cache has.
         options["episodes"] = ranges if len(ranges) <= 80 else f"{episodes[0]}:{episodes[-1] + 1}"
     given = [(name, str(value)) for name, value in options.items() if value is not None]
     return shlex.join(["geomcache", "extract", *(part for name, value in given for part in (f"--{name}", value))])

@@ -256,7 +256,7 @@ class _Check:
             damaged[name] = error
             self._add(name, str(error), repairable=name == GROUP)
         for name, expected_shape in _array_shapes(header).items():
-            if f"{name}/{GROUP}" not in damaged:
+            if f"{name}/{GROUP}" in contents.files.keys() - damaged.keys():
                 self._check_shape(f"{name}/{GROUP}", expected_shape)
         if damaged.keys() & {f"{name}/c.0" for name in EPISODE_TABLE}:
             return
