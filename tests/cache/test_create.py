@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,7 +149,7 @@ SPEC, DATASET = make_spec(), make_dataset_spec()
     ],
 )
 def test_other_settings_are_refused_by_name(
-    tmp_path: Path, field: str, spec: dict[str, object], dataset: dict[str, object]
+    tmp_path: Path, field: str, spec: dict[str, Any], dataset: dict[str, Any]
 ) -> None:
     path = make_store(tmp_path / "cache", [(0, 5)])
     wanted_spec, wanted_dataset = make_spec(**{"grid": "3x4"} | spec), make_dataset_spec(**dataset)
@@ -407,10 +409,10 @@ def test_camera_keys_cannot_lead_elsewhere(tmp_path: Path, key: str) -> None:
         GeometryStore.open(path)
 
 
-def _set(*keys: str, to: object) -> object:
-    def change(data: dict[str, object]) -> None:
+def _set(*keys: str, to: object) -> Callable[[dict[str, Any]], None]:
+    def change(data: dict[str, Any]) -> None:
         for key in keys[:-1]:
-            data = data[key]  # type: ignore[assignment]
+            data = data[key]
         data[keys[-1]] = to
 
     return change
@@ -434,14 +436,19 @@ def _set(*keys: str, to: object) -> object:
         (_set("spec", "extra", to=1), "spec.extra: .*1"),
         (_set("dataset", "frames", to=2**50), "dataset: .*1099511627776.*1125899906842624"),
         (_set("dataset", "frames", to=-1), "frames >= 1.*-1"),
+        (_set("dataset", "fps", to=10**300), "dataset: .*1099511627776.*1000"),
+        (_set("schema_version", to=1.0), "schema version 1, found 1.0"),
+        (_set("schema_version", to=True), "schema version 1, found True"),
+        (_set("codec", to=[]), r"codec: .*raw or zstd.*\[\]"),
+        (_set("dataset", "repo_id", to="a\x1b[2J"), r"dataset.repo_id: .*x1b"),
         (_set("spec", "process_res", to=112), "fingerprint: .*[0-9a-f]{64}.*[0-9a-f]{64}"),
         (_set("fingerprint", to=None), "fingerprint: .*[0-9a-f]{64}.*None"),
     ],
 )
-def test_changed_attributes_are_told(tmp_path: Path, change: object, message: str) -> None:
+def test_changed_attributes_are_told(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
     path = make_store(tmp_path / "cache", [(0, 5)])
     header = json.loads((path / "zarr.json").read_bytes())
-    change(header["attributes"]["geomcache"])  # type: ignore[operator]
+    change(header["attributes"]["geomcache"])
     (path / "zarr.json").write_text(json.dumps(header))
     with pytest.raises((CacheFormatError, CacheCorruptError), match=r"zarr.json: .*" + message):
         GeometryStore.open(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from geomcache.cache import durable
 from geomcache.errors import OutOfSpaceError
@@ -16,7 +17,7 @@ from tests.support.stores import Faults
 
 
 def test_a_file_holds_its_parts_and_gives_their_size_and_hash(tmp_path: Path) -> None:
-    parts = [b"abc", np.arange(6, dtype=np.uint8).reshape(2, 3)]
+    parts: list[bytes | NDArray[np.uint8]] = [b"abc", np.arange(6, dtype=np.uint8).reshape(2, 3)]
     nbytes, digest = durable.write_file(tmp_path / "file", parts)
     assert (tmp_path / "file").read_bytes() == b"abc\0\1\2\3\4\5"
     assert (nbytes, digest) == (9, hashlib.sha256(b"abc\0\1\2\3\4\5").digest())

@@ -6,7 +6,7 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
-from geomcache.cache.journal import Drop, Journal, begin_line, decode_line, encode_line
+from geomcache.cache.journal import Commit, Drop, Journal, begin_line, decode_line, encode_line
 from geomcache.cache.layout import Layout
 from geomcache.errors import CacheCorruptError, CacheFormatError
 from tests.support.records import FILES, FINGERPRINT, LAYOUT, SPEC, commit, sizes
@@ -22,7 +22,7 @@ def journal(path: Path, content: bytes | None = None) -> Journal:
 @pytest.fixture(scope="module")
 def lines() -> list[bytes]:
     """A journal of three records behind the first line."""
-    records = [commit(2), commit(0, ((3, 9),)), Drop(2, "for a test")]
+    records: list[Commit | Drop] = [commit(2), commit(0, ((3, 9),)), Drop(2, "for a test")]
     return [begin_line(LAYOUT, FINGERPRINT, FILES), *(encode_line(record.to_dict()) for record in records)]
 
 
@@ -46,7 +46,8 @@ def test_records_add_up(tmp_path: Path, lines: list[bytes]) -> None:
     assert state.commits == {0: commit(0, ((3, 9),))}
     assert state.read() == set()
     state.append(commit(2))
-    assert (state.dropped_rows, state.rows) == ({}, ((3, 9), (32, 48)))
+    assert state.dropped_rows == {}
+    assert state.rows == ((3, 9), (32, 48))
     again = journal(path)
     again.read()
     assert (again.commits, again.dropped_rows) == (state.commits, {})
@@ -145,6 +146,17 @@ RECORD = commit(1).to_dict()
         RECORD | {"shard": 6},
         RECORD | {"shard": -1},
         RECORD | {"shard": True},
+        RECORD | {"shard": 1.0},
+        RECORD | {"shard": 10**300},
+        RECORD | {"shard": float("nan")},
+        RECORD | {"rows": [[16, 10**300]]},
+        RECORD | {"rows": [[-(10**300), 32]]},
+        RECORD | {"rows": [[16, float("nan")]]},
+        RECORD | {"rows": {"16": 32}},
+        RECORD | {"bytes": [10**300] * 5},
+        RECORD | {"bytes": [-1] * 5},
+        RECORD | {"bytes": [float("inf")] * 5},
+        RECORD | {"sha256": [7] * 5},
         RECORD | {"shard": "../../etc/passwd"},
         RECORD | {"rows": []},
         RECORD | {"rows": [[0, 16]]},
@@ -172,7 +184,58 @@ RECORD = commit(1).to_dict()
     ],
 )
 def test_a_record_of_another_form_is_refused(tmp_path: Path, lines: list[bytes], record: object) -> None:
-    content = json.dumps(record).encode()[:-1]
-    line = content + b',"crc32c":"%08x"}\n' % google_crc32c.value(content)
+    line = with_checksum(json.dumps(record).encode())
     with pytest.raises((CacheFormatError, CacheCorruptError), match="journal: expected"):
         journal(tmp_path / "journal", lines[0] + line + lines[1]).read()
+
+
+def with_checksum(record: bytes) -> bytes:
+    content = record[:-1]
+    return content + b',"crc32c":"%08x"}\n' % google_crc32c.value(content)
+
+
+@pytest.mark.parametrize(
+    "value", [b"[" * 100_000 + b"]" * 100_000, b"9" * 5000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000]
+)
+def test_a_record_that_json_cannot_read_is_refused(tmp_path: Path, lines: list[bytes], value: bytes) -> None:
+    line = with_checksum(b'{"record":"commit","shard":' + value + b"}")
+    with pytest.raises(CacheFormatError, match="journal: expected") as caught:
+        journal(tmp_path / "journal", lines[0] + line).read()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"m2": [-1.0] * 6}, {"count": 10**300}, {"count": 0}, {"mean": [1e300] * 6}, {"saturated": -1}, {"mean": None}],
+)
+def test_statistics_that_no_values_have_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    record = json.loads(json.dumps(RECORD))
+    record["statistics"][SPEC.camera_keys[0]]["ray"] |= change
+    line = with_checksum(json.dumps(record).encode())
+    state = journal(tmp_path / "journal", begin_line(LAYOUT, FINGERPRINT, FILES) + line)
+    state.read()
+    with pytest.raises(CacheFormatError, match="statistics of ray"):
+        state.statistics()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"x": [-1, "cd" * 32]},
+        {"x": [10**300, "cd" * 32]},
+        {"x": [1.0, "cd" * 32]},
+        {"x": [True, "cd" * 32]},
+        {"x": [1, "cd" * 31]},
+        {"x": [1, "../" * 21 + "x"]},
+        {"x": [1, 7]},
+        {"x": [1]},
+        {"x": None},
+        [],
+        None,
+    ],
+)
+def test_files_of_another_form_are_refused(tmp_path: Path, files: object) -> None:
+    record = json.loads(begin_line(LAYOUT, FINGERPRINT, FILES)) | {"files": files}
+    del record["crc32c"]
+    with pytest.raises(CacheFormatError, match="journal: expected"):
+        journal(tmp_path / "journal", with_checksum(json.dumps(record).encode())).read()

@@ -20,7 +20,7 @@ import zarr
 from geomcache.cache.header import Header
 from geomcache.cache.journal import begin_line
 from geomcache.cache.store import GeometryStore
-from geomcache.cache.verify import Problem, _Check, VerifyReport, require_intact, verify
+from geomcache.cache.verify import Problem, VerifyReport, _Check, require_intact, verify
 from geomcache.cli import main as cli
 from geomcache.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UserInputError
 from geomcache.training.trainer import train
