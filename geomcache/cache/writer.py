@@ -280,7 +280,7 @@ class StoreWriter:
             # Whoever appends unseals first: in a sealed cache a bad line is damage, and no append that was interrupted.
             if self._journal.incomplete_nbytes and (self.path / MANIFEST).exists():
                 raise CacheCorruptError(
-                    f"{self._journal.path}: expected complete lines, as the cache is sealed, found"
+                    f"{self._journal.path}: expected whole lines, as the cache is sealed, found"
                     f" {self._journal.incomplete_nbytes} bytes of another: the file is damaged; restore it from a copy"
                 )
             self._journal.repair()

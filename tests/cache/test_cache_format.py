@@ -186,6 +186,21 @@ def test_the_reader_on_the_page_reads_what_was_written(tmp_path: Path, sealed: b
     assert [cache.row(episode, 1) for episode in range(len(LENGTHS))] == [start + 1 for start in starts[:-1]]
 
 
+def test_the_reader_on_the_page_believes_no_blosc_header() -> None:
+    unpack = load_reader()["unpack"]
+    maps = np.random.default_rng(0).normal(size=(36, 36, 6)).astype(np.float16)
+    buffer = bytes(numcodecs.Blosc(cname="zstd", clevel=3, shuffle=1).encode(maps))
+    assert unpack(buffer, maps.nbytes, "map") == maps.tobytes()
+    header = struct.unpack_from("<BBBBIII", buffer)
+    for field, value in ((0, 3), (2, 0x11), (2, header[2] | 2), (3, 1), (4, 2**30), (5, 0), (5, 1), (6, 2**30)):
+        lie = struct.pack("<BBBBIII", *header[:field], value, *header[field + 1 :]) + buffer[16:]
+        with pytest.raises(ValueError, match="not as it was written"):
+            unpack(lie, maps.nbytes, "map")
+    for cut in (b"", buffer[:15], buffer[:16], buffer[:-1], buffer + b"\0"):
+        with pytest.raises(ValueError, match="not as it was written"):
+            unpack(cut, maps.nbytes, "map")
+
+
 @of_every_codec
 def test_the_reader_on_the_page_finds_damage(tmp_path: Path, codec: str) -> None:
     reader = load_reader()

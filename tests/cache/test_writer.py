@@ -207,10 +207,10 @@ def test_statistics_are_those_of_all_values_whoever_wrote_them_and_when(tmp_path
     values = expected(SPEC, range(90))
     for name, moments in stores[0].statistics.items():
         flat = values[name].astype(np.float64).reshape(-1, 6 if name == "ray" else 1)
-        flat = flat if name == "ray" else np.log(flat)
-        assert moments.count == len(flat)
-        assert moments.mean == pytest.approx(flat.mean(axis=0), rel=1e-9)
-        assert moments.std == pytest.approx(flat.std(axis=0), rel=1e-9)
+        seen = flat if name == "ray" else np.log(flat)
+        assert moments.count == len(seen)
+        assert moments.mean == pytest.approx(seen.mean(axis=0), rel=1e-9)
+        assert moments.std == pytest.approx(seen.std(axis=0), rel=1e-9)
     written = json.loads((path / "zarr.json").read_bytes())["attributes"]["geomcache"]["statistics"]["pooled"]
     assert {name: Moments.from_dict(value, name) for name, value in written.items()} == stores[0].statistics
 
