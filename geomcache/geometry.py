@@ -17,6 +17,7 @@ This file imports nothing heavier than NumPy.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -200,7 +201,8 @@ class DatasetSpec:
     """N, all frames of the dataset, even if only some episodes are cached."""
     episodes: int
     """E, all episodes of the dataset."""
-    fps: int
+    fps: int | float
+    """An int if it is whole, so that the canonical JSON of such datasets stays what it was."""
     episodes_sha256: str
     """sha256 of the episodes' lengths in order, little-endian int64."""
     images_sha256: str
@@ -211,7 +213,7 @@ class DatasetSpec:
 
     def __post_init__(self) -> None:
         for name in ("frames", "episodes", "fps"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < math.inf:
                 raise UserInputError(f"dataset {self.repo_id}: expected {name} >= 1, got {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:

@@ -116,6 +116,13 @@ def test_other_values_are_refused_with_their_field(field: str, value: object, na
     assert len(text) < 500
 
 
+@pytest.mark.parametrize("fps", [float("nan"), float("inf"), 0, 0.5, -30.0, "30", True, None])
+def test_frame_rates_that_no_dataset_has_are_refused(fps: object) -> None:
+    with pytest.raises(CacheFormatError, match="fps"):
+        DatasetSpec.from_dict({**DATASET.to_dict(), "fps": fps})
+    assert DatasetSpec.from_dict({**DATASET.to_dict(), "fps": 29.97}).fps == 29.97
+
+
 @pytest.mark.parametrize("data", [[], None, 7, "spec"])
 def test_other_things_are_no_spec(data: Any) -> None:
     with pytest.raises(CacheFormatError, match="dataset: .*object"):
