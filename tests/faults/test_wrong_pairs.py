@@ -156,7 +156,7 @@ def test_inference_with_another_encoder_or_other_pictures_is_refused(random_da3_
     front, wrist = CAMERAS
     others: list[tuple[dict[str, torch.Tensor], tuple[str, ...]]] = [
         ({front: pictures[front]}, (wrist, front)),
-        ({front: pictures[front], "hand": pictures[wrist]}, (wrist, "hand")),
+        ({front: pictures[front], "hand": pictures[wrist]}, (wrist, front)),
         (pictures | {front: pictures[front].permute(0, 1, 3, 2)}, (front, "28x42", "42x28")),
         (pictures | {wrist: pictures[wrist][..., :41]}, (wrist, "28x42", "28x41")),
         (pictures | {wrist: pictures[wrist].permute(0, 2, 3, 1)}, (wrist, "[B, 3, H, W]")),
