@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import google_crc32c
 import numpy as np
@@ -82,7 +82,7 @@ def assert_equal(geometry: Geometry, rows: list[int], spec: GeometrySpec = SPEC)
 @pytest.mark.parametrize("path", ["whole", "parts", "packed", "packed_parts"])
 def test_zarr_reads_every_array(path: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(path)
-    group = zarr.open_group(folder, mode="r")
+    group: Any = zarr.open_group(folder, mode="r")
     there = [row for start, stop in GeometryStore.open(folder).rows for row in range(start, stop)]
     missing = sorted({*range(90)} - {*there})
     wanted = expected(SPEC, there)
@@ -128,7 +128,7 @@ np.savez(sys.argv[2], **arrays)
 def test_tensorstore_reads_every_array_as_zarr_does(path: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(path)
     output_of(run_python(TENSORSTORE, folder, tmp_path / "arrays.npz"))  # in a child: no fork survives it here
-    group = zarr.open_group(folder, mode="r")
+    group: Any = zarr.open_group(folder, mode="r")
     with np.load(tmp_path / "arrays.npz") as arrays:
         assert len(arrays) == len(CAMERAS) * len(SPEC.outputs) + 5
         for key, values in arrays.items():
@@ -224,7 +224,7 @@ def test_frame_index_and_locate_agree(whole: Path) -> None:
     assert [store.index(*place) for place in places] == list(range(90))
     assert_equal(store.frame(1, 3), [23])
     for wrong in ((4, 0), (-1, 0), (0, 20), (0, -1)):
-        with pytest.raises(UserInputError, match=rf"\b{wrong[1] or wrong[0]}$"):
+        with pytest.raises(UserInputError, match=rf" {wrong[1] or wrong[0]}$"):
             store.index(*wrong)
     for row in (-1, 90):
         with pytest.raises(UserInputError, match=rf"0 to 89\b.*{row}"):
@@ -386,7 +386,7 @@ def test_short_reads_are_finished_and_failing_ones_told(
 ) -> None:
     spec = make_spec(grid_hw=grid_hw)
     store = GeometryStore.open(make_store(tmp_path / "cache", spec=spec, lengths=(40,), codec=codec))
-    store.batch(range(40))  # type: ignore[arg-type]
+    store.batch(range(40))
     pread, preadv = os.pread, os.preadv
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 23), at))
@@ -591,7 +591,7 @@ def test_a_cache_of_millions_of_frames_opens_without_looking_at_them(
     dataset = make_dataset_spec(lengths)
     rows = [(0, 10), (2_999_990, 3_000_000)]
     path = make_store(tmp_path / "cache", rows, lengths=lengths, dataset=dataset)
-    group = zarr.open_group(path, mode="r")
+    group: Any = zarr.open_group(path, mode="r")
     some = np.random.default_rng(0).integers(0, 3_000_000, 100)
     assert np.array_equal(group["episode_index"].oindex[some], some // 300)
     assert np.array_equal(group["frame_index"].oindex[some], some % 300)

@@ -59,6 +59,11 @@ def flip(file: Path, at: int, bit: int = 0) -> None:
     file.write_bytes(content)
 
 
+def flip_two(file: Path, one: int, other: int) -> None:
+    flip(file, one)
+    flip(file, other)
+
+
 def swap(one: Path, other: Path) -> None:
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
@@ -101,7 +106,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, tuple[tuple[int, int], .
         ("sha256", "episode 0 frame 19"),
     ),
     "bits of two maps": (
-        lambda path: [flip(path / SHARD, at * RAY_STRIDE) for at in (2, 5)],
+        lambda path: flip_two(path / SHARD, 2 * RAY_STRIDE, 5 * RAY_STRIDE),
         SHARD,
         ((18, 19), (21, 22)),
         ("2 frames", "episode 0 frame 18", "episode 1 frame 1"),
@@ -259,7 +264,8 @@ def test_coordinates_that_contradict_the_episode_table_are_told(tmp_path: Path) 
     """Wrong from the beginning, so that every hash agrees."""
     path = tmp_path / "cache"
     open_writer(path).close()
-    zarr.open_group(path, mode="r+")["frame_index"][30] = 29
+    group: Any = zarr.open_group(path, mode="r+")
+    group["frame_index"][30] = 29
     lines = (path / "journal.jsonl").read_bytes().split(b"\n")
     begin = json.loads(lines[0])
     del begin["crc32c"]
