@@ -91,7 +91,8 @@ def require_cached(store: GeometryStore, episode: int) -> None:
         return
     raise MissingFrameError(
         f"{store.path}: expected episode {episode}, found complete episodes"
-        f" {format_ranges(rows_of(store.episodes())) or 'none'}: choose one of these, or add it with `{extract_command(store, np.array([episode]))}`"
+        f" {format_ranges(rows_of(store.episodes())) or 'none'}: choose one of these, or add it with"
+        f" `{extract_command(store, np.array([episode]))}`"
     )
 
 
