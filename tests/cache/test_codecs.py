@@ -154,10 +154,10 @@ def test_an_unknown_codec_is_refused() -> None:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("map", "expected the checksum of the"),
-        ("its checksum", "expected the checksum of the"),
-        ("index", "expected a shard index of 16 frames"),
-        ("table", "expected the checksum of its content"),
+        ("map", "checksum"),
+        ("its checksum", "checksum"),
+        ("index", "index of 16"),
+        ("table", "checksum"),
     ],
 )
 def test_a_flipped_bit_is_told_when_read_and_when_verified(
@@ -173,7 +173,7 @@ def test_a_flipped_bit_is_told_when_read_and_when_verified(
     with GeometryStore.open(path) as store:
         assert np.array_equal(store.batch([0, 89]).ray, expected(SPEC, [0, 89])["ray"])
         for _ in range(2):
-            with pytest.raises(CacheCorruptError, match=rf"{file}: episode 0 frame 19: {message}"):
+            with pytest.raises(CacheCorruptError, match=f"{file}: episode 0 frame 19: .*{message}"):
                 store.batch([0, 19])
     (problem,) = verify(path).problems
     assert (problem.file, problem.shard) == (str(file.relative_to(path)), 1)
