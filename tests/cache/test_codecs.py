@@ -157,7 +157,7 @@ def test_an_unknown_codec_is_refused() -> None:
         ("map", "checksum"),
         ("its checksum", "checksum"),
         ("index", "index of 16"),
-        ("table", "checksum"),
+        ("table", "sha256"),
     ],
 )
 def test_a_flipped_bit_is_told_when_read_and_when_verified(
