@@ -1,4 +1,4 @@
-"""The contract between stage one, stage two and inference: what geometry is, and what it was made from.
+"""The contract between stage one, stage two and inference: what geometry is, and what produced it.
 
 Legend of shapes, here and everywhere:  B batch   V views   h, w grid   C channels   N frames of the dataset
 
@@ -6,30 +6,33 @@ Legend of shapes, here and everywhere:  B batch   V views   h, w grid   C channe
     observation.geometry.ray        float16  [B, V, h, w, 6]   direction (3) and origin (3), as DA3 defines them, in
                                                                the first view's coordinates (joint views)
     observation.geometry.ray_conf   float16  [B, V, h, w]      >= 1
-    observation.geometry.depth      float16  [B, V, h, w]      > 0, the main head's, where asked for
-    observation.geometry.depth_conf float16  [B, V, h, w]      >= 1, where asked for
+    observation.geometry.depth      float16  [B, V, h, w]      > 0, from the main head; optional
+    observation.geometry.depth_conf float16  [B, V, h, w]      >= 1; optional
 
-An item of a dataset has the same keys without B. Both roads, the cache and the online encoder, end in `Geometry`
-with these dtypes: rounding to float16 belongs to the encoder, so that training and inference see the same numbers.
+An item of a dataset has the same keys without B. Both sources, the cache and the online encoder, produce `Geometry`
+with these dtypes: the encoder rounds to float16, so training and inference see the same numbers.
 This file imports nothing heavier than NumPy.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
+import msgspec
 import numpy as np
 
 from geomcache.errors import CacheFormatError, GeometryError, UserInputError
 
 BATCH_KEY_PREFIX = "observation.geometry."
-PATCH_SIZE = 14  # DINOv2's; DA3 has no other
-RAYS_PER_PATCH = 8  # native grid cells a patch side: DualDPT's auxiliary pyramid ends at 8 cells a patch
+PATCH_SIZE = 14  # pixels, of DINOv2; DA3 has no other
+RAYS_PER_PATCH = 8  # native grid cells per patch side: DualDPT's auxiliary pyramid ends at 8 cells per patch
 FLOAT16_MAX = 65504.0
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
 
 Views = Literal["joint", "independent"]
 ComputeDtype = Literal["fp32", "bf16"]
@@ -43,11 +46,11 @@ class Output:
     channels: tuple[str, ...]
     """Names of the channels, in order."""
     log: bool
-    """Whether the adapter and the statistics see the natural logarithm of the value: confidences are exponentials."""
+    """True if the adapter and the statistics take the natural logarithm: confidences are exponentials."""
 
     @property
     def trailing(self) -> tuple[int, ...]:
-        """Shape behind the grid: (6,) for rays, () for maps of one number a cell."""
+        """Return the shape after the grid: (6,) for rays, () for maps with one number per cell."""
         return (len(self.channels),) if len(self.channels) > 1 else ()
 
 
@@ -64,15 +67,15 @@ DEFAULT_OUTPUTS = ("ray", "ray_conf")
 
 
 def batch_key(output: str) -> str:
-    """The batch key of an output: ``ray`` -> ``observation.geometry.ray``."""
+    """Return the batch key of an output: ``ray`` -> ``observation.geometry.ray``."""
     return BATCH_KEY_PREFIX + output
 
 
 def parse_grid(grid: str) -> tuple[int, int] | None:
-    """Check a grid's name: None for ``patch`` and ``native``, (h, w) for ``HxW``.
+    """Return None for the grids ``patch`` and ``native``, and (h, w) for ``HxW``.
 
     Raises:
-        UserInputError: it is none of them.
+        UserInputError: the text is none of these.
     """
     if grid in ("patch", "native"):
         return None
@@ -84,7 +87,7 @@ def parse_grid(grid: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Camera:
-    """One view of a frame: a feature of the dataset and the size of its pictures."""
+    """One view of a frame: a feature of the dataset and the size of its images in pixels."""
 
     key: str
     """LeRobot's feature name, such as ``observation.images.image``."""
@@ -94,38 +97,38 @@ class Camera:
 
 @dataclass(frozen=True, kw_only=True)
 class GeometrySpec:
-    """All that the numbers depend on, beside the pixels. Written into the cache and the checkpoint, and compared."""
+    """Everything that the numbers depend on except the pixels. Stored in the cache and the checkpoint, and compared."""
 
     model_id: str
-    """As given by the user: a DA3 name, a Hub id or a folder's name. A label: `weights_sha256` is the identity."""
+    """What the user typed: a DA3 name, a Hub id or a folder's name. A label: `weights_sha256` is the identity."""
     model_revision: str | None
     """Resolved commit on the Hub; None for a local folder."""
     model_name: str
-    """Upstream's preset, such as ``da3-small``: the architecture."""
+    """Upstream's preset, which fixes the architecture, such as ``da3-small``."""
     weights_sha256: str
-    """Of ``model.safetensors``, hexadecimal."""
+    """sha256 of ``model.safetensors``, hexadecimal."""
     da3_version: str
     """Version of the ``depth-anything-3`` package."""
     views: Views
-    """``joint``: the cameras of a frame are the views of one scene. ``independent``: each camera alone."""
+    """``joint``: the cameras of a frame are views of one scene. ``independent``: DA3 sees each camera alone."""
     cameras: tuple[Camera, ...]
-    """In the order of the views; the first is the reference."""
+    """The cameras in view order; the first is the reference."""
     process_res: int
-    """Longest side, in pixels, of what the network sees, before rounding to multiples of 14."""
+    """Longest side of the network's input in pixels, before rounding to multiples of 14."""
     resize_method: str = "upper_bound_resize"
     """Upstream's ``process_res_method``."""
     reference_view: str = "first"
-    """Upstream's ``ref_view_strategy``. Any other could change from frame to frame."""
+    """Upstream's ``ref_view_strategy``. Any other one could choose differently for each frame."""
     grid: str
     """``patch``, ``native`` or ``HxW``."""
     grid_hw: tuple[int, int]
     """Cells (h, w) of every map."""
     outputs: tuple[str, ...]
-    """Which of `OUTPUTS`, in their order there."""
+    """Names from `OUTPUTS`, in the order given there."""
     compute_dtype: ComputeDtype
     """``fp32``, or ``bf16`` for the backbone under autocast."""
     storage_dtype: str = "float16"
-    """Maps are rounded to this by the encoder, saturating."""
+    """The encoder rounds maps to this dtype and saturates values outside its range."""
 
     def __post_init__(self) -> None:
         if not self.cameras:
@@ -154,31 +157,31 @@ class GeometrySpec:
 
     @property
     def camera_keys(self) -> tuple[str, ...]:
-        """Keys of the cameras, in the order of the views."""
+        """Return the keys of the cameras in view order."""
         return tuple(camera.key for camera in self.cameras)
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Names of the channels that the adapter sees, in order."""
+        """Return the names of the channels that the adapter sees, in order."""
         return tuple(channel for name in self.outputs for channel in OUTPUTS[name].channels)
 
     def map_shape(self, output: str) -> tuple[int, ...]:
-        """Shape of one view's map of one frame: [h, w, 6] for ``ray``, [h, w] for the others."""
+        """Return the shape of one map: [h, w, 6] for ``ray``, [h, w] for the other outputs."""
         return (*self.grid_hw, *OUTPUTS[output].trailing)
 
     @property
     def frame_nbytes(self) -> int:
-        """Bytes of one frame's maps, all views and outputs, without checksums."""
+        """Return the bytes of one frame's maps over all views and outputs, without checksums."""
         cells = self.grid_hw[0] * self.grid_hw[1]
         return len(self.cameras) * cells * len(self.channels) * np.dtype(self.storage_dtype).itemsize
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return _json_object(self)
+        """Return the spec as JSON types."""
+        return _to_json(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Back from `to_dict`.
+        """Build the spec from what `to_dict` returned.
 
         Raises:
             CacheFormatError: a field is missing, unknown or of the wrong type or value.
@@ -188,38 +191,38 @@ class GeometrySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """Which frames a cache is of: the dataset's identity, and what tells that the frames are the same."""
+    """The dataset that a cache belongs to: its name, and the hashes that tell whether the frames are the same."""
 
     repo_id: str
     """A label: two copies of one dataset under two names have the same frames."""
     revision: str | None
-    """Resolved commit on the Hub; None for a local folder that does not tell."""
+    """Resolved commit on the Hub; None for a local folder without one."""
     frames: int
-    """N: all frames of the dataset, also when only some episodes are cached."""
+    """N, all frames of the dataset, even if only some episodes are cached."""
     episodes: int
-    """All episodes of the dataset."""
+    """E, all episodes of the dataset."""
     fps: int | float
     """An int if it is whole, so that the canonical JSON of such datasets stays what it was."""
     episodes_sha256: str
-    """Of the episodes' lengths, little-endian int64, in order."""
+    """sha256 of the episodes' lengths in order, little-endian int64."""
     images_sha256: str
-    """Of what the dataset's metadata says of the cameras' pictures: features, where each episode's frames lie, and
-    statistics. It needs no picture, so that a run on a part of the dataset can compare it."""
+    """sha256 of what the dataset's metadata says about the cameras' images: features, the place of each episode's
+    frames, and statistics. It needs no image, so a run on part of the dataset can compare it."""
     decoder: str
-    """What turned stored pictures into pixels: ``pyav``, ``torchcodec`` or ``image``. Decoders round differently."""
+    """The decoder of the stored images: ``pyav``, ``torchcodec`` or ``image``. Decoders round differently."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "episodes", "fps"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < math.inf:
                 raise UserInputError(f"dataset {self.repo_id}: expected {name} >= 1, got {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return _json_object(self)
+        """Return the spec as JSON types."""
+        return _to_json(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Back from `to_dict`.
+        """Build the spec from what `to_dict` returned.
 
         Raises:
             CacheFormatError: a field is missing, unknown or of the wrong type or value.
@@ -228,7 +231,7 @@ class DatasetSpec:
 
 
 def fingerprint(spec: GeometrySpec, dataset: DatasetSpec) -> str:
-    """Identity of a cache's content: sha256, hexadecimal, of the canonical JSON of what the numbers depend on.
+    """Return the identity of a cache's content: the sha256, hexadecimal, of the canonical JSON of both specs.
 
     Labels (`model_id`, `repo_id`) are left out: the same weights and frames under other names give the same numbers.
     """
@@ -240,25 +243,25 @@ def fingerprint(spec: GeometrySpec, dataset: DatasetSpec) -> str:
 def differences(
     cached: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Fields in which two specs (as dictionaries) differ: (dotted name, value there, value here), in order."""
+    """Yield (dotted name, cached value, wanted value) of each field in which two specs, as dictionaries, differ."""
     for key in dict.fromkeys((*cached, *wanted)):
-        here, there = wanted.get(key), cached.get(key)
-        if isinstance(here, Mapping) and isinstance(there, Mapping):
-            yield from differences(there, here, f"{prefix}{key}.")
-        elif here != there:
-            yield f"{prefix}{key}", there, here
+        cached_value, wanted_value = cached.get(key), wanted.get(key)
+        if isinstance(cached_value, Mapping) and isinstance(wanted_value, Mapping):
+            yield from differences(cached_value, wanted_value, f"{prefix}{key}.")
+        elif cached_value != wanted_value:
+            yield f"{prefix}{key}", cached_value, wanted_value
 
 
 def canonical_json(data: object) -> bytes:
-    """JSON with sorted keys and no white space, ASCII: the same bytes for the same content."""
+    """Return ASCII JSON with sorted keys and no white space: the same bytes for the same content."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def parse_outputs(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """Check output names and bring them into the order of `OUTPUTS`.
+    """Check output names and return them in the order of `OUTPUTS`.
 
     Raises:
-        UserInputError: a name is unknown or there twice, or ``ray`` is missing.
+        UserInputError: a name is unknown or given twice, or ``ray`` is missing.
     """
     unknown = [name for name in names if name not in OUTPUTS]
     if unknown or len(set(names)) != len(names) or "ray" not in names:
@@ -269,7 +272,7 @@ def parse_outputs(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
 
 
 def check_camera_key(key: str) -> None:
-    """A camera key becomes a folder of the cache: refuse what could lead elsewhere.
+    """Refuse a camera key that could lead outside the cache, in which it names a folder.
 
     Raises:
         UserInputError: the key is not made of letters, digits, '.', '_' and '-', or starts with a dot or dash.
@@ -280,7 +283,7 @@ def check_camera_key(key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What DA3 says of a batch of frames. Arrays are NumPy's or torch's, all of one kind, dtype and device."""
+    """DA3's outputs for a batch of frames. All arrays are NumPy's or all torch's, with one dtype and device."""
 
     ray: Any  # [B, V, h, w, 6]
     ray_conf: Any | None = None  # [B, V, h, w]
@@ -293,12 +296,12 @@ class Geometry:
         for name, array in self.items():
             expected = (*self.ray.shape[:4], *OUTPUTS[name].trailing)
             if tuple(array.shape) != expected:
-                raise GeometryError(f"{name}: expected shape {list(expected)} beside this ray, got {list(array.shape)}")
+                raise GeometryError(f"{name}: expected shape {list(expected)}, as ray has, got {list(array.shape)}")
             if array.dtype != self.ray.dtype:
                 raise GeometryError(f"{name}: expected ray's dtype {self.ray.dtype}, got {array.dtype}")
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """(name, array) of the outputs that are there, in the order of `OUTPUTS`."""
+        """Yield (name, array) of the outputs that are present, in the order of `OUTPUTS`."""
         for name in OUTPUTS:
             array = getattr(self, name)
             if array is not None:
@@ -306,19 +309,19 @@ class Geometry:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """Return B."""
         return int(self.ray.shape[0])
 
     def to_batch(self) -> dict[str, Any]:
-        """As entries of a LeRobot batch."""
+        """Return the arrays as entries of a LeRobot batch."""
         return {batch_key(name): array for name, array in self.items()}
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> Self:
-        """The geometry in a LeRobot batch.
+        """Take the geometry out of a LeRobot batch.
 
         Raises:
-            GeometryError: there is none, or its shapes do not fit each other.
+            GeometryError: the batch has none, or its shapes do not fit each other.
         """
         if batch_key("ray") not in batch:
             raise GeometryError(
@@ -328,88 +331,41 @@ class Geometry:
         return cls(**{name: batch[batch_key(name)] for name in OUTPUTS if batch_key(name) in batch})
 
     def check(self, spec: GeometrySpec) -> None:
-        """Compare with what a spec promises.
+        """Compare the arrays with what a spec promises.
 
         Raises:
             GeometryError: outputs, views or grid differ.
         """
-        found = tuple(name for name, _ in self.items())
-        if found != spec.outputs:
-            raise GeometryError(f"geometry: expected outputs {', '.join(spec.outputs)}, got {', '.join(found)}")
+        outputs = tuple(name for name, _ in self.items())
+        if outputs != spec.outputs:
+            raise GeometryError(f"geometry: expected outputs {', '.join(spec.outputs)}, got {', '.join(outputs)}")
         expected = (len(spec.cameras), *spec.grid_hw)
         if tuple(self.ray.shape[1:4]) != expected:
             raise GeometryError(f"geometry: expected [V, h, w] = {list(expected)}, got {list(self.ray.shape[1:4])}")
 
-    @classmethod
-    def example(
-        cls,
-        batch: int = 1,
-        views: int = 2,
-        grid_hw: tuple[int, int] = (14, 14),
-        outputs: tuple[str, ...] = DEFAULT_OUTPUTS,
-    ) -> Self:
-        """Plausible geometry for tests and documentation: float16 NumPy arrays, the same at every call."""
-        generator = np.random.default_rng(0)
-        shape = (batch, views, *grid_hw)
-        arrays: dict[str, Any] = {}
-        for name in parse_outputs(outputs):
-            values = generator.normal(size=(*shape, *OUTPUTS[name].trailing))
-            arrays[name] = (values if name == "ray" else 1.0 + np.exp(values)).astype(np.float16)
-        return cls(**arrays)
 
-
-def _to_json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [_to_json(item) for item in value]
-    return value
-
-
-def _json_object(value: Any) -> dict[str, Any]:
-    data = _to_json(value)
-    assert isinstance(data, dict)
+def _to_json(spec: Any) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))  # tuples become lists
     return data
 
 
-# How a JSON value becomes each annotated type of the specs; anything else is malformed.
-_PLAIN: dict[Any, tuple[type, ...]] = {
-    str: (str,),
-    int: (int,),
-    int | float: (int, float),
-    str | None: (str, type(None)),
-    Views: (str,),
-    ComputeDtype: (str,),
-}
-
-
-def _from_json[T](cls: type[T], data: object, where: str) -> T:
-    if not isinstance(data, Mapping):
-        raise CacheFormatError(f"{where}: expected an object, got {type(data).__name__}")
-    assert dataclasses.is_dataclass(cls)
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
-    if set(data) != set(fields):
-        odd = sorted(set(data) ^ set(fields))
-        raise CacheFormatError(
-            f"{where}: expected the fields {', '.join(fields)}, differs in {', '.join(map(repr, odd))}"
-        )
-    values: dict[str, Any] = {}
-    for name, kind in fields.items():
-        value = data[name]
-        if kind in _PLAIN:
-            fits = isinstance(value, _PLAIN[kind]) and not isinstance(value, bool)
-        else:
-            fits = isinstance(value, list)
-            if fits and kind == tuple[Camera, ...]:
-                value = tuple(_from_json(Camera, item, f"{where}.{name}") for item in value)
-            elif fits:
-                item_type = str if kind == tuple[str, ...] else int
-                fits = all(type(item) is item_type for item in value)
-                value = tuple(value)
-        if not fits:
-            raise CacheFormatError(f"{where}.{name}: expected {kind}, got {value!r:.80}")
-        values[name] = value
+def _from_json[T](cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Build a spec from JSON types of unknown origin; `where` names it in messages."""
     try:
-        return cls(**values)
-    except UserInputError as error:
-        raise CacheFormatError(f"{where}: {error}") from None
+        spec = msgspec.convert(data, cls)
+    except msgspec.ValidationError as error:  # a value of another type, or one that `__post_init__` refuses
+        text, _, path = str(error).replace("`", "").partition(" - at $")
+        field = re.match(r"\.(\w+)", path)
+        if field is not None:
+            choices = ", ".join(map(str, get_args(cls.__annotations__[field[1]])))
+            text = text.replace("Invalid enum value", f"expected one of {choices}, got")
+        text = re.sub("^Expected", "expected", text)
+        raise CacheFormatError(f"{where}{path}: {text:.200}") from None
+    # msgspec passes over fields that it does not know, and takes the default of one that is missing.
+    for name, expected, found in differences(_to_json(spec), data):
+        wanted = repr(expected) if name in cls.__annotations__ else "no such field"
+        raise CacheFormatError(f"{where}.{name}: expected {wanted:.200}, got {found!r:.200}")
+    for name, value in data.items():
+        if isinstance(value, str) and _UNPRINTABLE.search(value):
+            raise CacheFormatError(f"{where}.{name}: expected text without control characters, got {value!r:.200}")
+    return spec

@@ -1,20 +1,20 @@
 """Half-open ranges of rows or episodes: merge, intersect, count, look up, parse and print."""
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.errors import (
-    UserInputError,
-)
+from geomcache.errors import UserInputError
 
 Ranges = tuple[tuple[int, int], ...]
+"""(start, stop) pairs. Merged ranges are not empty, ascend, and neither overlap nor touch."""
 
 
 def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """The same rows, in order, each once, neighbours joined. Empty ranges vanish."""
+    """Return merged ranges of the same numbers."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if start >= stop:
@@ -27,35 +27,39 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def clip_ranges(ranges: Ranges, start: int, stop: int) -> Ranges:
-    """The part of merged ranges from `start` on, before `stop`."""
+    """Return the part of merged ranges that lies in [start, stop)."""
     first = bisect_right(ranges, start, key=lambda item: item[1])
     last = bisect_left(ranges, stop, key=lambda item: item[0])
     return tuple((max(a, start), min(b, stop)) for a, b in ranges[first:last])
 
 
 def common_ranges(ranges: Ranges, others: Ranges) -> Ranges:
-    """Rows that are in both merged ranges."""
+    """Return the intersection of two merged ranges."""
     return tuple(part for start, stop in others for part in clip_ranges(ranges, start, stop))
 
 
 def count_rows(ranges: Iterable[tuple[int, int]]) -> int:
-    """How many rows disjoint ranges hold."""
+    """Return how many numbers disjoint ranges contain."""
     return sum(stop - start for start, stop in ranges)
 
 
-def rows_of(ranges: Ranges) -> NDArray[np.int64]:
-    """The rows of merged ranges, one by one: int64 [n]."""
-    return np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in ranges])
+def rows_of(ranges: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
+    """Return the numbers in ranges, one by one: int64 [n]."""
+    parts = [np.arange(start, stop, dtype=np.int64) for start, stop in ranges]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
 class RowSet:
-    """Rows that are there, for questions about many rows at once."""
+    """A set of rows, for questions about many rows at once.
+
+    Attributes:
+        ranges: the merged ranges that it was made from.
+        count: how many rows it contains.
+    """
 
     def __init__(self, ranges: Ranges) -> None:
         self.ranges = ranges
-        bounds = np.array(
-            ((-1, -1), *ranges), dtype=np.int64
-        )  # an empty range in front, so that every row is behind one
+        bounds = np.array(((-1, -1), *ranges), dtype=np.int64)  # an empty range first: each row has one at or before it
         self._starts = bounds[:, 0].copy()
         self._stops = bounds[:, 1].copy()
         lengths = self._stops - self._starts
@@ -63,54 +67,49 @@ class RowSet:
         self.count = int(lengths.sum())
 
     def covers(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether each range, none of them empty, is there from end to end."""
-        at = self._starts.searchsorted(starts, "right") - 1
-        return (starts >= 0) & (stops <= self._stops[at])
+        """Return for each range [start, stop), none of them empty, whether the set contains all of it."""
+        preceding = self._starts.searchsorted(starts, "right") - 1
+        return (starts >= 0) & (stops <= self._stops[preceding])
 
     def ranks(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many rows of the set lie before each row; negative where the row is not in the set."""
-        at = self._starts.searchsorted(rows, "right") - 1
-        return np.where(rows < self._stops[at], rows + self._shifts[at], -1)
+        """Return how many rows of the set are smaller than each row; a negative number where the row is not in it."""
+        preceding = self._starts.searchsorted(rows, "right") - 1
+        return np.where(rows < self._stops[preceding], rows + self._shifts[preceding], -1)
 
     def rows_at(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows of these ranks, each from 0 to `count` - 1: the other way round."""
-        at = (self._starts + self._shifts).searchsorted(ranks, "right") - 1
-        rows: NDArray[np.int64] = ranks - self._shifts[at]
+        """Return the rows with these ranks, each from 0 to `count` - 1: the inverse of `ranks`."""
+        containing = (self._starts + self._shifts).searchsorted(ranks, "right") - 1
+        rows: NDArray[np.int64] = ranks - self._shifts[containing]
         return rows
 
     def count_before(self, row: int) -> int:
-        """How many rows of the set lie before this one."""
-        at = int(self._starts.searchsorted(row, "right")) - 1
-        return int(min(row, self._stops[at]) + self._shifts[at]) if at >= 0 else 0
+        """Return how many rows of the set are smaller than this one."""
+        preceding = int(self._starts.searchsorted(row, "right")) - 1
+        return int(min(row, self._stops[preceding]) + self._shifts[preceding]) if preceding >= 0 else 0
 
 
 def parse_episodes(text: str | None, total: int) -> list[tuple[int, int]]:
-    """Ranges (first, last + 1) of episodes out of ``0:100``, ``7`` or ``0,3,5:8``, sorted and merged; all for None.
+    """Return the merged ranges of episodes that ``0:100``, ``7`` or ``0,3,5:8`` names; all of `total` for None.
 
     Raises:
-        UserInputError: malformed, empty, or out of range.
+        UserInputError: the text is malformed, empty, or out of range.
     """
     if text is None:
         return [(0, total)]
     ranges = []
-    for part in text.split(","):
-        first, colon, last = part.strip().partition(":")
-        if not first.isdecimal() or (colon and not last.isdecimal()):
-            raise UserInputError(f"episodes: expected such as 0:100 or 0,3,5:8, got {text!r}")
-        start, stop = int(first), int(last) if colon else int(first) + 1
+    for part in map(str.strip, text.split(",")):
+        match = re.fullmatch(r"([0-9]{1,18})(?::([0-9]{1,18}))?", part)
+        if match is None:
+            raise UserInputError(f"episodes: expected such as 0:100 or 0,3,5:8, got {text!r:.200}")
+        start = int(match[1])
+        stop = int(match[2]) if match[2] else start + 1
         if not start < stop <= total:
-            raise UserInputError(f"episodes: expected a part of 0:{total}, got {part.strip()!r}")
+            raise UserInputError(f"episodes: expected a part of 0:{total}, got {part!r}")
         ranges.append((start, stop))
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return merged
+    return [*merge_ranges(ranges)]
 
 
 def format_ranges(numbers: NDArray[np.int64]) -> str:
-    """Sorted numbers as ``0:3,7``, the form that `geomcache extract --episodes` takes."""
+    """Return ascending numbers as text that `parse_episodes` takes, such as ``0:3,7``; `rows_of` expands ranges."""
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1) if len(numbers) else []
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs)

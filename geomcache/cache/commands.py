@@ -41,7 +41,7 @@ def extract_command(store: "GeometryStore", episodes: NDArray[np.int64], root: s
         del options["codec"]
     if len(episodes) < store.dataset.episodes:
         ranges = format_ranges(episodes)
-        # Many small gaps would make an unreadable command; rows that exist already are not made again.
+        # Many small gaps would make a command that nobody can read, and extraction skips what the cache has.
         options["episodes"] = ranges if len(ranges) <= 80 else f"{episodes[0]}:{episodes[-1] + 1}"
     words = ["geomcache", "extract"]
     for name, value in options.items():

@@ -1,4 +1,4 @@
-"""The small files of a cache, compared with their hashes, and its episode table."""
+"""The small files of a cache: their hashes, and the episode table."""
 
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
@@ -16,7 +16,7 @@ from geomcache.errors import CacheCorruptError
 
 
 def check_files(folder: Path, header: Header, contents: Manifest | Journal) -> None:
-    """Compare metadata and episode table with their hashes. The large coordinates are left to verification.
+    """Compare metadata and episode table with their hashes. `verify` does so for the large coordinates.
 
     Raises:
         CacheCorruptError: a file is missing or differs.
@@ -29,7 +29,7 @@ def check_files(folder: Path, header: Header, contents: Manifest | Journal) -> N
 
 
 def damaged_files(folder: Path, names: Iterable[str], files: Files) -> Iterator[tuple[str, CacheCorruptError]]:
-    """Compare files with their bytes and sha256: the names of those that are missing or differ, each with its error."""
+    """Compare files with their bytes and sha256; yield the name of each that is missing or differs, with its error."""
     for name in names:
         path = folder / name
         try:
@@ -37,19 +37,19 @@ def damaged_files(folder: Path, names: Iterable[str], files: Files) -> Iterator[
         except FileNotFoundError:
             yield name, CacheCorruptError(f"{path}: expected the file, found none: restore it from a copy")
             continue
-        expected, found = files.get(name), (len(content), sha256(content).hexdigest())
-        if found != expected:
+        expected, actual = files.get(name), (len(content), sha256(content).hexdigest())
+        if actual != expected:
             yield (
                 name,
                 CacheCorruptError(
-                    f"{path}: expected {expected or 'no such file'} (bytes, sha256), found {found}: the file was"
+                    f"{path}: expected {expected or 'no such file'} (bytes, sha256), found {actual}: the file was"
                     " changed; restore it from a copy"
                 ),
             )
 
 
 def read_episodes(folder: Path, header: Header) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Start and length of every episode, int64 [E] each. The files' hashes are checked before.
+    """Return start and length of every episode, int64 [E] each. Check the files' hashes first.
 
     Raises:
         CacheCorruptError: they are not the dataset's.

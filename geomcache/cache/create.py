@@ -1,4 +1,4 @@
-"""A new cache: made in a folder beside its place and put there whole, so that no half-made cache looks like one."""
+"""Creation of a cache: it is made in a folder next to its path and put there complete, so nobody sees half of one."""
 
 import contextlib
 import errno
@@ -22,64 +22,72 @@ from geomcache.errors import CacheExistsError, CacheLockedError, CacheMismatchEr
 from geomcache.geometry import DatasetSpec, differences
 from geomcache.ranges import Ranges, merge_ranges
 
-_ASIDE = ".geomcache-tmp"  # ends the names of folders beside a cache's place: not yet it, or it no more
+_DRAFT = ".geomcache-tmp"  # ends the names of folders next to a cache's path: not yet the cache, or no longer
 _LABELS = {"spec.model_id", "dataset.repo_id"}  # other names of the same weights and frames are no difference
 
 
-def create(target: Path, header: Header, episode_lengths: NDArray[np.int64]) -> bool:
-    """Make an empty cache at `target`, in place of one that is there.
+def create(target: Path, header: Header, episode_lengths: NDArray[np.int64], *, overwrite: bool = False) -> None:
+    """Create an empty cache at `target`, unless another process does so first.
 
-    Returns:
-        False where another process has made one in the meantime.
+    Args:
+        target: the cache's folder.
+        header: what it is to say of itself.
+        episode_lengths: frames of every episode, int64 [E].
+        overwrite: replace a cache that is there.
 
     Raises:
-        CacheExistsError: something that is no cache is there.
-        CacheLockedError: the cache there is being written, or the file system has no POSIX locks.
+        CacheExistsError: something that is no cache is there, and is to be replaced.
+        CacheLockedError: somebody has the cache there open for writing, or the file system has no POSIX locks.
         OutOfSpaceError: there is no room.
     """
     target = target.resolve()  # the folder itself is replaced, not a link to it
-    with durable.naming(target.parent):
+    with durable.file_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         replaced = target.exists()
+        if replaced and not overwrite:
+            return
         if replaced:
-            _take_over(target, stack)
+            _lock_out(target, stack)
         _remove_abandoned(target)
-        draft = _aside(target)
-        with durable.naming(draft):
-            draft.mkdir()
+        draft = _make_draft(target, stack)
         try:
-            lock = locks.LockFile(draft / LOCK)
-            stack.callback(lock.close)
-            lock.claim(0)  # tells other processes that somebody is at work here
             _fill(draft, header, episode_lengths)
             if replaced:
                 _swap(target, draft)
-                return True
-            if _place(target, draft):
-                return True
+            elif not _place(target, draft):
+                _remove(draft)
         except BaseException:
             with contextlib.suppress(OSError):  # what failed is raised; what this leaves, the next creation removes
-                durable.remove_tree(draft)
+                _remove(draft)
             raise
-        durable.remove_tree(draft)
-        return False
 
 
 def replace_cache(target: Path, draft: Path) -> None:
-    """Put a whole cache that was made beside `target` into the place of the one there, which is removed.
+    """Put a complete cache that was made next to `target` into its place, and remove the one that is there.
 
     Raises:
         CacheExistsError: something that is no cache is there.
-        CacheLockedError: the cache there is being written, or the file system has no POSIX locks.
+        CacheLockedError: somebody has the cache there open for writing, or the file system has no POSIX locks.
     """
     with contextlib.ExitStack() as stack:
-        _take_over(target, stack)
+        _lock_out(target, stack)
         _swap(target, draft)
 
 
+def _make_draft(target: Path, stack: contextlib.ExitStack) -> Path:
+    """Make a folder next to `target`, locked, so that nobody takes it for an abandoned one."""
+    while True:
+        draft = _sibling(target)
+        with durable.file_errors(draft):
+            draft.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # another creation found it before it was locked, and removed it
+            stack.callback(locks.LockFile(draft / LOCK).close)
+            return draft
+
+
 def _fill(draft: Path, header: Header, episode_lengths: NDArray[np.int64]) -> None:
-    with durable.naming(draft):
+    with durable.file_errors(draft):
         create_arrays(draft, header, episode_lengths)
     files: Files = {}
     for name in (*header.metadata(), *header.chunks()):
@@ -90,8 +98,9 @@ def _fill(draft: Path, header: Header, episode_lengths: NDArray[np.int64]) -> No
 
 
 def _place(target: Path, draft: Path) -> bool:
+    """Give the draft its name; return False if that is taken."""
     try:
-        with durable.naming(target):
+        with durable.file_errors(target):
             durable.rename(draft, target)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
@@ -102,26 +111,28 @@ def _place(target: Path, draft: Path) -> bool:
 
 
 def _swap(target: Path, draft: Path) -> None:
-    old = _aside(target)
-    with durable.naming(target):
-        durable.rename(target, old)
-        try:
-            durable.rename(draft, target)
-        except BaseException:
-            durable.rename(old, target)
-            raise
+    """Put the draft into the place of the cache at `target`, in one step if the file system can; remove the old one.
+
+    If it cannot, a kill between the two steps leaves no cache at `target`: the next creation removes both folders.
+    """
+    old = _sibling(target)
+    with durable.file_errors(target):
+        if durable.exchange(draft, target):
+            durable.rename(draft, old)
+        else:
+            durable.rename(target, old)
+            try:
+                durable.rename(draft, target)
+            except BaseException:
+                durable.rename(old, target)
+                raise
     durable.sync_folder(target.parent)
-    with durable.naming(old):
-        durable.remove_tree(old)
+    _remove(old)
 
 
-def _take_over(target: Path, stack: contextlib.ExitStack) -> None:
+def _lock_out(target: Path, stack: contextlib.ExitStack) -> None:
     """Lock everybody out of the cache that is to be replaced."""
-    if not is_cache(target):
-        raise CacheExistsError(
-            f"{target}: expected a cache to replace, found something else: --overwrite removes caches only; choose"
-            " another --output"
-        )
+    require_cache(target, "a cache to replace", "--overwrite removes caches only; choose another --output")
     lock = locks.LockFile(target / LOCK)
     stack.callback(lock.close)
     if not lock.claim_everything():
@@ -130,26 +141,56 @@ def _take_over(target: Path, stack: contextlib.ExitStack) -> None:
         )
 
 
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{_ASIDE}")
+def _sibling(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{_DRAFT}")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that this process has locked: the lock last, so that a removal that was killed is repeated."""
+    with durable.file_errors(folder):
+        for entry in folder.iterdir():
+            if entry.name == LOCK:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                durable.remove_tree(entry)
+            else:
+                durable.unlink(entry)
+        try:
+            durable.remove_tree(folder)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # another process made a new lock in it, and removes it now
+                raise
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed creations of this cache left beside it."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_ASIDE)}")
+    """Remove the folders that killed creations of this cache left next to it.
+
+    Whoever works in such a folder has its lock file open. One without a lock file is about to be locked by its creator,
+    which makes another when it finds it gone, or was left by a removal that was killed.
+    """
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_DRAFT)}")
     for folder in target.parent.iterdir():
-        if pattern.fullmatch(folder.name) and (folder / LOCK).exists():
+        if not pattern.fullmatch(folder.name) or folder.is_symlink():
+            continue
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:  # another process removed it
             lock = locks.LockFile(folder / LOCK)
-            try:
-                if lock.claim_everything():
-                    with durable.naming(folder):
-                        durable.remove_tree(folder)
-            finally:
-                lock.close()
+            stack.callback(lock.close)
+            if lock.claim_everything():
+                _remove(folder)
+
+
+def require_cache(folder: Path, expected: str, remedy: str) -> None:
+    """Refuse a folder that holds something else than a cache.
+
+    Raises:
+        CacheExistsError: it does.
+    """
+    if not is_cache(folder):
+        raise CacheExistsError(f"{folder}: expected {expected}, found something else: {remedy}")
 
 
 def is_cache(folder: Path) -> bool:
-    """Whether a folder's root group says that it is a cache, of whatever version and in whatever state."""
+    """Return whether a folder's root group says that it is a cache, of whatever version and in whatever state."""
     try:
         return isinstance(json.loads((folder / GROUP).read_bytes())["attributes"]["geomcache"], dict)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
@@ -157,40 +198,36 @@ def is_cache(folder: Path) -> bool:
 
 
 def matching_header(folder: Path, wanted: Header) -> Header:
-    """The header of the cache that is there.
+    """Read the header of the cache in a folder and compare it with that of this run.
 
     Raises:
         CacheExistsError: something else is there.
         CacheMismatchError: it was made with other settings.
         CacheFormatError, CacheCorruptError: it is malformed or damaged.
     """
-    if not is_cache(folder):
-        raise CacheExistsError(f"{folder}: expected a cache or nothing, found something else: choose another --output")
+    require_cache(folder, "a cache or nothing", "choose another --output")
     header = Header.read(folder)
     if header.codec != wanted.codec:
-        there, here = header.codec.name, wanted.codec.name
-        raise CacheMismatchError(
-            f"{folder}: codec: the cache was made with {there}, this run has {here}: use --codec {there}, choose"
-            " another --output, or replace the cache with --overwrite",
-            "codec",
-            there,
-            here,
-        )
-    cached, asked = ({"spec": each.spec.to_dict(), "dataset": each.dataset.to_dict()} for each in (header, wanted))
-    for field, there, here in differences(cached, asked):
+        raise _mismatch(folder, "codec", header.codec.name, wanted.codec.name, f"use --codec {header.codec.name}")
+    stored, asked = ({"spec": each.spec.to_dict(), "dataset": each.dataset.to_dict()} for each in (header, wanted))
+    for field, stored_value, asked_value in differences(stored, asked):
         if field not in _LABELS:
-            raise CacheMismatchError(
-                f"{folder}: {field}: the cache was made with {there}, this run has {here}: use the same settings,"
-                " choose another --output, or replace the cache with --overwrite",
-                field,
-                there,
-                here,
-            )
+            raise _mismatch(folder, field, stored_value, asked_value, "use the same settings")
     return header
 
 
+def _mismatch(folder: Path, field: str, stored: object, asked: object, remedy: str) -> CacheMismatchError:
+    return CacheMismatchError(
+        f"{folder}: {field}: the cache was made with {stored}, this run has {asked}: {remedy}, choose another --output,"
+        " or replace the cache with --overwrite",
+        field,
+        stored,
+        asked,
+    )
+
+
 def check_episodes(dataset: DatasetSpec, episode_lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The lengths, as little-endian int64.
+    """Return the lengths of the episodes, [E], as little-endian int64.
 
     Raises:
         UserInputError: they are not the dataset's.
@@ -210,7 +247,7 @@ def check_episodes(dataset: DatasetSpec, episode_lengths: NDArray[np.int64]) -> 
 
 
 def check_rows(dataset: DatasetSpec, wanted: Iterable[tuple[int, int]]) -> Ranges:
-    """The ranges, merged.
+    """Return ranges of rows, merged.
 
     Raises:
         UserInputError: they are empty, or not the dataset's.

@@ -1,15 +1,17 @@
-"""File operations of writing, in one place: durable, atomic, locked.
+"""The file operations of writing, in one place: durable and atomic.
 
-What geomcache changes in a cache goes through the primitives at the top (zarr's own creation of metadata, in a
-temporary folder that is synchronised as a whole, is the exception). A test that injects faults replaces them here.
+What geomcache changes in a cache goes through the primitives at the top (the exception is zarr's creation of metadata,
+in a temporary folder that is synchronised as a whole). A test that injects faults replaces them here.
 """
 
 import contextlib
+import ctypes
 import errno
+import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,30 +21,46 @@ from geomcache.errors import GeomcacheError, OutOfSpaceError
 
 TEMPORARY = ".tmp"  # ends the name of every file that is not yet in its place
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
+_WITHOUT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
 
 def open_file(path: Path, flags: int) -> int:
-    """A descriptor for writing, `flags` beside ``O_WRONLY``."""
-    return os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666)
+    """Return a descriptor for writing a file, opened with ``O_WRONLY`` and `flags`. Links are not followed."""
+    return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
 
 
 def write(descriptor: int, data: memoryview) -> int:
-    """Some of the bytes; how many."""
+    """Write some of the bytes and return how many."""
     return os.write(descriptor, data)
 
 
 def fsync(descriptor: int) -> None:
-    """Down to the disk."""
+    """Make a file's content, or a folder's names, durable."""
     os.fsync(descriptor)
 
 
 def truncate(descriptor: int, length: int) -> None:
-    """Cut the file off."""
+    """Cut a file off."""
     os.ftruncate(descriptor, length)
 
 
 def rename(source: Path, target: Path) -> None:
-    """Put a file or folder into its place. Replaces a file; a folder that holds something is an OSError."""
+    """Move a file or folder to its place. A file there is replaced; a folder there that is not empty is an OSError."""
     source.rename(target)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders at once. Return False if the system or file system cannot."""
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _WITHOUT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 def unlink(path: Path) -> None:
@@ -51,13 +69,25 @@ def unlink(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder with all that is in it; links are not followed."""
+    """Remove a folder with everything in it; links are not followed."""
     shutil.rmtree(path)
 
 
+@functools.cache
+def _renameat2() -> Callable[..., int] | None:
+    """Return Linux's system call of this name; None where the C library has none."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    function.restype = ctypes.c_int
+    return function
+
+
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give a failing file operation the file's name, and a full disk its own error.
+def file_errors(path: Path) -> Iterator[None]:
+    """Add the file's name to an OSError without one, and turn a full disk into its own error.
 
     Raises:
         OutOfSpaceError: no space, or no quota, is left.
@@ -70,7 +100,7 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutOfSpaceError(
                 f"{path}: expected room for it, found none ({error.strerror}): free some, then run the same command"
-                " again; it continues after the last shard that was committed"
+                " again to resume"
             ) from error
         if error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
@@ -78,7 +108,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_all(descriptor: int, data: bytes | NDArray[np.uint8]) -> None:
-    """All bytes, in as many writes as it takes."""
+    """Write all bytes, in as many writes as it takes."""
     rest = memoryview(data).cast("B")
     while rest:
         written = write(descriptor, rest)
@@ -88,10 +118,13 @@ def write_all(descriptor: int, data: bytes | NDArray[np.uint8]) -> None:
 
 
 def write_file(path: Path, parts: Sequence[bytes | NDArray[np.uint8]]) -> tuple[int, bytes]:
-    """A new file, durable but for its name; the bytes and sha256 of its content."""
+    """Write a new file and make its content durable, though not its name; return its size and sha256.
+
+    A file or link of this name is removed first: it is stale, or somebody planted it.
+    """
     digest, nbytes = hashlib.sha256(), 0
-    with naming(path):
-        descriptor = open_file(path, os.O_CREAT | os.O_TRUNC)
+    with file_errors(path):
+        descriptor = _create(path)
         try:
             for part in parts:
                 digest.update(part)
@@ -103,9 +136,18 @@ def write_file(path: Path, parts: Sequence[bytes | NDArray[np.uint8]]) -> tuple[
     return nbytes, digest.digest()
 
 
+def _create(path: Path) -> int:
+    """Create a file that was not there, which no link can lead elsewhere, and return a descriptor for writing."""
+    try:
+        return open_file(path, os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        unlink(path)
+        return open_file(path, os.O_CREAT | os.O_EXCL)
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
-    with naming(path):
+    with file_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fsync(descriptor)
@@ -114,11 +156,11 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path, *, locked: str) -> None:
-    """Make a whole folder durable, but for the file `locked`: its locks would end with a second descriptor's."""
+    """Make a whole folder durable except the file `locked`: closing a second descriptor would end its locks."""
     for folder, _, names in os.walk(path):
         for name in sorted({*names} - {locked}):
             file = Path(folder, name)
-            with naming(file):
+            with file_errors(file):
                 descriptor = open_file(file, 0)
                 try:
                     fsync(descriptor)
@@ -128,13 +170,32 @@ def sync_tree(path: Path, *, locked: str) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Where the content of a file is written before it is renamed."""
+    """Return the name that a file has until its content is complete."""
     return path.with_name(path.name + TEMPORARY)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Old content or new content, also after a crash."""
+    """Replace a file: also after a crash it has its old content or the new one."""
     write_file(temporary(path), [content])
-    with naming(path):
+    with file_errors(path):
         rename(temporary(path), path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new, empty file to be written by its name, which replaces `path` when the block ends well.
+
+    For writers that take a path, such as Pillow's and PyAV's: the new file has the suffix of `path`. It is removed when
+    the block fails. It is not synchronised to the disk.
+    """
+    draft = path.with_name(f".{path.stem}{TEMPORARY}{path.suffix}")
+    with file_errors(path):
+        os.close(_create(draft))
+        try:
+            yield draft
+            rename(draft, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what failed is raised
+                unlink(draft)
+            raise

@@ -1,4 +1,4 @@
-"""What a cache is of: the attributes of its root group, and which files every cache has beside its shards."""
+"""What a cache says of itself: the attributes of its root group, and the files that every cache has."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ _MAX_FRAMES = 1 << 40  # ten million hours at 30 Hz; sums of so many stay far fr
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What ``zarr.json`` says of a cache."""
+    """The attributes of a cache's root group."""
 
     spec: GeometrySpec
     dataset: DatasetSpec
@@ -32,22 +32,22 @@ class Header:
 
     @classmethod
     def new(cls, spec: GeometrySpec, dataset: DatasetSpec, codec: Codec = RAW) -> Self:
-        """Of a cache to be made."""
+        """Return the header of a new cache, with a shard size that suits it."""
         shard_frames = choose_shard_frames(spec, dataset.frames)
         return cls(spec=spec, dataset=dataset, shard_frames=shard_frames, codec=codec)
 
     @functools.cached_property
     def layout(self) -> Layout:
-        """Where the frames lie."""
+        """Return the layout of the shards."""
         return Layout.of(self.spec, self.dataset.frames, self.shard_frames, self.codec)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identity of the content."""
+        """Return the identity of the content."""
         return fingerprint(self.spec, self.dataset)
 
     def attributes(self, statistics: Statistics | None = None) -> dict[str, Any]:
-        """As the root group's attributes; with statistics when the cache is sealed."""
+        """Return the root group's attributes; with statistics for a cache that is sealed."""
         content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.fingerprint,
@@ -61,17 +61,17 @@ class Header:
         return {"geomcache": content}
 
     def encode(self, statistics: Statistics | None = None) -> bytes:
-        """The file's content."""
+        """Return the content of the root group's ``zarr.json``."""
         group = {"zarr_format": 3, "node_type": "group", "attributes": self.attributes(statistics)}
         return json.dumps(group, indent=2).encode()
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Of the cache in a folder.
+        """Read the header of the cache in a folder.
 
         Raises:
             CacheNotFoundError: nothing is there.
-            CacheFormatError: it is no cache, malformed, or a newer version's.
+            CacheFormatError: it is no cache, malformed, or another version's.
             CacheCorruptError: the fingerprint is not that of the settings.
         """
         path = folder / GROUP
@@ -93,7 +93,7 @@ class Header:
                 f"{path}: expected a Zarr group with the attribute 'geomcache', found another file: name a cache that"
                 " `geomcache extract` made"
             ) from None
-        if version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION or type(version) is not int:
             raise CacheFormatError(
                 f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r:.80}: another version of geomcache"
                 " wrote it; install that one"
@@ -116,8 +116,8 @@ class Header:
             spec, dataset = GeometrySpec.from_dict(data.get("spec", {})), DatasetSpec.from_dict(data.get("dataset", {}))
             header = cls(spec=spec, dataset=dataset, shard_frames=frames, codec=codec)
             header.layout  # noqa: B018 - checks the cameras' keys
-            if max(dataset.frames, dataset.episodes) > _MAX_FRAMES:
-                raise UserInputError(f"dataset: expected at most {_MAX_FRAMES} frames, got {dataset.frames}")
+            if (most := max(dataset.frames, dataset.episodes, dataset.fps)) > _MAX_FRAMES:
+                raise UserInputError(f"dataset: expected at most {_MAX_FRAMES} frames, episodes and fps, got {most}")
         except (CacheFormatError, UserInputError) as error:
             raise CacheFormatError(f"{path}: {error}: restore the file from a copy") from None
         if data.get("fingerprint") != header.fingerprint:
@@ -128,13 +128,13 @@ class Header:
         return header
 
     def chunks(self) -> Iterator[str]:
-        """Paths of the chunks that are written when the cache is made."""
+        """Yield the paths of the chunks that are written when the cache is created."""
         for name in COORDINATES:
             yield from (f"{name}/c.{chunk}" for chunk in range(-(-self.dataset.frames // COORDINATE_CHUNK)))
         yield from (f"{name}/c.0" for name in EPISODE_TABLE)
 
     def metadata(self) -> tuple[str, ...]:
-        """Paths of the metadata below the root group's."""
+        """Return the paths of the metadata except the root group's."""
         groups = (*self.spec.camera_keys, EPISODE_TABLE[0].partition("/")[0])
         arrays = (*(column.key for column in self.layout.columns), CHECKSUMS, *COORDINATES, *EPISODE_TABLE)
         return tuple(f"{node}/{GROUP}" for node in (*groups, *arrays))

@@ -1,19 +1,20 @@
-"""What is in a cache, for people and for scripts."""
+"""Describe a cache, for people and for scripts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from geomcache.cache.store import GeometryStore
 from geomcache.geometry import OUTPUTS
 from geomcache.progress import human_bytes
+from geomcache.ranges import format_ranges, rows_of
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Facts of the cache at `path`, as JSON types.
+    """Return the facts of a cache, as JSON types.
 
     Raises:
-        CacheError: there is none, or it is damaged.
+        CacheError: the path has no cache, or the cache is damaged.
     """
     with GeometryStore.open(path) as store:
         return {
@@ -41,9 +42,12 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def describe_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The same for people, but for the statistics: (name, value), indented names belong to the one before."""
+    """Yield the facts of `describe` for people, without the statistics: (name, value).
+
+    An indented name belongs to the one before it.
+    """
     spec, dataset = facts["spec"], facts["dataset"]
-    state = "sealed" if facts["sealed"] else "not sealed: the extract command that made it, given again, continues it"
+    state = "sealed" if facts["sealed"] else "not sealed: run the extract command that made it again to resume"
     yield "cache", f"{facts['path']} ({state})"
     yield "fingerprint", facts["fingerprint"]
     yield "model", f"{spec['model_id']} ({spec['model_name']}, {spec['compute_dtype']})"
@@ -59,14 +63,16 @@ def describe_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     height, width = spec["grid_hw"]
     yield "grid", f"{height}x{width} ({spec['grid']} at {spec['process_res']} px)"
     yield "outputs", f"{', '.join(spec['outputs'])} as {spec['storage_dtype']}"
-    yield "frames", f"{facts['frames_present']} there, in shards of {facts['shard_frames']}"
-    there, missing = (format_episodes(facts[name]) for name in ("episodes_present", "episodes_missing"))
-    yield "episodes", f"{there} there; {missing} missing"
+    yield "frames", f"{facts['frames_present']} present, in shards of {facts['shard_frames']}"
+    present, missing = (
+        format_ranges(rows_of(facts[name])) or "none" for name in ("episodes_present", "episodes_missing")
+    )
+    yield "episodes", f"{present} present; {missing} missing"
     yield "bytes", f"{facts['nbytes']} ({human_bytes(facts['nbytes'])}), codec {facts['codec']}"
 
 
 def describe_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """The same with the statistics, a line each."""
+    """Yield the facts of `describe` as lines, statistics included."""
     for name, value in describe_rows(facts):
         yield f"{name:<13}{value}"
     if facts["statistics"]:
@@ -76,8 +82,3 @@ def describe_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield f"             {channel:<16}{mean:>11.5g}  {std:>11.5g}"
         if values["saturated"]:
             yield f"             {name}: {values['saturated']} values at float16's limit"
-
-
-def format_episodes(parts: Iterable[Sequence[int]]) -> str:
-    """Half-open ranges as ``0:3,7``, the form that `geomcache extract --episodes` takes; ``none``."""
-    return ",".join(f"{first}:{last}" if last > first + 1 else str(first) for first, last in parts) or "none"

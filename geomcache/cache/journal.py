@@ -1,7 +1,7 @@
-"""What of a cache is durable: the journal, a line for each shard while it grows, and the manifest that seals it.
+"""The journal: an append-only log with a line for each shard that was committed or dropped.
 
-Both are text with checksums of their own; docs/cache-format.md describes them. What the journal does not name does not
-exist. Nothing in them is a path of a shard: those follow from the layout, so that no record can lead elsewhere.
+It is text, each line with a checksum of its own; docs/cache-format.md describes it. A shard that it does not name does
+not exist. It contains no path of a shard: the layout gives those, so that no record can lead outside the cache.
 """
 
 import json
@@ -33,16 +33,16 @@ from geomcache.statistics import Moments
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A shard is durable."""
+    """The record that a shard is durable."""
 
     shard: int
     rows: Ranges
     files: ShardFiles
     statistics: Mapping[str, Any]
-    """Of its rows: `Statistics` as JSON types. A cache has thousands of shards and reads these once."""
+    """`Statistics` of its rows as JSON types: a cache has thousands of shards, and reads these once."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Return the record as JSON types."""
         return {
             "record": "commit",
             "shard": self.shard,
@@ -55,40 +55,41 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A shard that was durable is so no more, and has to be made again."""
+    """The record that a shard no longer exists and has to be made again."""
 
     shard: int
     reason: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Return the record as JSON types."""
         return {"record": "drop", "shard": self.shard, "reason": self.reason}
 
 
 class Journal:
-    """The state that the journal's lines add up to.
+    """The state of a cache: the sum of its journal's lines.
 
     Attributes:
-        files: what was there before the first shard.
-        commits: of the shards that exist.
-        owed: rows of the shards that were dropped and are not made again yet.
-        torn: bytes behind the last good line: an append that a kill cut off, never acknowledged.
+        files: the files that the cache was created with.
+        commits: the last commit of each shard that exists.
+        dropped_rows: the rows of each shard that was dropped and has not been made again.
+        incomplete_nbytes: bytes after the last good line: an append that was interrupted, and never acknowledged.
     """
 
     def __init__(self, path: Path, layout: Layout, fingerprint: str) -> None:
         self.path = path
         self.files: Files = {}
         self.commits: dict[int, Commit] = {}
-        self.owed: dict[int, Ranges] = {}
-        self.torn = 0
+        self.dropped_rows: dict[int, Ranges] = {}
+        self.incomplete_nbytes = 0
         self._layout, self._fingerprint = layout, fingerprint
-        self._length = 0  # of the good lines
+        self._length = 0  # bytes of the good lines
 
     def read(self) -> set[int]:
-        """Read what was appended since the last time; the shards it is about.
+        """Read what was appended since the last call; return the shards that it concerns.
 
         Raises:
-            CacheCorruptError: a line is damaged, or the journal is not there or of another cache.
+            CacheFormatError: a line has a good checksum and another form.
+            CacheCorruptError: a line is damaged, or the journal is missing or another cache's.
         """
         try:
             with self.path.open("rb") as file:
@@ -97,7 +98,7 @@ class Journal:
                 data = file.read()
         except FileNotFoundError:
             raise CacheCorruptError(
-                f"{self.path}: expected the journal, found none: restore it from a copy, or make the cache anew with"
+                f"{self.path}: expected the journal, found none: restore it from a copy, or create the cache again with"
                 " `geomcache extract --overwrite`"
             ) from None
         if size < self._length:
@@ -109,11 +110,11 @@ class Journal:
                 raise CacheCorruptError(f"{self.path}: expected a first line, found {size} bytes without one")
             self._begin(records.pop(0))
         self._length += good
-        self.torn = len(data) - good
+        self.incomplete_nbytes = len(data) - good
         return {self._take(record) for record in records}
 
     def _split(self, data: bytes) -> tuple[int, list[Any]]:
-        """Length of the good lines at the front, and what they say."""
+        """Return the length of the good lines at the front, and their records."""
         records: list[Any] = []
         good = position = 0
         while (end := data.find(b"\n", position) + 1) > 0:
@@ -122,7 +123,7 @@ class Journal:
             if record is not None and good < position:
                 raise CacheCorruptError(
                     f"{self.path}: expected lines with their checksums, found a damaged one at byte"
-                    f" {self._length + good}: restore the file from a copy, or make the cache anew with"
+                    f" {self._length + good}: restore the file from a copy, or create the cache again with"
                     " `geomcache extract --overwrite`"
                 )
             if record is not None:
@@ -147,31 +148,31 @@ class Journal:
                 if not isinstance(record["statistics"], dict):
                     raise ValueError("statistics")
                 self.commits[shard] = Commit(shard, rows, files, record["statistics"])
-                self.owed.pop(shard, None)
+                self.dropped_rows.pop(shard, None)
             elif kind == "drop" and shard in self.commits:
-                self.owed[shard] = self.commits.pop(shard).rows
+                self.dropped_rows[shard] = self.commits.pop(shard).rows
             else:
                 raise ValueError("commit, or drop of a shard that is there")
         return int(shard)
 
     def repair(self) -> int:
-        """Cut off what follows the last good line; how many bytes. Only under the journal's lock."""
-        torn = self.torn
-        if torn:
-            with durable.naming(self.path):
+        """Cut off what follows the last good line; return how many bytes. Only under the journal's lock."""
+        cut = self.incomplete_nbytes
+        if cut:
+            with durable.file_errors(self.path):
                 descriptor = durable.open_file(self.path, 0)
                 try:
                     durable.truncate(descriptor, self._length)
                     durable.fsync(descriptor)
                 finally:
                     os.close(descriptor)
-            self.torn = 0
-        return torn
+            self.incomplete_nbytes = 0
+        return cut
 
     def append(self, record: Commit | Drop) -> None:
-        """Add a line and make it durable. Only under the journal's lock, after `read` and `repair`."""
+        """Append a line and make it durable. Only under the journal's lock, after `read` and `repair`."""
         line = encode_line(record.to_dict())
-        with durable.naming(self.path):
+        with durable.file_errors(self.path):
             descriptor = durable.open_file(self.path, os.O_APPEND)
             try:
                 durable.write_all(descriptor, line)
@@ -185,16 +186,16 @@ class Journal:
 
     @property
     def rows(self) -> Ranges:
-        """The rows that are there."""
+        """Return the rows of all shards that exist."""
         return merge_ranges(part for commit in self.commits.values() for part in commit.rows)
 
     @property
     def shards(self) -> dict[int, ShardFiles]:
-        """As of `Manifest`: files of the shards that exist."""
+        """Return the files of the shards that exist, by number, as `Manifest.shards`."""
         return {shard: commit.files for shard, commit in self.commits.items()}
 
     def statistics(self) -> Statistics:
-        """Over the rows that are there, merged in the order of the shards. Empty where there are none."""
+        """Return the statistics of all rows, merged in the order of the shards; empty if there are none."""
         parts = []
         for shard in sorted(self.commits):
             with malformed(self.path):
@@ -207,18 +208,18 @@ class Journal:
 
 
 def begin_line(layout: Layout, fingerprint: str, files: Files) -> bytes:
-    """The journal's first line: what a cache without shards holds."""
+    """Return the journal's first line, which names the files that the cache was created with."""
     return encode_line({"record": "begin", **identity(layout, fingerprint), "files": files})
 
 
 def encode_line(record: Mapping[str, Any]) -> bytes:
-    """A line of the journal: JSON whose last member is the crc32c of all bytes before it."""
+    """Return a line of the journal: JSON whose last member is the crc32c of all bytes before it."""
     content = canonical_json(record)[:-1]
     return content + b',"crc32c":"%08x"}\n' % crc32c(content)
 
 
 def decode_line(line: bytes) -> Any:
-    """What a line says; None where its checksum does not fit."""
+    """Return the record of a line; None if its checksum does not fit."""
     tail = len(b',"crc32c":"00000000"}\n')
     content = line[:-tail]
     if line[-tail:] != b',"crc32c":"%08x"}\n' % crc32c(content):

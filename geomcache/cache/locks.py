@@ -1,4 +1,4 @@
-"""Byte-range locks: one writer a shard."""
+"""Byte-range locks: one writer per shard, and nobody in a cache that is being replaced."""
 
 import contextlib
 import errno
@@ -12,13 +12,14 @@ from typing import ClassVar
 from geomcache.errors import CacheLockedError
 
 _JOURNAL_BYTE = 1 << 40  # of the lock file: far behind the shards' bytes
+_USERS_BYTE = _JOURNAL_BYTE + 1
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 class _OpenLockFile:
     """The one descriptor of a lock file in this process.
 
-    POSIX locks belong to the process and die with *any* descriptor of the file that it closes, and they do not keep
+    POSIX locks belong to the process and end with *any* descriptor of the file that it closes, and they do not keep
     out the process that holds them. So one descriptor serves all users, and `claims` keeps them apart.
     """
 
@@ -27,17 +28,20 @@ class _OpenLockFile:
         self.pid = os.getpid()  # a forked child inherits the descriptor, and none of the locks
         self.users = 0
         self.claims: set[int] = set()
+        self.all_claimed = False
         self.claims_guard = threading.Lock()
         self.journal_guard = threading.Lock()
 
 
 class LockFile:
-    """POSIX byte-range locks on one file: byte i is the claim of shard i, one byte far away the journal's lock.
+    """POSIX byte-range locks on one file. The kernel releases them when their owner dies.
 
-    The kernel releases them when their owner dies, so that no lock outlives its process.
+    Byte i is the claim of shard i; byte 2^40 is the journal's lock; byte 2^40 + 1 is shared by everybody who has the
+    file open, so that `claim_everything` finds those who hold no claim at the moment.
 
     Raises:
-        CacheLockedError: the file system offers no POSIX locks.
+        CacheLockedError: the file system offers no POSIX locks, or this process replaces the cache.
+        FileNotFoundError: the folder does not exist, or was removed while it was waited for.
     """
 
     _open: ClassVar[dict[tuple[int, int], _OpenLockFile]] = {}  # by (device, inode)
@@ -45,28 +49,49 @@ class LockFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._closed = False
         self._mine: set[int] = set()
-        with self._open_guard:
-            self._file = self._find()
-            self._file.users += 1
-        try:
-            with self.exclusive():  # shows at once whether there are locks at all
-                pass
-        except BaseException:
-            self.close()
-            raise
+        while True:
+            self._closed = False
+            with self._open_guard:
+                self._file = self._find()
+                self._file.users += 1
+            try:
+                self._share()
+                if self._is_current():
+                    return
+            except BaseException:
+                self.close()
+                raise
+            self.close()  # the folder was replaced by another one meanwhile
 
     def _find(self) -> _OpenLockFile:
         with contextlib.suppress(FileNotFoundError):
-            found = self.path.stat()
-            known = self._open.get((found.st_dev, found.st_ino))
+            status = self.path.lstat()
+            known = self._open.get((status.st_dev, status.st_ino))
             if known is not None and known.pid == os.getpid():
                 return known
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        found = os.fstat(descriptor)
-        file = self._open[found.st_dev, found.st_ino] = _OpenLockFile(descriptor)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        status = os.fstat(descriptor)
+        file = self._open[status.st_dev, status.st_ino] = _OpenLockFile(descriptor)
         return file
+
+    def _share(self) -> None:
+        """Take the users' lock; waits while another process has claimed everything."""
+        with self._file.claims_guard:
+            if self._file.all_claimed:
+                raise CacheLockedError(
+                    f"{self.path}: expected a cache to open, found one that this process is replacing: open it after"
+                    " that"
+                )
+            self._lockf(fcntl.LOCK_SH, 1, _USERS_BYTE)
+
+    def _is_current(self) -> bool:
+        """Return whether the locked file still has the name that it was opened by."""
+        try:
+            named = self.path.lstat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(named, os.fstat(self._file.descriptor))
 
     def _lockf(self, operation: int, length: int, start: int) -> bool:
         if self._closed:
@@ -90,7 +115,7 @@ class LockFile:
         return True
 
     def claim(self, shard: int) -> bool:
-        """Take the claim of a shard, at once or not at all: False where anybody has it."""
+        """Take the claim of a shard and return True, or return False at once if anybody has it."""
         with self._file.claims_guard:
             if shard in self._file.claims or not self._lockf(fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard):
                 return False
@@ -106,13 +131,16 @@ class LockFile:
             self._lockf(fcntl.LOCK_UN, 1, shard)
 
     def holds(self, shard: int) -> bool:
-        """Whether the claim was taken here."""
+        """Return whether this object took the claim of a shard."""
         return shard in self._mine
 
     def claim_everything(self) -> bool:
-        """Take every lock of the file, until `close`: False where anybody has one."""
+        """Take every lock of the file until `close` and return True, or return False if anybody else has it open."""
         with self._file.claims_guard:
-            return self._file.users == 1 and self._lockf(fcntl.LOCK_EX | fcntl.LOCK_NB, 0, 0)
+            if self._file.users > 1 or not self._lockf(fcntl.LOCK_EX | fcntl.LOCK_NB, 0, 0):
+                return False
+            self._file.all_claimed = True
+            return True
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -125,7 +153,7 @@ class LockFile:
                 self._lockf(fcntl.LOCK_UN, 1, _JOURNAL_BYTE)
 
     def close(self) -> None:
-        """Release what is held here; the last user closes the file."""
+        """Release this object's claims; the last user in the process closes the file."""
         if self._closed or self._file.pid != os.getpid():
             return
         for shard in tuple(self._mine):

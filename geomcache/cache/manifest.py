@@ -1,4 +1,4 @@
-"""The manifest: what a sealed cache holds."""
+"""The manifest, which seals a cache: its rows, files and statistics."""
 
 import json
 from dataclasses import dataclass
@@ -28,15 +28,19 @@ JOURNAL, MANIFEST = "journal.jsonl", "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a sealed cache holds."""
+    """The content of a sealed cache."""
 
     rows: Ranges
+    """The rows that it has."""
     files: Files
+    """Metadata, coordinates and episode table."""
     shards: dict[int, ShardFiles]
+    """The files of each shard that has rows, by its number."""
     statistics: Statistics
+    """Moments over all rows."""
 
     def encode(self, layout: Layout, fingerprint: str) -> bytes:
-        """The file's content."""
+        """Return the content of ``manifest.json``."""
         shards = (
             [shard, self.shards[shard].sizes, [digest.hex() for digest in self.shards[shard].digests]]
             for shard, _ in held_by_shard(self.rows, layout)
@@ -53,32 +57,33 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes, path: Path, layout: Layout, fingerprint: str) -> "Manifest":
-        """Back from `encode`; `path` is for messages.
+        """Read what `encode` returned; `path` is for messages.
 
         Raises:
             CacheCorruptError: it is damaged, or of another cache.
+            CacheFormatError: it has a good checksum and another form.
         """
         content = data[: -len(_seal(b""))]
         if content + _seal(content) != data:
             raise CacheCorruptError(
-                f"{path}: expected content with the sha256 at its end, found other bytes: give the extract command that"
-                " made the cache once more, it makes the manifest again from the journal"
+                f"{path}: expected content with the sha256 at its end, found other bytes: run the extract command that"
+                " made the cache again: it makes the manifest from the journal"
             )
         with malformed(path):
             record = json.loads(data)
             check_identity(record, path, layout, fingerprint)
             rows = parse_ranges(record["rows"], 0, layout.frames)
             shards = {}
-            for (held, count), (shard, sizes, hashes) in zip(
+            for (shard, count), (number, sizes, hashes) in zip(
                 held_by_shard(rows, layout), record["shards"], strict=True
             ):
-                if shard != held:
-                    raise ValueError(f"shard {held}")
-                shards[held] = parse_shard_files(sizes, hashes, layout, count)
+                if number != shard or type(number) is not int:
+                    raise ValueError(f"shard {shard}")
+                shards[shard] = parse_shard_files(sizes, hashes, layout, count)
             statistics = parse_statistics(record["statistics"]["cameras"], layout)
             return cls(rows=rows, files=parse_files(record["files"]), shards=shards, statistics=statistics)
 
 
 def _seal(content: bytes) -> bytes:
-    """The end of a manifest: sha256 of all bytes before it."""
+    """Return the end of a manifest: the sha256 of all bytes before it."""
     return b',\n"sha256":"%s"\n}\n' % sha256(content).hexdigest().encode()

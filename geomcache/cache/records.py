@@ -1,30 +1,31 @@
-"""The JSON records that the journal and the manifest share, and how each is checked."""
+"""The JSON records that the journal and the manifest share, and the checks of those that come from elsewhere."""
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from geomcache.cache.layout import Layout, ShardFiles
-from geomcache.errors import CacheCorruptError, CacheFormatError, GeomcacheError
+from geomcache.errors import CacheCorruptError, CacheFormatError, GeomcacheError, one_line
 from geomcache.ranges import Ranges, clip_ranges, count_rows
 from geomcache.statistics import Moments
 
 SCHEMA_VERSION = 1
-
+_MAX_FILE_NBYTES = 1 << 50
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 Files = dict[str, tuple[int, str]]
-"""Relative path -> bytes and sha256, hexadecimal, of metadata, coordinates and episode table."""
-
+"""Relative path -> (bytes, sha256 in hexadecimal) of metadata, coordinates and episode table."""
 
 Statistics = dict[str, dict[str, Moments]]
-"""Camera -> output -> moments over the rows that are there."""
+"""Camera -> output -> moments over the rows that the cache has."""
 
 
 def identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
-    """Members that begin journal and manifest: of which cache they are, and how its shards are cut."""
+    """Return the members that begin journal and manifest: which cache they belong to, and how its shards are cut."""
     return {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint,
@@ -34,7 +35,7 @@ def identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
 
 
 def check_identity(record: Any, path: Path, layout: Layout, fingerprint: str) -> None:
-    """Compare those members.
+    """Compare the members of `identity` with a record.
 
     Raises:
         CacheCorruptError: one differs.
@@ -42,19 +43,19 @@ def check_identity(record: Any, path: Path, layout: Layout, fingerprint: str) ->
     for name, expected in identity(layout, fingerprint).items():
         if record[name] != expected:
             raise CacheCorruptError(
-                f"{path}: expected {name} {expected}, as zarr.json has it, found {record[name]}: files of two caches"
-                " were mixed, or one is damaged; restore them from a copy"
+                f"{path}: expected {name} {expected}, as zarr.json has it, found {record[name]!r:.200}: files of two"
+                " caches were mixed, or one is damaged; restore them from a copy"
             )
 
 
 def held_by_shard(rows: Ranges, layout: Layout) -> Iterator[tuple[int, int]]:
-    """(shard, how many of the rows it holds) of the shards that hold any, in order."""
+    """Yield (shard, how many of the rows it holds) of the shards that hold any, in order."""
     for shard in layout.shards_of(rows):
         yield shard, count_rows(clip_ranges(rows, *layout.shard_rows(shard)))
 
 
 def describe_statistics(statistics: Statistics) -> dict[str, Any]:
-    """As JSON types: of each camera, and pooled over them."""
+    """Return statistics of each camera, and pooled over all cameras, as JSON types."""
     cameras = {
         camera: {output: moments.to_dict() for output, moments in outputs.items()}
         for camera, outputs in statistics.items()
@@ -63,13 +64,18 @@ def describe_statistics(statistics: Statistics) -> dict[str, Any]:
 
 
 def pool(statistics: Statistics) -> dict[str, Moments]:
-    """Of each output over all cameras, merged in the order of the views."""
+    """Return the moments of each output over all cameras, merged in the order of the views."""
     names = next(iter(statistics.values()), {})
     return {name: Moments.merged(outputs[name] for outputs in statistics.values()) for name in names}
 
 
 def parse_statistics(data: Any, layout: Layout) -> Statistics:
-    """Moments of every column, from JSON types."""
+    """Return the moments of every column from JSON types.
+
+    Raises:
+        CacheFormatError: they are malformed.
+        ValueError, KeyError, TypeError, AttributeError: they are not of every column.
+    """
     statistics: Statistics = {}
     for column in layout.columns:
         moments = Moments.from_dict(data[column.camera][column.output], column.output)
@@ -80,7 +86,11 @@ def parse_statistics(data: Any, layout: Layout) -> Statistics:
 
 
 def parse_ranges(data: Any, start: int, stop: int) -> Ranges:
-    """Merged ranges of rows from `start` on, before `stop`, from JSON types."""
+    """Return merged ranges of rows in [start, stop) from JSON types.
+
+    Raises:
+        ValueError, TypeError: they are none.
+    """
     ranges = tuple((first, last) for first, last in data)
     bounds = [bound for item in ranges for bound in item]
     ascending = all(a < b for a, b in itertools.pairwise(bounds))
@@ -92,7 +102,11 @@ def parse_ranges(data: Any, start: int, stop: int) -> Ranges:
 
 
 def parse_shard_files(sizes: Any, hashes: Any, layout: Layout, rows: int) -> ShardFiles:
-    """Files of a shard that holds so many rows, from JSON types."""
+    """Return the files of a shard that holds so many rows from JSON types.
+
+    Raises:
+        ValueError, TypeError: they are none.
+    """
     bounds = layout.size_bounds(rows)
     fits = (type(size) is int and low <= size <= high for size, (low, high) in zip(sizes, bounds, strict=True))
     if rows < 1 or not all(fits):
@@ -104,15 +118,24 @@ def parse_shard_files(sizes: Any, hashes: Any, layout: Layout, rows: int) -> Sha
 
 
 def parse_files(data: Any) -> Files:
-    """Bytes and sha256 of files, from JSON types."""
+    """Return (bytes, sha256) of files by their paths from JSON types.
+
+    Raises:
+        ValueError, TypeError, AttributeError: they are none.
+    """
     files = {name: (size, digest) for name, (size, digest) in data.items()}
-    if not all(type(size) is int and type(digest) is str for size, digest in files.values()):
-        raise ValueError("bytes and sha256 of files")
+    for size, digest in files.values():
+        if type(size) is not int or not 0 <= size <= _MAX_FILE_NBYTES or not _SHA256.fullmatch(digest):
+            raise ValueError(f"0 to {_MAX_FILE_NBYTES} bytes and a sha256 of each file")
     return files
 
 
 def check_shard(shard: Any, layout: Layout) -> int:
-    """A shard's number, from JSON types."""
+    """Return a shard's number from JSON types.
+
+    Raises:
+        ValueError: it is none.
+    """
     if type(shard) is not int or not 0 <= shard < layout.shards:
         raise ValueError(f"a shard from 0 to {layout.shards - 1}")
     return shard
@@ -120,17 +143,17 @@ def check_shard(shard: Any, layout: Layout) -> int:
 
 @contextlib.contextmanager
 def malformed(path: Path) -> Iterator[None]:
-    """Say of which file it is that a record has not the expected form, although its checksum fits.
+    """Name the file whose records have a good checksum and another form.
 
     Raises:
-        CacheFormatError: instead of what reading JSON types raises.
+        CacheFormatError: instead of what parsing JSON types raises.
     """
     try:
         yield
     except GeomcacheError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CacheFormatError(
-            f"{path}: expected records of schema version {SCHEMA_VERSION}, found others"
-            f" ({type(error).__name__}: {error}): another version of geomcache wrote it, or another program"
+            f"{path}: expected records of schema version {SCHEMA_VERSION}, found others ({type(error).__name__}:"
+            f" {one_line(error)}): another version of geomcache wrote it, or another program"
         ) from error

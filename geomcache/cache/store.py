@@ -1,11 +1,11 @@
-"""A cache on disk: what it is of, which frames it has, and their geometry.
+"""Read a cache on disk: what it was made of, which frames it has, and their geometry.
 
-The only importer of zarr, and only where a cache is made and on the plain reading path: a training worker needs none of
-it. docs/cache-format.md has the format. Rows are the dataset's frame numbers; ranges are half-open.
+docs/cache-format.md describes the format. Only the plain reading path imports zarr: a training worker does not need it.
+Ranges are half-open.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,50 +28,50 @@ from geomcache.statistics import Moments
 
 
 class GeometryStore:
-    """A cache, for reading: sealed, or as far as it was when it was opened.
+    """A cache, open for reading: a sealed one, or an unsealed one with the frames it had when it was opened.
 
-    Pickles by its path. Every process opens files of its own, at the first read; a forked child may go on with an
-    object that its parent has read from. Several threads may read at once.
+    Pickles by its path. Every process opens its own files at the first read, also a forked child whose parent has read
+    already. Several threads may read at once.
 
     Attributes:
-        path: the cache, absolute.
+        path: absolute path of the cache.
         spec: what the geometry depends on.
-        dataset: which frames it is of.
-        fingerprint: identity of both.
-        sealed: whether it is finished.
-        rows: the rows that are there, as merged ranges.
-        frames_present: how many.
-        nbytes: of the shards' files.
-        shard_frames: K, rows of a shard.
+        dataset: which frames the cache was made of.
+        fingerprint: identity of spec and dataset.
+        sealed: whether the cache is complete.
+        rows: the rows that the cache has, as merged ranges.
+        frames_present: how many rows it has.
+        nbytes: bytes of the shards' files.
+        shard_frames: K, rows per shard.
         codec: how the maps are stored, ``raw`` or ``zstd``.
         episode_start: row of each episode's first frame, int64 [E].
         episode_length: frames of each episode, int64 [E].
     """
 
     def __init__(self, path: Path, header: Header, contents: Manifest | Journal) -> None:
-        self.path = path
+        self.path, self._header = path, header
         self.spec, self.dataset = header.spec, header.dataset
         self.fingerprint, self.shard_frames, self.codec = header.fingerprint, header.shard_frames, header.codec.name
         self.sealed = isinstance(contents, Manifest)
         self._contents, self._layout = contents, header.layout
         shards = contents.shards
-        self._held = RowSet(contents.rows)
-        self.rows, self.frames_present = self._held.ranges, self._held.count
+        self._present_rows = RowSet(contents.rows)
+        self.rows, self.frames_present = self._present_rows.ranges, self._present_rows.count
         self.nbytes = sum(files.nbytes for files in shards.values())
         self.episode_start, self.episode_length = read_episodes(path, header)
-        self._reader = ShardReader(str(path), self._layout, self._held, shards, self._name)
+        self._reader = ShardReader(str(path), self._layout, self._present_rows, shards, self._name)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a cache, finished or not. Reads metadata, the journal or manifest, and the episode table.
+        """Open a cache, sealed or not: read its metadata, its manifest or journal, and its episode table.
 
         Raises:
-            CacheNotFoundError: there is none.
-            CacheFormatError: it is no cache, malformed, or a newer version's.
+            CacheNotFoundError: nothing is at the path.
+            CacheFormatError: the path is no cache, its metadata is malformed, or a newer version wrote it.
             CacheCorruptError: a file is damaged or missing.
         """
         folder = Path(path).absolute()
-        while True:  # until nobody seals it, or opens it for growth, in between
+        while True:  # again where another process sealed or unsealed the cache meanwhile
             before = _identity(folder / MANIFEST)
             try:
                 store = cls._read(folder)
@@ -98,36 +98,36 @@ class GeometryStore:
 
     @functools.cached_property
     def camera_statistics(self) -> Statistics:
-        """Moments of each camera's outputs over the rows that are there. Empty where none is."""
+        """Moments of each camera's outputs over the rows of the cache; empty where it has none."""
         return self._contents.statistics() if isinstance(self._contents, Journal) else self._contents.statistics
 
     @functools.cached_property
     def statistics(self) -> dict[str, Moments]:
-        """Moments of each output over all cameras."""
+        """Moments of each output, pooled over the cameras."""
         return pool(self.camera_statistics)
 
     @functools.cached_property
     def array_nbytes(self) -> dict[str, int]:
-        """Bytes of the shards' files, by array."""
+        """Bytes of the shards' files, by the array that they belong to."""
         keys = [column.key for column in self._layout.columns]
         sizes = np.array([files.sizes for files in self._contents.shards.values()], np.int64).reshape(-1, len(keys) + 1)
         return dict(zip([*keys, CHECKSUMS], sizes.sum(axis=0).tolist(), strict=True))
 
     def episodes(self) -> Ranges:
-        """Ranges of the episodes whose frames are all there."""
-        return _true_ranges(self._complete())
+        """Return the ranges of the episodes that the cache has completely."""
+        return _true_ranges(self._complete_episodes())
 
     def missing_episodes(self) -> Ranges:
-        """Ranges of the episodes that lack a frame."""
-        return _true_ranges(~self._complete())
+        """Return the ranges of the episodes that lack a frame."""
+        return _true_ranges(~self._complete_episodes())
 
     def covers(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
-        """Whether each row is there."""
+        """Return for each row whether the cache has it, bool [n]."""
         rows = _as_rows(indices)
-        return self._held.covers(rows, rows + 1)
+        return self._present_rows.covers(rows, rows + 1)
 
     def index(self, episode: int, frame: int) -> int:
-        """The row of an episode's frame.
+        """Return the row of an episode's frame.
 
         Raises:
             UserInputError: the dataset has no such frame.
@@ -141,7 +141,7 @@ class GeometryStore:
         return int(self.episode_start[episode]) + frame
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The episode and frame of a row.
+        """Return the episode of a row, and the frame's number within it.
 
         Raises:
             UserInputError: the dataset has no such row.
@@ -152,55 +152,65 @@ class GeometryStore:
         return episode, index - int(self.episode_start[episode])
 
     def frame(self, episode: int, frame: int) -> Geometry:
-        """Geometry of one frame of an episode: a batch of one. Raises as `index` and `batch` do."""
+        """Return the geometry of one frame, as a batch of one. Raises what `index` and `batch` raise."""
         return self.batch([self.index(episode, frame)])
 
     def batch(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Geometry:
-        """Geometry of rows: C-contiguous float16 arrays [B, V, h, w(, 6)], in the order asked for, duplicates kept.
+        """Read the geometry of rows, in the order given, duplicates included.
+
+        Args:
+            indices: B rows.
+
+        Returns:
+            C-contiguous float16 arrays: rays [B, V, h, w, 6], other outputs [B, V, h, w].
 
         Raises:
-            UserInputError: a row is none of the dataset's.
-            MissingFrameError: a row is not in the cache; says how to add it.
-            CacheCorruptError: a file is damaged, or a map is not the one that was written.
+            UserInputError: the dataset has no such row.
+            MissingFrameError: the cache lacks a row; the message has the command that adds it.
+            CacheCorruptError: a file is damaged, or a map differs from what was written.
         """
         rows = _as_rows(indices)
-        ranks = self._held.ranks(rows)
+        ranks = self._present_rows.ranks(rows)
         if (ranks < 0).any():
             raise self._missing(int(rows[ranks < 0][0]))
         return Geometry(**self._reader.read(rows, ranks))
 
     def batch_plain(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Geometry:
-        """The same through zarr-python alone: slower, and the reference that `batch` is compared with."""
-        import zarr
+        """Read the same through zarr-python alone: slower, and the reference that tests compare `batch` with.
 
-        rows, places = np.unique(_as_rows(indices), return_inverse=True)
+        Raises what `batch` raises, but checks only the checksums that Zarr's own codecs check.
+        """
+        from geomcache.cache.zarr_arrays import open_arrays
+
+        rows, positions = np.unique(_as_rows(indices), return_inverse=True)
         for row in rows[~self.covers(rows)].tolist():
             raise self._missing(row)
-        group = zarr.open_group(self._zarr_store(), mode="r")
+        arrays = open_arrays(self._zarr_store(), self._header)
         maps: dict[str, NDArray[Any]] = {}
         for column in self._layout.columns:
-            array = group[column.key]
-            assert isinstance(array, zarr.Array)
-            maps[column.key] = np.asarray(array.oindex[rows])
+            maps[column.key] = np.asarray(arrays[column.key].oindex[rows])
             if np.isnan(maps[column.key]).any():  # the fill value: zarr found no chunk
-                raise CacheCorruptError(f"{self.path}: {column.key}: expected the frames asked for, found gaps")
-        self._check_plain(group, rows, maps)
+                raise CacheCorruptError(
+                    f"{self.path}: {column.key}: expected {len(rows)} frames, found missing ones among them: a shard is"
+                    f" missing; list the damage with `geomcache verify {self.path}`"
+                )
+        self._check_plain(arrays, rows, maps)
         return Geometry(
             **{
-                output: np.stack([maps[f"{camera}/{output}"][places] for camera in self.spec.camera_keys], axis=1)
+                output: np.stack([maps[f"{camera}/{output}"][positions] for camera in self.spec.camera_keys], axis=1)
                 for output in self.spec.outputs
             }
         )
 
     def _zarr_store(self) -> Any:
-        """Where zarr-python finds the cache."""
+        """Return what zarr-python opens the cache from."""
         return self.path
 
-    def _check_plain(self, group: Any, rows: NDArray[np.int64], maps: dict[str, NDArray[Any]]) -> None:
-        """For a subclass: see what zarr-python read, by array. Here it is the reference, and taken as it is."""
+    def _check_plain(self, arrays: Mapping[str, Any], rows: NDArray[np.int64], maps: dict[str, NDArray[Any]]) -> None:
+        """Check what zarr-python read, by array: for subclasses that have no other check."""
 
     def close(self) -> None:
-        """Close the files. A later read opens them again."""
+        """Close all files. A later read opens them again."""
         self._reader.close()
 
     def __enter__(self) -> Self:
@@ -214,8 +224,8 @@ class GeometryStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).open, (self.path,)
 
-    def _complete(self) -> NDArray[np.bool_]:
-        return self._held.covers(self.episode_start, self.episode_start + self.episode_length)
+    def _complete_episodes(self) -> NDArray[np.bool_]:
+        return self._present_rows.covers(self.episode_start, self.episode_start + self.episode_length)
 
     def _name(self, row: int) -> str:
         episode, frame = self.locate(row)
@@ -231,12 +241,12 @@ class GeometryStore:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Tells one version of a file from the next; None where there is none."""
+    """Return what tells one version of a file from the next; None where there is no file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
 def _as_rows(indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:

@@ -1,70 +1,68 @@
-"""Whether a cache is as it was written: every byte against the hashes in manifest and journal. No DA3, no dataset.
+"""Verify that a cache is as it was written: compare every byte with the hashes in manifest and journal.
 
-    root attributes, journal, manifest      their own checksums; manifest and journal against each other
-    metadata, coordinates, episode table    bytes and sha256; coordinates against the episode table
+    root attributes, journal, manifest      their own checksums; manifest and journal with each other
+    metadata, coordinates, episode table    bytes and sha256; shapes with the root attributes; coordinates with the
+                                            episode table
     each shard                              bytes and sha256 of its files, crc32c of every map
-    rows                                    the seal; none owed; no episode in part within a shard
+    rows                                    the seal; no dropped shard; no episode that ends within a shard
 
-Repair gives damaged shards up, and makes a damaged manifest again from the journal. It makes no geometry: the next
-extraction does. A cache that is written meanwhile may be found damaged in a shard that was just made again.
+This needs neither DA3 nor the dataset. Repair drops damaged shards, so that the next extraction makes just those
+again, and makes a damaged manifest again from the journal. Damage is wrong bytes, a wrong size, a missing file, or an
+error of the disk that a second read confirms; any other failing read is reported, and nothing is dropped for it. A
+shard that another process makes again during the check may be reported as damaged; repair leaves it alone.
 """
 
+import contextlib
+import errno
 import itertools
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from geomcache.cache.commands import extract_command
 from geomcache.cache.contents import damaged_files, read_episodes
-from geomcache.cache.header import EPISODE_TABLE, GROUP, Header
+from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_TABLE, GROUP, Header
 from geomcache.cache.journal import Journal
-from geomcache.cache.layout import CRC_NBYTES, Column, Layout, ShardFiles, crc32c, without_crc
+from geomcache.cache.layout import CHECKSUMS, CRC_NBYTES, Column, Layout, ShardFiles, crc32c, without_crc
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.cache.store import GeometryStore
-from geomcache.cache.writer import StoreWriter
-from geomcache.cache.zarr_arrays import read_coordinates
 from geomcache.errors import CacheCorruptError, CacheError, CacheFormatError
 from geomcache.progress import human_bytes
-from geomcache.ranges import (
-    Ranges,
-    RowSet,
-    clip_ranges,
-    common_ranges,
-    count_rows,
-    format_ranges,
-    merge_ranges,
-    rows_of,
-)
+from geomcache.ranges import Ranges, RowSet, clip_ranges, count_rows, format_ranges, merge_ranges, rows_of
 
 _LISTED = 100  # lines of problems; --json has all
+_SECOND_READ_S = 0.5  # after which a failed read is tried once more: time for an NFS client to renew a stale handle
+_DISK_ERRORS = {errno.EIO, errno.EUCLEAN, errno.ENODATA, errno.EBADMSG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong with a cache."""
+    """A fault of a cache."""
 
     file: str
     """Relative to the cache."""
     message: str
     """One line."""
     shard: int | None = None
-    """Where the file is a shard's."""
+    """The shard that the file belongs to, if any."""
     rows: Ranges = ()
     """Rows that cannot be read because of it."""
     repairable: bool = False
-    """Whether repair can do something about it: give the shard up, or make the file again."""
+    """Whether repair can drop the shard or make the file again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What `verify` found and did."""
+    """What `verify` found, and what repair did."""
 
     path: Path
     sealed: bool
@@ -72,28 +70,28 @@ class VerifyReport:
     """Rows that the cache says it has."""
     shards: int
     nbytes: int
-    """Of the shards' files."""
+    """Bytes of the shards' files."""
     problems: tuple[Problem, ...]
     repairs: tuple[str, ...] = ()
     """What was done about them, and what is left to do: a line each."""
 
     def lines(self) -> Iterator[str]:
-        """For the user."""
-        held = f"{self.frames} frames in {self.shards} shards, {human_bytes(self.nbytes)}"
+        """Yield the report's lines for the user."""
+        contents = f"{self.frames} frames in {self.shards} shards, {human_bytes(self.nbytes)}"
         if not self.problems:
-            yield f"{self.path}: {held}: every file, frame and row as it was written"
+            yield f"{self.path}: {contents}: every file, frame and row as it was written"
             return
         yield from (problem.message for problem in self.problems[:_LISTED])
         if len(self.problems) > _LISTED:
             yield f"... and {len(self.problems) - _LISTED} more: --json lists all"
-        yield f"{self.path}: {held}: {len(self.problems)} found wrong"
+        yield f"{self.path}: {contents}: {len(self.problems)} problems"
         if self.repairs:
             yield from self.repairs
         elif any(problem.repairable for problem in self.problems):
-            yield f"to mend what can be mended: geomcache verify {self.path} --repair"
+            yield f"to repair what can be repaired: geomcache verify {self.path} --repair"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Return the report as JSON types."""
         problems = [
             {
                 "file": each.file,
@@ -108,40 +106,39 @@ class VerifyReport:
 
 
 def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
-    """Compare everything in a cache with what was written; a progress bar on a terminal.
+    """Compare everything in a cache with what was written. Shows a progress bar on a terminal.
 
     Args:
-        path: of the cache.
-        repair: give damaged shards up, and make a damaged manifest again.
+        path: the cache.
+        repair: drop damaged shards, and make a damaged manifest again.
 
     Raises:
-        CacheNotFoundError: there is none.
-        CacheFormatError: it is no cache, or its root attributes cannot be read.
+        CacheNotFoundError: nothing is at the path.
+        CacheFormatError: the path is no cache, or its root attributes cannot be parsed.
         CacheLockedError: repair was asked for, and the file system has no POSIX locks.
+        OSError: a file other than a shard's cannot be read.
     """
     folder = Path(path).absolute()
     check = _Check(folder)
     check.run()
     repairs = tuple(_repair(folder, check)) if repair and check.problems else ()
-    return VerifyReport(
-        path=folder,
-        sealed=check.manifest is not None,
-        frames=count_rows(check.rows),
-        shards=len(check.shards),
-        nbytes=check.nbytes,
-        problems=tuple(check.problems),
-        repairs=repairs,
-    )
+    return _report(check, repairs)
 
 
 def require_intact(path: str | Path) -> None:
-    """Verify a cache that is about to be used.
+    """Verify a cache that is about to be used, together with the other processes of a run on this machine.
+
+    Every process of a run calls this. Those that torchrun or accelerate started on one machine check a share of the
+    shards each, so that none waits for another; which share follows from LOCAL_RANK and LOCAL_WORLD_SIZE. A process
+    without these two checks all shards, whatever RANK says.
 
     Raises:
-        CacheCorruptError: something is wrong with it; the message has the first problem.
-        CacheError: as `verify`.
+        CacheCorruptError: the cache has a problem; the message has the first one.
+        CacheError, OSError: as `verify`.
     """
-    report = verify(path)
+    check = _Check(Path(path).absolute())
+    check.run(_share_of_shards(os.environ))
+    report = _report(check)
     if report.problems:
         raise CacheCorruptError(
             f"cache {report.path}: expected what was written, found {len(report.problems)} problems: list them with"
@@ -149,17 +146,28 @@ def require_intact(path: str | Path) -> None:
         )
 
 
+def _share_of_shards(environment: Mapping[str, str]) -> slice:
+    """Return which of the shards, in order, this process of a run checks."""
+    with contextlib.suppress(KeyError, ValueError):
+        rank, processes = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
+        if 0 <= rank < processes:
+            return slice(rank, None, processes)
+    return slice(None)
+
+
 class _Check:
     """One pass over a cache.
 
     Attributes:
-        header: None where the root attributes are damaged.
-        manifest: None where there is none that can be read.
-        journal: likewise.
-        shards: their files, by number; the manifest's, else the journal's.
-        rows: that are there, likewise.
-        nbytes: of the shards' files.
-        problems: so far.
+        folder: the cache.
+        header: its root attributes; None where they are damaged.
+        manifest: its manifest; None where it is missing or damaged.
+        journal: its journal; None where it is missing or damaged.
+        shards: sizes and hashes of the shards' files by the manifest, or by the journal where there is no manifest.
+        rows: rows of the cache, from the same file.
+        nbytes: bytes of the shards' files.
+        problems: those found so far.
+        episodes: first row and length of each episode, int64 [E] each; None where the table is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -171,9 +179,10 @@ class _Check:
         self.rows: Ranges = ()
         self.nbytes = 0
         self.problems: list[Problem] = []
-        self.episodes: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None  # starts and lengths
+        self.episodes: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
-    def run(self) -> None:
+    def run(self, share: slice = slice(None)) -> None:
+        """Check everything, but of the shards, in order, only a share."""
         try:
             self.header = header = Header.read(self.folder)
         except CacheCorruptError as error:
@@ -189,11 +198,14 @@ class _Check:
         self.nbytes = sum(files.nbytes for files in self.shards.values())
         self._check_files(header, contents)
         self._check_rows()
-        with tqdm(total=self.nbytes, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
-            for shard, files in sorted(self.shards.items()):
-                rows = clip_ranges(self.rows, *header.layout.shard_rows(shard))
-                self.problems += _check_shard(self.folder, header.layout, shard, rows, files, self._name)
-                bar.update(files.nbytes)
+        self._check_shards(header.layout, sorted(self.shards)[share])
+
+    def _check_shards(self, layout: Layout, shards: Sequence[int]) -> None:
+        with _progress_bar(sum(self.shards[shard].nbytes for shard in shards)) as advance:
+            for shard in shards:
+                rows = clip_ranges(self.rows, *layout.shard_rows(shard))
+                self.problems += _check_shard(self.folder, layout, shard, rows, self.shards[shard], self._name)
+                advance(self.shards[shard].nbytes)
 
     def _add(self, file: str, message: str, *, repairable: bool = False) -> None:
         self.problems.append(Problem(file=file, message=message, repairable=repairable))
@@ -205,8 +217,8 @@ class _Check:
         except FileNotFoundError:
             self._add(
                 MANIFEST,
-                f"{path}: expected the seal of a finished cache, found none: give the extract command that made"
-                " it once more",
+                f"{path}: expected the manifest of a sealed cache, found none: run the extract command that made the"
+                " cache again to resume",
             )
         except (CacheCorruptError, CacheFormatError) as error:
             self._add(MANIFEST, str(error), repairable=True)
@@ -219,77 +231,104 @@ class _Check:
             self._add(JOURNAL, str(error))
             return
         self.journal = journal
-        if journal.torn:
+        if journal.incomplete_nbytes:
             self._add(
                 JOURNAL,
-                f"{journal.path}: expected whole lines, found {journal.torn} bytes behind them that are none: an append"
-                " that a kill cut off, or damage",
+                f"{journal.path}: expected complete lines, found {journal.incomplete_nbytes} bytes after the last one:"
+                " damage, or an append that a kill interrupted",
             )
         if self.manifest is not None and self.manifest.shards != journal.shards:
             self._add(MANIFEST, f"{self.folder / MANIFEST}: expected the journal's shards and hashes, found others")
-        for shard, rows in sorted(journal.owed.items()):
+        for shard, rows in sorted(journal.dropped_rows.items()):
             self._add(
                 JOURNAL,
-                f"{journal.path}: shard {shard}: expected {count_rows(rows)} frames, found that they were dropped: the"
-                " next extraction makes them again",
+                f"{journal.path}: shard {shard}: expected {count_rows(rows)} frames, found that the shard was dropped:"
+                " the next extraction makes it again",
             )
 
     def _check_files(self, header: Header, contents: Manifest | Journal) -> None:
-        """Metadata, coordinates and episode table."""
+        """Check metadata, coordinates and episode table."""
         group = [GROUP] if isinstance(contents, Manifest) else []
-        # The attributes of a hostile cache may promise any number of chunks: what is named bounds what is looked for.
+        # The attributes of a hostile cache may promise any number of chunks: check no more names than are recorded.
         names = itertools.islice(itertools.chain(group, header.metadata(), header.chunks()), len(contents.files) + 1)
         damaged = {}
         for name, error in damaged_files(self.folder, names, contents.files):
             damaged[name] = error
             self._add(name, str(error), repairable=name == GROUP)
+        for name, expected_shape in _array_shapes(header).items():
+            if f"{name}/{GROUP}" in contents.files.keys() - damaged.keys():
+                self._check_shape(f"{name}/{GROUP}", expected_shape)
         if damaged.keys() & {f"{name}/c.0" for name in EPISODE_TABLE}:
             return
         try:
             self.episodes = read_episodes(self.folder, header)
         except CacheCorruptError as error:
             self._add("episodes", str(error))
-        else:
-            if not damaged:
-                self._check_coordinates(self.episodes[0])
+            return
+        if not damaged:
+            self._check_coordinates(header.dataset.frames, self.episodes[0])
 
-    def _check_coordinates(self, starts: NDArray[np.int64]) -> None:
-        for first, episodes, frames in read_coordinates(self.folder):
-            rows = np.arange(first, first + len(episodes))
+    def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        """Compare the shape in an array's metadata with the root attributes."""
+        try:
+            shape = json.loads((self.folder / name).read_bytes())["shape"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            shape = None
+        if shape != [*expected]:
+            self._add(
+                name,
+                f"{self.folder / name}: expected shape {[*expected]}, as the root attributes have it, found"
+                f" {shape!r:.80}: another program wrote the file; do not use the cache",
+            )
+
+    def _check_coordinates(self, frames: int, starts: NDArray[np.int64]) -> None:
+        """Compare the coordinates that other readers see with the episode table."""
+        for chunk, first in enumerate(range(0, frames, COORDINATE_CHUNK)):
+            rows = np.arange(first, min(first + COORDINATE_CHUNK, frames))
             wanted = starts.searchsorted(rows, "right") - 1
-            wrong = np.flatnonzero((episodes != wanted) | (frames != rows - starts[wanted]))
+            try:
+                episode_index, frame_index = (
+                    _read_coordinates(self.folder / name / f"c.{chunk}", min(frames, COORDINATE_CHUNK))[: len(rows)]
+                    for name in COORDINATES
+                )
+            except (RuntimeError, ValueError) as error:
+                message = f"{self.folder}: expected coordinates of rows {first} to {rows[-1]}, found other content"
+                self._add(COORDINATES[0], f"{message} ({error}): another program wrote them; do not use the cache")
+                continue
+            wrong = np.flatnonzero((episode_index != wanted) | (frame_index != rows - starts[wanted]))
             if len(wrong):
-                at = int(wrong[0])
+                row = first + int(wrong[0])
                 self._add(
-                    "episode_index",
-                    f"{self.folder}: row {first + at}: expected {self._name(first + at)} in the coordinates, as the"
-                    f" episode table has it, found episode {episodes[at]} frame {frames[at]}: restore them from a copy",
+                    COORDINATES[0],
+                    f"{self.folder}: row {row}: expected {self._name(row)} in the coordinates, as the episode table has"
+                    f" it, found episode {episode_index[wrong[0]]} frame {frame_index[wrong[0]]}: restore them from a"
+                    " copy",
                 )
 
     def _check_rows(self) -> None:
-        """Episodes are asked for as wholes: a shard of a sealed cache has all of its rows of an episode, or none.
+        """Check that a shard of a sealed cache has all of its rows of an episode, or none.
 
-        A cache of some shards, as `geomcache pull --episodes` makes it, has episodes that end where a shard does.
+        An episode may end where a shard does: `geomcache pull --episodes` makes caches of some shards.
         """
         if self.manifest is None or self.episodes is None:
             return
         starts, lengths = self.episodes
-        held = RowSet(self.rows)
-        for episode in np.flatnonzero(~held.covers(starts, starts + lengths)).tolist():
+        complete = RowSet(self.rows).covers(starts, starts + lengths)
+        for episode in np.flatnonzero(~complete).tolist():
             start, length = int(starts[episode]), int(lengths[episode])
-            count = count_rows(clip_ranges(self.rows, start, start + length))
-            if count and self._is_cut_within_a_shard(((start, start + length),)):
+            present = clip_ranges(self.rows, start, start + length)
+            if self._is_cut_within_a_shard(present, start, start + length):
                 self._add(
                     MANIFEST,
                     f"{self.folder / MANIFEST}: episode {episode}: expected all of its {length} frames or none, found"
-                    f" {count}: extract the episode again",
+                    f" {count_rows(present)}: extract the episode again",
                 )
 
-    def _is_cut_within_a_shard(self, episode: Ranges) -> bool:
+    def _is_cut_within_a_shard(self, present: Ranges, start: int, stop: int) -> bool:
+        """Return whether the present rows of an episode [start, stop) begin or end within a shard."""
         assert self.header is not None
-        layout = self.header.layout
-        parts = (clip_ranges(episode, *layout.shard_rows(shard)) for shard in layout.shards_of(episode))
-        return any(0 < count_rows(common_ranges(self.rows, part)) < count_rows(part) for part in parts)
+        edges = (edge for part in present for edge in part if start < edge < stop)
+        return any(edge % self.header.shard_frames for edge in edges)
 
     def _name(self, row: int) -> str:
         if self.episodes is None:
@@ -298,90 +337,184 @@ class _Check:
         return f"episode {episode} frame {row - int(self.episodes[0][episode])}"
 
 
+def _report(check: _Check, repairs: tuple[str, ...] = ()) -> VerifyReport:
+    return VerifyReport(
+        path=check.folder,
+        sealed=check.manifest is not None,
+        frames=count_rows(check.rows),
+        shards=len(check.shards),
+        nbytes=check.nbytes,
+        problems=tuple(check.problems),
+        repairs=repairs,
+    )
+
+
+@contextlib.contextmanager
+def _progress_bar(nbytes: int) -> Iterator[Callable[[int], object]]:
+    """Show a bar on a terminal; yields what takes the bytes that were done."""
+    if not sys.stderr.isatty():
+        yield lambda _nbytes: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc="verify") as bar:
+        yield bar.update
+
+
+def _array_shapes(header: Header) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array of a cache, by its path."""
+    frames, columns = header.dataset.frames, header.layout.columns
+    return {
+        **{column.key: (frames, *column.shape) for column in columns},
+        CHECKSUMS: (frames, len(columns)),
+        **dict.fromkeys(COORDINATES, (frames,)),
+        **dict.fromkeys(EPISODE_TABLE, (header.dataset.episodes,)),
+    }
+
+
+def _read_coordinates(path: Path, count: int) -> NDArray[np.int64]:
+    """Read a chunk of coordinates of unknown origin, int64 [count]: zstd, followed by its crc32c.
+
+    Raises:
+        ValueError, RuntimeError: it is none.
+    """
+    from numcodecs.zstd import Zstd  # the decoder that zarr uses
+
+    compressed = without_crc(path.read_bytes())
+    if compressed is None:
+        raise ValueError("a wrong checksum")
+    values = np.full(count, -1, dtype="<i8")
+    Zstd().decode(compressed, out=values.view(np.uint8))  # refuses content that is larger than its target
+    return values
+
+
 def _check_shard(
     folder: Path, layout: Layout, shard: int, rows: Ranges, written: ShardFiles, name_of: Callable[[int], str]
 ) -> Iterator[Problem]:
-    """What is wrong with the files of a shard that holds these rows."""
+    """Yield the problems of the files of a shard that has these rows."""
     numbers = rows_of(rows)
-    local = numbers - layout.shard_rows(shard)[0]
+    local_rows = numbers - layout.shard_rows(shard)[0]
     files = [*zip(layout.files(shard), written.sizes, written.digests, strict=True)]
 
-    def problem(file: str, fault: str, damaged: NDArray[np.int64]) -> Problem:
-        which = _span(damaged, name_of) if len(damaged) else "no frame, but a checksum that other readers use"
-        lost = merge_ranges((row, row + 1) for row in damaged.tolist())
-        return Problem(file=file, message=f"{folder / file}: {fault}: {which}", shard=shard, rows=lost, repairable=True)
+    def problem(file: str, fault: _Fault, damaged: NDArray[np.int64]) -> Problem:
+        which = _describe_rows(damaged, name_of) if len(damaged) else "no frame, but a checksum that other readers use"
+        return Problem(
+            file=file,
+            message=f"{folder / file}: {fault.text}: {which}",
+            shard=shard,
+            rows=merge_ranges((row, row + 1) for row in damaged.tolist()),
+            repairable=fault.is_damage,
+        )
 
     name, size, digest = files.pop()
-    content, fault = _check_file(folder / name, size, digest)
-    if fault:  # without it no map of the shard is read
+    content, fault = _read_and_check(folder / name, size, digest)
+    table = None
+    if fault:  # without the table no map of the shard is read
         yield problem(name, fault, numbers)
-    table = None if fault else np.frombuffer(content[:-CRC_NBYTES], "<u4").reshape(-1, len(layout.columns))[local]
+    else:
+        table = np.frombuffer(content[:-CRC_NBYTES], "<u4").reshape(-1, len(layout.columns))[local_rows]
     for number, (column, (name, size, digest)) in enumerate(zip(layout.columns, files, strict=True)):
-        content, fault = _check_file(folder / name, size, digest)
-        if len(content) != size:
+        content, fault = _read_and_check(folder / name, size, digest)
+        if fault and not content:
             yield problem(name, fault, numbers)
             continue
-        body = len(content) - layout.index_nbytes
-        offsets = layout.read_index(column, local, content[body:], body)
+        body_nbytes = len(content) - layout.index_nbytes
+        offsets = layout.read_index(column, local_rows, content[body_nbytes:], body_nbytes)
         checksums = None if table is None else table[:, number].tolist()
-        bad = numbers[_damaged_maps(layout, column, content, offsets, checksums)] if len(offsets) else numbers
-        if fault or len(bad):
-            yield problem(name, fault or "expected the frames' checksums, found others", bad)
+        damaged = numbers
+        if len(offsets):
+            damaged = numbers[_damaged_maps(layout, column, content, offsets, checksums)]
+        if fault or len(damaged):
+            yield problem(name, fault or _Fault("expected the frames' checksums, found others"), damaged)
 
 
 def _damaged_maps(
     layout: Layout, column: Column, content: bytes, offsets: NDArray[np.int64], checksums: list[int] | None
 ) -> NDArray[np.bool_]:
-    """Which maps of a column's file have not the table's checksum, or where that is damaged, the one behind them.
+    """Return for each map of a column's file whether its checksum differs from the table's, bool [n].
 
-    Compressed maps must have both: none is unpacked, and so none read, whose bytes have not the one behind them.
+    Where the table is damaged, the checksum that follows the map counts. Compressed maps must have both: a map is not
+    decompressed, and so not read, unless the one that follows it is right.
     """
-    place = np.zeros(column.nbytes, np.uint8)
+    decoded = np.zeros(column.nbytes, np.uint8)
 
     def is_damaged(number: int, start: int, stop: int) -> bool:
         stored = content[start:stop]
         if not layout.codec.compresses:
-            found = crc32c(stored[:-CRC_NBYTES])
-            return found != checksums[number] if checksums is not None else without_crc(stored) is None
-        packed = without_crc(stored)
-        if packed is None:
+            if checksums is None:
+                return without_crc(stored) is None
+            return crc32c(stored[:-CRC_NBYTES]) != checksums[number]
+        compressed = without_crc(stored)
+        if compressed is None:
             return True
         try:
-            layout.codec.decode_into(packed, place)
-        except (RuntimeError, ValueError):  # numcodecs' own, of bytes that are no Blosc buffer, or a larger one
+            layout.codec.decode_into(compressed, decoded)
+        except (RuntimeError, ValueError):
             return True
-        return checksums is not None and crc32c(place) != checksums[number]
+        return checksums is not None and crc32c(decoded) != checksums[number]
 
     bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
     return np.array([is_damaged(number, *each) for number, each in enumerate(bounds)], dtype=bool)
 
 
-def _check_file(path: Path, size: int, digest: bytes) -> tuple[bytes, str]:
-    """Content of a file, empty where it cannot be had in its size; what is wrong with it, empty where nothing is."""
+class _Fault(NamedTuple):
+    """What is wrong with a file."""
+
+    text: str
+    is_damage: bool = True
+    """False where the file could not be read now, and may be whole."""
+
+
+def _read_and_check(path: Path, size: int, digest: bytes) -> tuple[bytes, _Fault | None]:
+    """Return a file's content, empty where it cannot be read in this size, and its fault."""
     try:
-        found = path.stat().st_size
-        content = path.read_bytes() if found == size else b""
+        content, actual_size = _read_confirmed(path, size)
     except FileNotFoundError:
-        return b"", "expected the file, found none"
+        return b"", _Fault("expected the file, found none")
     except OSError as error:
-        return b"", f"expected to read it, found {error.strerror}"
-    if len(content) != size:
-        return b"", f"expected {size} bytes, found {found}"
+        if error.errno in _DISK_ERRORS:
+            return b"", _Fault(f"expected to read it, found {error.strerror}")
+        return b"", _Fault(f"expected to read it, found {error.strerror}; it may be whole: verify again", False)
+    if actual_size != size:
+        return b"", _Fault(f"expected {size} bytes, found {actual_size}")
     hexdigest = sha256(content).hexdigest()
-    return content, "" if hexdigest == digest.hex() else f"expected sha256 {digest.hex()}, found {hexdigest}"
+    if hexdigest != digest.hex():
+        return content, _Fault(f"expected sha256 {digest.hex()}, found {hexdigest}")
+    return content, None
 
 
-def _span(rows: NDArray[np.int64], name_of: Callable[[int], str]) -> str:
+def _read_confirmed(path: Path, size: int) -> tuple[bytes, int]:
+    """Return a file's content, empty where its size is another, and its size. An error is one that happened twice."""
+
+    def read() -> tuple[bytes, int]:
+        actual_size = path.stat().st_size
+        content = path.read_bytes() if actual_size == size else b""
+        return content, len(content) if actual_size == size else actual_size
+
+    try:
+        return read()
+    except FileNotFoundError:
+        return read()
+    except OSError:
+        time.sleep(_SECOND_READ_S)
+        return read()
+
+
+def _describe_rows(rows: NDArray[np.int64], name_of: Callable[[int], str]) -> str:
     first, last = int(rows[0]), int(rows[-1])
     return name_of(first) if len(rows) == 1 else f"{len(rows)} frames from {name_of(first)} to {name_of(last)}"
 
 
 def _repair(folder: Path, check: _Check) -> Iterator[str]:
-    """Give damaged shards up, or make a damaged manifest again; a line for the user for each thing done or left."""
+    """Drop damaged shards, or make a damaged manifest again; yield a line for each thing done or left to do."""
+    from geomcache.cache.writer import StoreWriter
+
     if check.header is None or check.episodes is None or check.journal is None:
-        yield "nothing was repaired: restore the files above that are no shards' from a copy first"
+        yield "nothing was repaired: first restore from a copy the files listed above that belong to no shard"
         return
-    damaged = {problem.shard: problem.file for problem in check.problems if problem.shard is not None}
+    in_shards = [problem for problem in check.problems if problem.shard is not None]
+    damaged = {problem.shard: problem.file for problem in in_shards if problem.repairable}
+    unread = {problem.shard for problem in in_shards} - damaged.keys()
     try:
         writer = StoreWriter(folder, check.header, check.episodes[1], ())
     except CacheCorruptError as error:
@@ -390,24 +523,26 @@ def _repair(folder: Path, check: _Check) -> Iterator[str]:
     dropped: list[tuple[int, int]] = []
     with writer:
         for shard, file in damaged.items():
+            assert shard is not None
             if writer.drop(shard, check.shards[shard], f"damaged: {file}"):
                 dropped += clip_ranges(check.rows, *check.header.layout.shard_rows(shard))
             else:
                 yield f"shard {shard} was not dropped: another process has it, or has made it again"
-        # A manifest that is there was made when nothing was missing, and nothing has been written since.
-        if not damaged and (folder / MANIFEST).exists() and writer.seal():
+        # A manifest that exists was made when nothing was missing, and nothing has been written since.
+        if not in_shards and (folder / MANIFEST).exists() and writer.seal():
             yield f"{folder / MANIFEST}: made again from the journal"
+    if unread:
+        yield f"{len(unread)} shards could not be read, and may be whole: they were left alone; verify again"
     if dropped:
         yield from _command(folder, check, merge_ranges(dropped))
 
 
 def _command(folder: Path, check: _Check, dropped: Ranges) -> Iterator[str]:
     assert check.episodes is not None
-    starts = check.episodes[0]
-    episodes = np.unique(starts.searchsorted(rows_of(dropped), "right") - 1)
+    episodes = np.unique(check.episodes[0].searchsorted(rows_of(dropped), "right") - 1)
     yield f"dropped {count_rows(dropped)} frames of episodes {format_ranges(episodes)}; to make them again:"
     try:
         with GeometryStore.open(folder) as store:
             yield f"  {extract_command(store, episodes)}  (with --root DIR where the dataset is local)"
     except CacheError as error:
-        yield f"  the extract command that made the cache, after this is mended: {error}"
+        yield f"  the extract command that made the cache, once this is fixed: {error}"

@@ -1,17 +1,18 @@
-"""Making a cache: its creation, shards committed one by one by as many processes as there are, and the seal.
+"""Writing a cache: shards are committed one by one, by any number of processes, and then the cache is sealed.
 
 The commit of a shard, each step durable before the next:
 
     1. every file of the shard, under a temporary name
-    2. where the shard was there already, with fewer rows: a journal line that drops it
+    2. if the shard exists, with fewer rows: a journal line that drops it
     3. the files' own names
     4. a journal line, from which on the shard exists
 
 Whoever works on a shard holds its byte of the lock file, and whoever appends to the journal or seals holds the
-journal's; the kernel frees both when their owner dies. docs/cache-format.md has the whole protocol.
+journal's byte; the kernel frees both when their owner dies. docs/cache-format.md describes the whole protocol.
 """
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from geomcache.cache import durable, locks
 from geomcache.cache.codecs import RAW, Codec
 from geomcache.cache.contents import check_files
-from geomcache.cache.create import check_episodes, check_rows, create, matching_header
+from geomcache.cache.create import check_episodes, check_rows, create, matching_header, require_cache
 from geomcache.cache.header import GROUP, LOCK, Header
 from geomcache.cache.journal import Commit, Drop, Journal
 from geomcache.cache.layout import CHECKSUMS, Column, ShardFiles
@@ -42,57 +43,61 @@ from geomcache.geometry import OUTPUTS, DatasetSpec, GeometrySpec
 from geomcache.ranges import Ranges, clip_ranges, common_ranges, count_rows, merge_ranges, rows_of
 from geomcache.statistics import Moments
 
-Maps = Mapping[str, Mapping[str, NDArray[np.float16]]]
-"""Camera -> output -> [n, h, w, 6] or [n, h, w]."""
+ShardMaps = Mapping[str, Mapping[str, NDArray[np.float16]]]
+"""Camera -> output -> maps of n rows: [n, h, w, 6] or [n, h, w]."""
 
-_STATISTICS_VALUES = 1 << 17  # maps taken together for statistics, in values: their float64 copies fit the CPU's cache
+DROPPED = ".dropped"  # ends the names of a dropped shard's files, which are kept until the shard is made again
+_SHARD_FILE = re.compile(rf"c\.(0|[1-9][0-9]*)(?:\.0)+({re.escape(durable.TEMPORARY)}|{re.escape(DROPPED)})?")
+_STATISTICS_VALUES = 1 << 17  # values measured at a time: their float64 copies fit the CPU's cache
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A shard that is this process's to make."""
+    """A process's exclusive right to make a shard."""
 
     shard: int
     rows: Ranges
-    """Rows to compute and commit: those asked for, and those that the shard had before."""
+    """The rows to compute and commit: those that were asked for, and those that the shard had before."""
 
 
 class StoreWriter:
-    """A cache, for writing, beside any number of other processes. Its methods may be called from several threads.
+    """A cache that is open for writing, next to any number of other processes. Threads may share the object.
 
     Attributes:
-        path: the cache, absolute.
+        path: the cache's folder, absolute.
         spec: what the geometry depends on.
-        dataset: which frames it is of.
+        dataset: the dataset that it belongs to.
         shard_frames: K, rows of a shard.
-        wanted: rows that were asked for, and those of shards that were dropped before.
-        resumed: whether the cache was there before.
-        removed_leftovers: files of interrupted runs that were removed when it was opened.
-        torn_bytes: bytes of the journal that an interrupted append left, removed likewise.
-        dropped: shards that were there, and are to be made again: dropped before, or lacking wanted rows.
+        wanted: the rows that were asked for, and those of shards that were dropped.
+        removed_stale_files: how many files of interrupted runs were removed when it was opened.
     """
 
     def __init__(self, path: Path, header: Header, episode_lengths: NDArray[np.int64], wanted: Ranges) -> None:
-        self.path, self.wanted, self.resumed = path, wanted, True
+        """Open an existing cache.
+
+        Raises:
+            CacheFormatError, CacheCorruptError: it cannot be used.
+            CacheLockedError: the file system has no POSIX locks, or another cache has taken its place.
+        """
+        self.path, self.wanted = path, wanted
         self.spec, self.dataset, self.shard_frames = header.spec, header.dataset, header.shard_frames
-        self.removed_leftovers = self.torn_bytes = 0
         self._header, self._layout = header, header.layout
         self._episode_starts = np.cumsum(episode_lengths) - episode_lengths
         self._journal = Journal(path / JOURNAL, self._layout, header.fingerprint)
         self._pending: set[int] = set()
-        self._done: dict[int, int] = {}  # by shard: wanted rows that are there
+        self._done: dict[int, int] = {}  # shard -> how many of its wanted rows are committed
         self._lock = locks.LockFile(path / LOCK)
         try:
+            if Header.read(path) != header:  # nobody can replace it from here on
+                raise CacheLockedError(f"{path}: expected the cache that was read, found another one: run this again")
             with self._current():
                 check_files(path, header, self._journal)
                 self._check_seal()
-                owed = (part for rows in self._journal.owed.values() for part in rows)
-                self.wanted = merge_ranges((*wanted, *owed))
+                self.wanted = merge_ranges((*wanted, *itertools.chain(*self._journal.dropped_rows.values())))
                 for shard in self._layout.shards_of(self.wanted):
                     self._update(shard)
-                self.dropped = len({*self._journal.owed, *(self._pending & self._journal.commits.keys())})
-                self.removed_leftovers += self._remove_drafts()
-            self._remove_leftovers()
+                self.removed_stale_files = self._remove_drafts()
+            self.removed_stale_files += self._remove_stale_files()
         except BaseException:
             self._lock.close()
             raise
@@ -109,38 +114,37 @@ class StoreWriter:
         codec: Codec = RAW,
         overwrite: bool = False,
     ) -> Self:
-        """Make a cache, or go on with the one that is there.
+        """Create a cache, or open the one that is there to resume or extend it.
 
         Args:
             path: the cache's folder.
             spec: what the geometry depends on.
-            dataset: which frames it is of.
+            dataset: the dataset that it belongs to.
             episode_lengths: frames of every episode, int64 [E].
-            wanted: ranges of rows that the cache is to have, beside those it has.
-            codec: of the maps.
-            overwrite: replace a cache that is there. One process at most may ask for that.
+            wanted: ranges of rows that the cache is to have, in addition to those it has.
+            codec: how maps are stored.
+            overwrite: replace a cache that is there. At most one process may ask for that.
 
         Raises:
             UserInputError: episodes or rows do not fit the dataset.
             CacheExistsError: something else is at the path.
             CacheMismatchError: a cache of other settings is there.
             CacheFormatError, CacheCorruptError: the cache that is there cannot be used.
-            CacheLockedError: the file system has no POSIX locks, or the cache to be replaced is being written.
+            CacheLockedError: the file system has no POSIX locks, or somebody has the cache to be replaced open.
             OutOfSpaceError: there is no room.
         """
         folder = Path(path).absolute()
         lengths = check_episodes(dataset, episode_lengths)
         rows = check_rows(dataset, wanted)
         header = Header.new(spec, dataset, codec)
-        created = (overwrite or not folder.exists()) and create(folder, header, lengths)
-        if not created:
-            header = matching_header(folder, header)
-        writer = cls(folder, header, lengths, rows)
-        writer.resumed = not created
-        return writer
+        if overwrite or not folder.exists():
+            create(folder, header, lengths, overwrite=overwrite)
+        require_cache(folder, "a cache or nothing", "choose another --output")
+        with contextlib.closing(locks.LockFile(folder / LOCK)):  # nobody replaces the cache between its two readings
+            return cls(folder, matching_header(folder, header), lengths, rows)
 
     def claim(self) -> Claim | None:
-        """The next shard that is wanted, not there, and nobody's; None where there is none now."""
+        """Claim the next shard that is wanted, not committed and not claimed; None if there is none now."""
         with self._current():
             candidates = sorted(self._pending)
         for shard in candidates:
@@ -148,32 +152,32 @@ class StoreWriter:
                 continue
             with self._current():  # its last owner may just have committed it
                 if shard in self._pending:
-                    return Claim(shard, self._target(shard))
+                    return Claim(shard, self._rows_to_make(shard))
             self._lock.release(shard)
         return None
 
     def release(self, claim: Claim) -> None:
-        """Give a claim back without its shard."""
+        """Give a claim back without making its shard."""
         self._lock.release(claim.shard)
 
-    def commit(self, claim: Claim, maps: Maps) -> int:
+    def commit(self, claim: Claim, maps: ShardMaps) -> int:
         """Write a shard and make it durable; the claim ends with it.
 
         Args:
-            claim: from `claim`.
+            claim: what `claim` returned.
             maps: camera -> output -> float16 [n, h, w, 6] or [n, h, w], the claim's rows in order.
 
         Returns:
-            Bytes of the shard's files.
+            The bytes of the shard's files.
 
         Raises:
             GeometryError: cameras, outputs, shapes, dtypes or values are not the spec's.
             NonFiniteGeometryError: a value is NaN or infinite.
-            OutOfSpaceError: there is no room. Nothing of the shard is left, and the claim goes on.
+            OutOfSpaceError: there is no room. Nothing of the shard is left, and the claim stays.
         """
         if not self._lock.holds(claim.shard):
             raise CacheLockedError(f"{self.path}: expected a claim of shard {claim.shard}, found none: claim it first")
-        arrays = self._check_maps(claim, maps)
+        arrays = self._checked(claim, maps)
         files = [self.path / name for name in self._layout.files(claim.shard)]
         drafts = [durable.temporary(file) for file in files]
         try:
@@ -182,7 +186,7 @@ class StoreWriter:
                 if claim.shard in self._journal.commits:
                     self._append(Drop(claim.shard, "made again with more frames"))
             for draft, file in zip(drafts, files, strict=True):
-                with durable.naming(file):
+                with durable.file_errors(file):
                     durable.rename(draft, file)
             for folder in {file.parent for file in files}:
                 durable.sync_folder(folder)
@@ -192,19 +196,24 @@ class StoreWriter:
             raise
         with self._current():
             self._append(Commit(claim.shard, claim.rows, written, statistics))
+        _remove(
+            path for path in map(_dropped_name, files) if path.exists()
+        )  # of the shard as it was before it was dropped
         self._lock.release(claim.shard)
         return written.nbytes
 
     def drop(self, shard: int, files: ShardFiles, reason: str) -> bool:
-        """Give a damaged shard up: its rows are owed, and whoever writes next makes them again.
+        """Drop a damaged shard, so that the next writer makes its rows again.
+
+        Its files are renamed, not deleted: no reader finds them, and a shard that turns out to be good is not lost.
 
         Args:
             shard: its number.
-            files: as they were recorded when it was found damaged.
-            reason: for the journal.
+            files: what the journal said of its files when they were found damaged.
+            reason: why, for the journal.
 
         Returns:
-            False where another process works on it, or has made it again.
+            False if another process is working on it, or has made it again.
         """
         if not self._lock.claim(shard):
             return False
@@ -214,22 +223,23 @@ class StoreWriter:
                 if commit is None or commit.files != files:
                     return False
                 self._append(Drop(shard, reason))
+                _keep_dropped(self.path / name for name in self._layout.files(shard))
                 return True
         finally:
             self._lock.release(shard)
 
     def frames_done(self) -> int:
-        """How many of the wanted rows are there, by whoever made them."""
+        """Return how many of the wanted rows are committed, by this process or another."""
         with self._current():
             return sum(self._done.values())
 
     def pending(self) -> tuple[int, ...]:
-        """Shards that are wanted and not there."""
+        """Return the shards that have wanted rows and lack some of them."""
         with self._current():
             return tuple(sorted(self._pending))
 
     def seal(self) -> bool:
-        """Finish the cache where nothing is pending: statistics, then the manifest. True when it is sealed."""
+        """Write statistics and manifest and return True, or return False if a shard is pending."""
         with self._current():
             if self._pending:
                 return False
@@ -263,21 +273,21 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
-        """Hold the journal's lock, with its newest lines read and a torn one cut off."""
+        """Hold the journal's lock, with its newest lines read and an incomplete one cut off."""
         with self._lock.exclusive():
             for shard in self._journal.read():
                 self._update(shard)
-            # Who appends unseals first: beside a manifest every line was acknowledged, and a bad one is no torn append.
-            if self._journal.torn and (self.path / MANIFEST).exists():
+            # Whoever appends unseals first: in a sealed cache a bad line is damage, and no append that was interrupted.
+            if self._journal.incomplete_nbytes and (self.path / MANIFEST).exists():
                 raise CacheCorruptError(
-                    f"{self._journal.path}: expected whole lines, as the cache is sealed, found {self._journal.torn}"
-                    " bytes that are none: the file was damaged; restore it from a copy"
+                    f"{self._journal.path}: expected whole lines, as the cache is sealed, found"
+                    f" {self._journal.incomplete_nbytes} bytes of another: the file is damaged; restore it from a copy"
                 )
-            self.torn_bytes += self._journal.repair()
+            self._journal.repair()
             yield
 
     def _check_seal(self) -> None:
-        """See that a manifest has the journal's shards. One that cannot be read is made again by `seal`."""
+        """Refuse a manifest of other shards than the journal's. `seal` replaces one that cannot be read."""
         path = self.path / MANIFEST
         try:
             shards = Manifest.parse(path.read_bytes(), path, self._layout, self._header.fingerprint).shards
@@ -286,25 +296,26 @@ class StoreWriter:
         if shards != self._journal.shards:
             raise CacheCorruptError(
                 f"{self._journal.path}: expected the {len(shards)} shards that {MANIFEST} has, found"
-                f" {len(self._journal.shards)}, or others: one of the files was damaged; restore it from a copy"
+                f" {len(self._journal.shards)}, or others: one of the files is damaged; restore it from a copy"
             )
 
-    def _target(self, shard: int) -> Ranges:
-        """Rows that a shard is to have: those asked for, and those it has or had."""
+    def _rows_to_make(self, shard: int) -> Ranges:
+        """Return the rows that a shard is to have: those asked for, and those it has or had."""
         commit = self._journal.commits.get(shard)
         return merge_ranges(
             (
                 *clip_ranges(self.wanted, *self._layout.shard_rows(shard)),
                 *(commit.rows if commit else ()),
-                *self._journal.owed.get(shard, ()),
+                *self._journal.dropped_rows.get(shard, ()),
             )
         )
 
     def _update(self, shard: int) -> None:
+        """Count a shard again after its journal lines changed."""
         commit = self._journal.commits.get(shard)
         rows = commit.rows if commit else ()
         self._done[shard] = count_rows(common_ranges(self.wanted, rows))
-        if rows == self._target(shard):
+        if rows == self._rows_to_make(shard):
             self._pending.discard(shard)
         else:
             self._pending.add(shard)
@@ -315,36 +326,50 @@ class StoreWriter:
         self._update(record.shard)
 
     def _unseal(self) -> None:
-        """Take the manifest and the statistics away before anything changes. Only under the journal's lock."""
+        """Remove manifest and statistics before anything changes. Only under the journal's lock."""
         manifest = self.path / MANIFEST
         if _remove([manifest]):
             durable.sync_folder(self.path)
             durable.replace_file(self.path / GROUP, self._header.encode())
 
     def _remove_drafts(self) -> int:
-        """Remove what an interrupted seal left. Only under the journal's lock."""
+        """Remove what an interrupted seal left; return how many files. Only under the journal's lock."""
         return _remove(durable.temporary(self.path / name) for name in (GROUP, MANIFEST))
 
-    def _remove_leftovers(self) -> None:
-        """Remove temporary files, and files of shards that are not in the journal, where no living process works."""
-        found: dict[int, list[Path]] = {}
+    def _remove_stale_files(self) -> int:
+        """Remove temporary files and files of shards that are not committed, except those of living processes.
+
+        The files of a dropped shard stay, under names of their own, until the shard is committed again.
+
+        Returns:
+            How many files were removed.
+        """
+        candidates: dict[int, list[Path]] = {}
         for key in (*(column.key for column in self._layout.columns), CHECKSUMS):
             for entry in os.scandir(self.path / key):
-                match = re.fullmatch(r"c\.(\d+)(?:\.0)+(\.tmp)?", entry.name)
-                if match and (match[2] or int(match[1]) not in self._journal.commits):
-                    found.setdefault(int(match[1]), []).append(Path(entry.path))
-        for shard, paths in found.items():
+                match = _SHARD_FILE.fullmatch(entry.name)
+                shard = int(match[1]) if match else self._layout.shards
+                if match and shard < self._layout.shards and (match[2] or shard not in self._journal.commits):
+                    candidates.setdefault(shard, []).append(Path(entry.path))
+        removed = 0
+        for shard, paths in candidates.items():
             if not self._lock.claim(shard):
                 continue
             with self._current():  # its owner may have committed it since
-                there = shard in self._journal.commits
-                self.removed_leftovers += _remove(p for p in paths if p.suffix == durable.TEMPORARY or not there)
+                if shard in self._journal.dropped_rows:  # and was killed before it had renamed all files
+                    named = (path for path in paths if path.suffix not in (durable.TEMPORARY, DROPPED))
+                    _keep_dropped(path for path in named if not _dropped_name(path).exists())
+                committed = shard in self._journal.commits
+                removed += _remove(
+                    path for path in paths if path.suffix == durable.TEMPORARY or (path.suffix == DROPPED) == committed
+                )
             self._lock.release(shard)
+        return removed
 
     def _write(
         self, claim: Claim, arrays: list[NDArray[np.float16]], drafts: list[Path]
     ) -> tuple[ShardFiles, dict[str, Any]]:
-        """Write a shard's files; the statistics of what they hold, too."""
+        """Write a shard's files; return what was written and the statistics of the maps as JSON types."""
         local = rows_of(claim.rows) - self._layout.shard_rows(claim.shard)[0]
         written: list[tuple[int, bytes]] = []
         checksums: list[NDArray[np.uint32]] = []
@@ -358,51 +383,69 @@ class StoreWriter:
         sizes, digests = zip(*written, strict=True)
         return ShardFiles(sizes, digests), statistics
 
-    def _check_maps(self, claim: Claim, maps: Maps) -> list[NDArray[np.float16]]:
-        """The arrays in the order of the columns."""
-        given = {f"{camera}/{output}": values for camera, outputs in maps.items() for output, values in outputs.items()}
-        if set(given) != {column.key for column in self._layout.columns}:
+    def _checked(self, claim: Claim, maps: ShardMaps) -> list[NDArray[np.float16]]:
+        """Check the maps of a claim and return them in the order of the columns."""
+        arrays = {
+            f"{camera}/{output}": values for camera, outputs in maps.items() for output, values in outputs.items()
+        }
+        if set(arrays) != {column.key for column in self._layout.columns}:
             expected = ", ".join(column.key for column in self._layout.columns)
-            raise GeometryError(f"maps: expected {expected}, got {', '.join(given) or 'none'}")
+            raise GeometryError(f"maps: expected {expected}, got {', '.join(arrays) or 'none'}")
         for column in self._layout.columns:
-            values, shape = given[column.key], (count_rows(claim.rows), *column.shape)
+            values, shape = arrays[column.key], (count_rows(claim.rows), *column.shape)
             if values.dtype != np.float16 or values.shape != shape:
                 raise GeometryError(
                     f"{column.key}: expected float16 {list(shape)}, got {values.dtype} {list(values.shape)}"
                 )
             self._check_values(claim, column, values)
-        return [given[column.key] for column in self._layout.columns]
+        return [arrays[column.key] for column in self._layout.columns]
 
     def _check_values(self, claim: Claim, column: Column, values: NDArray[np.float16]) -> None:
+        """Refuse NaN and infinity, and numbers without a logarithm where one is taken."""
         log = OUTPUTS[column.output].log
-        good = np.isfinite(values) & (values > 0) if log else np.isfinite(values)
-        if good.all():
+        fits = np.isfinite(values) & (values > 0) if log else np.isfinite(values)
+        if fits.all():
             return
-        at = np.flatnonzero(~good.reshape(len(values), -1).all(axis=1))
-        row = int(rows_of(claim.rows)[at[0]])
+        positions = np.flatnonzero(~fits.reshape(len(values), -1).all(axis=1))
+        row = int(rows_of(claim.rows)[positions[0]])
         episode = int(self._episode_starts.searchsorted(row, "right")) - 1
         view = self.spec.camera_keys.index(column.camera)
         raise NonFiniteGeometryError(
             f"episode {episode} frame {row - int(self._episode_starts[episode])} camera {column.camera}"
             f" {column.output}: expected finite numbers{', above 0' if log else ''}, found others in"
-            f" {len(at)} frames: check the model's weights",
-            tuple((int(position), view, column.output) for position in at),
+            f" {len(positions)} frames: check the model's weights",
+            tuple((int(position), view, column.output) for position in positions),
         )
 
 
 def _moments(column: Column, values: NDArray[np.float16]) -> Moments:
-    """Of a shard's maps of one column, block after block, so that float64 copies stay small."""
+    """Measure a shard's maps of one column, block after block, so that float64 copies stay small."""
     block = max(1, 2 * _STATISTICS_VALUES // column.nbytes)
     return Moments.merged(
         Moments.of(column.output, values[start : start + block]) for start in range(0, len(values), block)
     )
 
 
+def _dropped_name(file: Path) -> Path:
+    """Return the name under which a file of a dropped shard is kept."""
+    return file.with_name(file.name + DROPPED)
+
+
+def _keep_dropped(files: Iterable[Path]) -> None:
+    """Give the files of a dropped shard names that no reader looks for."""
+    for file in files:
+        with contextlib.suppress(FileNotFoundError), durable.file_errors(file):
+            durable.rename(file, _dropped_name(file))
+
+
 def _remove(paths: Iterable[Path]) -> int:
-    """Remove files; how many of them were there."""
+    """Remove files; return how many of them existed."""
     removed = 0
     for path in paths:
-        with contextlib.suppress(FileNotFoundError), durable.naming(path):
-            durable.unlink(path)
+        with contextlib.suppress(FileNotFoundError), durable.file_errors(path):
+            if path.name.endswith(DROPPED) and path.is_dir() and not path.is_symlink():
+                durable.remove_tree(path)  # a folder was in the file's place
+            else:
+                durable.unlink(path)
             removed += 1
     return removed

@@ -1,26 +1,100 @@
 """The Zarr group of a cache: its arrays, made and read through zarr-python."""
 
-from collections.abc import Iterator
+import asyncio
+import dataclasses
+import functools
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.cache.codecs import Codec
 from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_TABLE, Header
 from geomcache.cache.layout import CHECKSUMS
 
+if TYPE_CHECKING:
+    import zarr
+
 
 def create_arrays(folder: Path, header: Header, episode_lengths: NDArray[np.int64]) -> None:
-    """Make the Zarr group of a cache, with coordinates and episode table, and no frame."""
+    """Create the Zarr group of a cache, with coordinates and episode table, and no frame."""
+    arrays = _create_metadata(folder, header)
+    starts = np.cumsum(episode_lengths) - episode_lengths
+    for name, values in zip(EPISODE_TABLE, (starts, episode_lengths), strict=True):
+        arrays[name][:] = values
+    episode_index, frame_index = (arrays[name] for name in COORDINATES)
+    for start in range(0, header.dataset.frames, COORDINATE_CHUNK):
+        rows = np.arange(start, min(start + COORDINATE_CHUNK, header.dataset.frames))
+        episodes = starts.searchsorted(rows, "right") - 1
+        episode_index[rows[0] : rows[-1] + 1] = episodes
+        frame_index[rows[0] : rows[-1] + 1] = rows - starts[episodes]
+
+
+def open_arrays(store: Any, header: Header) -> "dict[str, zarr.Array[Any]]":
+    """Open the arrays of a cache for reading through zarr-python, by their paths.
+
+    Shapes and codecs are the header's: stored array metadata could name any codec and any size. Blosc buffers pass
+    through `Codec.decode_into`, so that reading one that lies about its size is a ValueError.
+
+    Args:
+        store: the cache's folder, or a Zarr store of it.
+        header: of this cache.
+    """
+    import zarr
+    from zarr.storage import LocalStore, MemoryStore, StorePath
+
+    place = LocalStore(store, read_only=True) if isinstance(store, Path) else store
+    return {
+        name: zarr.Array(zarr.AsyncArray(_with_checks(array.metadata, header.codec), StorePath(place, name)))
+        for name, array in _create_metadata(MemoryStore(), header).items()
+    }
+
+
+def _with_checks(metadata: Any, codec: Codec) -> Any:
+    """Return array metadata whose Blosc codec checks what it is to decode."""
+    if not codec.compresses or metadata.sharding_codec is None:
+        return metadata
+    sharding = metadata.sharding_codec
+    inner = tuple(_checked_blosc()() if each in codec.zarr_codecs() else each for each in sharding.codecs)
+    return dataclasses.replace(metadata, codecs=(dataclasses.replace(sharding, codecs=inner),))
+
+
+@functools.cache
+def _checked_blosc() -> Any:
+    """Return the class of Zarr's codec ``blosc``, for reading, that checks a buffer before c-blosc sees it."""
+    from zarr.abc.codec import BytesBytesCodec
+
+    @dataclasses.dataclass(frozen=True)
+    class CheckedBlosc(BytesBytesCodec):
+        is_fixed_size = False
+
+        async def _decode_single(self, chunk_data: Any, chunk_spec: Any) -> Any:
+            return await asyncio.to_thread(self._decode, chunk_data, chunk_spec)
+
+        def _decode(self, chunk_data: Any, chunk_spec: Any) -> Any:
+            content = np.empty(prod(chunk_spec.shape) * np.dtype(np.float16).itemsize, np.uint8)
+            Codec("zstd").decode_into(chunk_data.to_bytes(), content)
+            return chunk_spec.prototype.buffer.from_array_like(content)
+
+        def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
+            raise NotImplementedError  # as of all codecs whose output has no fixed size
+
+    return CheckedBlosc
+
+
+def _create_metadata(store: Any, header: Header) -> "dict[str, zarr.Array[Any]]":
+    """Create a cache's group and arrays, without content, in a folder or a Zarr store; return the arrays by path."""
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
     little, layout = BytesCodec(endian="little"), header.layout
-    group = zarr.create_group(folder, zarr_format=3, attributes=header.attributes())
+    group = zarr.create_group(store, zarr_format=3, attributes=header.attributes())
+    arrays: dict[str, zarr.Array[Any]] = {}
 
-    def create(name: str, chunks: tuple[int, ...], **options: Any) -> Any:
-        return group.create_array(
+    def create(name: str, chunks: tuple[int, ...], **options: Any) -> None:
+        arrays[name] = group.create_array(
             name, chunks=chunks, filters=None, chunk_key_encoding={"name": "default", "separator": "."}, **options
         )
 
@@ -52,30 +126,13 @@ def create_arrays(folder: Path, header: Header, episode_lengths: NDArray[np.int6
         dimension_names=("frame", "array"),
         attributes={"columns": keys},
     )
-    starts = np.cumsum(episode_lengths) - episode_lengths
     # A fill value that no row has: zarr writes no chunk that holds nothing else.
     options = {"dtype": "int64", "fill_value": -1, "serializer": little}
-    for name, values in zip(EPISODE_TABLE, (starts, episode_lengths), strict=True):
-        table = create(name, values.shape, shape=values.shape, compressors=[Crc32cCodec()], **options)
-        table[:] = values
+    episodes = header.dataset.episodes
+    for name in EPISODE_TABLE:
+        create(name, (episodes,), shape=(episodes,), compressors=[Crc32cCodec()], **options)
     compressors = [ZstdCodec(level=3), Crc32cCodec()]
     shape, chunks = (layout.frames,), (min(layout.frames, COORDINATE_CHUNK),)
-    episode_index, frame_index = (
+    for name in COORDINATES:
         create(name, chunks, shape=shape, compressors=compressors, dimension_names=("frame",), **options)
-        for name in COORDINATES
-    )
-    for start in range(0, layout.frames, COORDINATE_CHUNK):
-        rows = np.arange(start, min(start + COORDINATE_CHUNK, layout.frames))
-        episodes = starts.searchsorted(rows, "right") - 1
-        episode_index[rows[0] : rows[-1] + 1] = episodes
-        frame_index[rows[0] : rows[-1] + 1] = rows - starts[episodes]
-
-
-def read_coordinates(folder: Path) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """(first row, episode of each row, frame of each row), chunk after chunk: what other readers see."""
-    import zarr
-
-    arrays = [zarr.open_array(folder / name, mode="r") for name in COORDINATES]
-    for start in range(0, arrays[0].shape[0], COORDINATE_CHUNK):
-        episodes, frames = (np.asarray(array[start : start + COORDINATE_CHUNK]) for array in arrays)
-        yield start, episodes, frames
+    return arrays

@@ -130,8 +130,8 @@ def _announce(writer: StoreWriter, options: ExtractOptions, process: Process) ->
     done, total = writer.frames_done(), count_rows(writer.wanted)
     if process.is_main:
         write_run_config(writer.path, resolve(options, writer.spec, writer.dataset))
-        if writer.removed_leftovers:
-            logger.info("%s: removed %d stale files of an interrupted run", writer.path, writer.removed_leftovers)
+        if writer.removed_stale_files:
+            logger.info("%s: removed %d stale files of an interrupted run", writer.path, writer.removed_stale_files)
         if 0 < done < total:
             logger.info("%s: %d of %d frames exist; resuming with the rest", writer.path, done, total)
     require_space(writer.path, writer.spec, total - done, Codec.of(options.codec))

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.commands import extract_command
-from geomcache.cache.info import format_episodes
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import MissingFrameError, UserInputError
 from geomcache.frames.reader import FrameReader
 from geomcache.look.pinhole import mean_origin
 from geomcache.look.value_counts import ValueCounts
+from geomcache.ranges import format_ranges, rows_of
 
 MAX_VIEWS = 32  # no robot has more cameras, and a header may claim any number
 BLOCK_NBYTES = 32 << 20  # of maps in memory at a time
@@ -90,8 +90,9 @@ def require_cached(store: GeometryStore, episode: int) -> None:
     if any(first <= episode < last for first, last in store.episodes()):
         return
     raise MissingFrameError(
-        f"{store.path}: expected episode {episode}, found complete episodes {format_episodes(store.episodes())}: choose"
-        f" one of these, or add it with `{extract_command(store, np.array([episode]))}`"
+        f"{store.path}: expected episode {episode}, found complete episodes"
+        f" {format_ranges(rows_of(store.episodes())) or 'none'}: choose one of these, or add it with"
+        f" `{extract_command(store, np.array([episode]))}`"
     )
 
 

@@ -98,7 +98,7 @@ class FsspecRemote:
                 return None
         target = folder / f"{secrets.token_hex(8)}{durable.TEMPORARY}"
         left = size + 1  # one more, so that a longer file is told from a whole one
-        with durable.naming(target), target.open("wb") as out, file:
+        with durable.file_errors(target), target.open("wb") as out, file:
             while left:
                 with self._speaking(name):
                     block = file.read(min(_BLOCK, left))

@@ -288,7 +288,7 @@ class _Pull:
         """Have the folder beside the target for oneself; waits for another process that has it."""
         told = False
         while True:
-            with durable.naming(self._draft):
+            with durable.file_errors(self._draft):
                 self._draft.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # the other process has just renamed the folder
                 lock = locks.LockFile(self._draft / LOCK)
@@ -335,7 +335,7 @@ class _Pull:
         lacking = {name: stored for name, stored in files.items() if name not in here}
         for name in self._good_in(self._target, lacking):
             place = self._draft / name
-            with durable.naming(place):
+            with durable.file_errors(place):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.unlink(missing_ok=True)
                 try:
@@ -354,7 +354,7 @@ class _Pull:
                 f" {MANIFEST} there has it, found {what}: push the cache once more, with --verify"
             )
         place = self._draft / name
-        with durable.naming(place):
+        with durable.file_errors(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             durable.rename(path, place)
         bar(stored.size)
@@ -381,7 +381,7 @@ class _Pull:
         if self._target.exists():
             replace_cache(self._target, draft)
         else:
-            with durable.naming(self._target):
+            with durable.file_errors(self._target):
                 durable.rename(draft, self._target)
             durable.sync_folder(self._target.parent)
 

@@ -6,6 +6,7 @@ For a look at some frames. Training pulls the cache first: it reads every frame,
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, override
 
@@ -89,8 +90,8 @@ class RemoteGeometryStore(GeometryStore):
         return FsspecStore(AsyncFileSystemWrapper(driver, asynchronous=True), path=folder, read_only=True)
 
     @override
-    def _check_plain(self, group: Any, rows: NDArray[np.int64], maps: dict[str, NDArray[Any]]) -> None:
-        table = group[CHECKSUMS]
+    def _check_plain(self, arrays: Mapping[str, Any], rows: NDArray[np.int64], maps: dict[str, NDArray[Any]]) -> None:
+        table = arrays[CHECKSUMS]
         checksums = table.oindex[rows]  # [n, arrays]
         for column, name in enumerate(table.attrs["columns"]):
             for row, map_, checksum in zip(rows.tolist(), maps[name], checksums[:, column].tolist(), strict=True):

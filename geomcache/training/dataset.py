@@ -8,15 +8,16 @@ are not features of the dataset's metadata: LeRobot would make policy inputs of 
 statistics, and take them for states. Its processors pass unknown `observation.*` keys on as they are.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from geomcache.cache.store import GeometryStore
-from geomcache.errors import CacheMismatchError
+from geomcache.errors import CacheMismatchError, errors_kept_whole
 
 Item = dict[str, Any]
 
@@ -51,8 +52,10 @@ class _WithGeometry:
     def _add_geometry(self, items: Sequence[Item]) -> list[Item]:
         """Items with the geometry of their rows, in one read."""
         indices = np.array([int(item["index"]) for item in items], dtype=np.int64)
-        geometry = {key: torch.from_numpy(array) for key, array in self._store.batch(indices).to_batch().items()}
-        return [item | {key: maps[i] for key, maps in geometry.items()} for i, item in enumerate(items)]
+        with contextlib.nullcontext() if get_worker_info() is None else errors_kept_whole():
+            maps = self._store.batch(indices)
+        geometry = {key: torch.from_numpy(array) for key, array in maps.to_batch().items()}
+        return [item | {key: values[i] for key, values in geometry.items()} for i, item in enumerate(items)]
 
 
 class GeometryDataset(_WithGeometry, Dataset[Item]):

@@ -20,7 +20,7 @@ from typing import Any
 
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import require_intact
-from geomcache.errors import DatasetError, GeomcacheError, UserInputError, one_line
+from geomcache.errors import DatasetError, UserInputError, one_line
 from geomcache.lerobot_options import given, parse_options
 
 POLICY_TYPE = "pi05_geometry"
@@ -53,10 +53,7 @@ def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = Fals
             seams.enter_context(readable_metrics())
         if config.resume:
             seams.enter_context(exact_resume(config))
-        try:
-            lerobot_train.train(config)
-        except GeomcacheError as error:
-            raise _without_worker_traceback(error) from error
+        lerobot_train.train(config)
 
 
 def with_defaults(lerobot_args: Sequence[str]) -> list[str]:
@@ -237,9 +234,3 @@ def _factory(make_datasets: Callable[[Any], tuple[Any, Any]], store: GeometrySto
         return with_geometry(train_dataset, store), held_out
 
     return make
-
-
-def _without_worker_traceback(error: GeomcacheError) -> GeomcacheError:
-    """An error from a loader's worker process, which comes with its traceback in the message, as its own line again."""
-    lines = str(error).strip().splitlines()
-    return error if len(lines) == 1 else type(error)(lines[-1].partition(": ")[2])

@@ -14,7 +14,7 @@ import numcodecs
 import numpy as np
 import pytest
 
-from tests.support.stores import LENGTHS, Maps, fill, make_maps, make_spec, make_store, open_writer
+from tests.support.stores import LENGTHS, MadeUpMaps, fill, make_maps, make_spec, make_store, open_writer
 
 of_every_codec = pytest.mark.parametrize("codec", ["raw", "zstd"])
 TRAILING = {"ray": 6, "ray_conf": 1, "depth": 1, "depth_conf": 1}
@@ -96,7 +96,7 @@ def read_rows(folder: Path, rows: list[int], codec: str) -> dict[str, dict[int, 
     return found
 
 
-def check_maps(maps: Maps, rows: list[int], found: dict[str, dict[int, bytes]]) -> None:
+def check_maps(maps: MadeUpMaps, rows: list[int], found: dict[str, dict[int, bytes]]) -> None:
     for camera, outputs in maps.items():
         for output, values in outputs.items():
             assert list(found[f"{camera}/{output}"]) == rows
@@ -184,6 +184,21 @@ def test_the_reader_on_the_page_reads_what_was_written(tmp_path: Path, sealed: b
             cache.read(row)
     starts = np.cumsum((0, *LENGTHS))
     assert [cache.row(episode, 1) for episode in range(len(LENGTHS))] == [start + 1 for start in starts[:-1]]
+
+
+def test_the_reader_on_the_page_believes_no_blosc_header() -> None:
+    unpack = load_reader()["unpack"]
+    maps = np.random.default_rng(0).normal(size=(36, 36, 6)).astype(np.float16)
+    buffer = bytes(numcodecs.Blosc(cname="zstd", clevel=3, shuffle=1).encode(maps))
+    assert unpack(buffer, maps.nbytes, "map") == maps.tobytes()
+    header = struct.unpack_from("<BBBBIII", buffer)
+    for field, value in ((0, 3), (2, 0x11), (2, header[2] | 2), (3, 1), (4, 2**30), (5, 0), (5, 1), (6, 2**30)):
+        lie = struct.pack("<BBBBIII", *header[:field], value, *header[field + 1 :]) + buffer[16:]
+        with pytest.raises(ValueError, match="not as it was written"):
+            unpack(lie, maps.nbytes, "map")
+    for cut in (b"", buffer[:15], buffer[:16], buffer[:-1], buffer + b"\0"):
+        with pytest.raises(ValueError, match="not as it was written"):
+            unpack(cut, maps.nbytes, "map")
 
 
 @of_every_codec

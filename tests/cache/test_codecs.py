@@ -154,10 +154,10 @@ def test_an_unknown_codec_is_refused() -> None:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("map", "expected the checksum of the"),
-        ("its checksum", "expected the checksum of the"),
-        ("index", "expected a shard index of 16 frames"),
-        ("table", "expected the checksum of its content"),
+        ("map", "checksum"),
+        ("its checksum", "checksum"),
+        ("index", "index of 16"),
+        ("table", "sha256"),
     ],
 )
 def test_a_flipped_bit_is_told_when_read_and_when_verified(
@@ -173,7 +173,7 @@ def test_a_flipped_bit_is_told_when_read_and_when_verified(
     with GeometryStore.open(path) as store:
         assert np.array_equal(store.batch([0, 89]).ray, expected(SPEC, [0, 89])["ray"])
         for _ in range(2):
-            with pytest.raises(CacheCorruptError, match=rf"{file}: episode 0 frame 19: {message}"):
+            with pytest.raises(CacheCorruptError, match=f"{file}: episode 0 frame 19: .*{message}"):
                 store.batch([0, 19])
     (problem,) = verify(path).problems
     assert (problem.file, problem.shard) == (str(file.relative_to(path)), 1)
@@ -197,16 +197,20 @@ def _reseal(path: Path) -> None:
     (path / "journal.jsonl").write_bytes(b"".join(sealed))
 
 
+OTHER = numcodecs.Blosc(cname="zstd", clevel=3, shuffle=1)  # as zarr's own codec is set up
+
+
 @pytest.mark.parametrize(
     ("packed", "message"),
     [
-        (b"\x02\x01\x21\x02" + b"\xff" * 60, "expected a compressed map at"),
-        (b"\0" * 20, "expected a compressed map at"),
-        (numcodecs.Blosc().encode(np.zeros(300, np.uint8)), "expected a compressed map at"),  # of more bytes
-        (numcodecs.Blosc().encode(np.zeros(8, np.uint8)), "expected checksum"),  # of too few bytes
-        (numcodecs.Blosc().encode(np.zeros(144, np.uint8)), "expected checksum"),  # of other numbers
+        (b"\x02\x01\x21\x02" + b"\xff" * 60, "compressed map.*Blosc header"),
+        (b"\0" * 20, "compressed map.*Blosc header"),
+        (OTHER.encode(np.zeros(300, np.float16)), "compressed map.*144 bytes.*600"),  # of more bytes
+        (OTHER.encode(np.zeros(8, np.float16)), "compressed map.*144 bytes.*16"),  # of too few bytes
+        (numcodecs.Blosc("lz4").encode(np.zeros(72, np.float16)), "compressed map.*zstd"),
+        (OTHER.encode(np.zeros(72, np.float16)), "checksum"),  # of other numbers
     ],
-    ids=["no buffer", "zeros", "too large", "too small", "other numbers"],
+    ids=["no buffer", "zeros", "too large", "too small", "another compressor", "other numbers"],
 )
 def test_a_hostile_buffer_with_good_checksums_is_refused(
     tmp_path: Path, whole: Path, packed: bytes, message: str
@@ -220,7 +224,7 @@ def test_a_hostile_buffer_with_good_checksums_is_refused(
     entries = np.array([(stop - len(each), len(each)) for each, stop in zip(maps, stops, strict=True)], "<u8").tobytes()
     file.write_bytes(b"".join(maps) + entries + google_crc32c.value(entries).to_bytes(4, "little"))
     _reseal(path)
-    with GeometryStore.open(path) as store, pytest.raises(CacheCorruptError, match=rf"frame 19: ({message})"):
+    with GeometryStore.open(path) as store, pytest.raises(CacheCorruptError, match=f"frame 19: .*{message}"):
         store.batch([19])
     (problem,) = (each for each in verify(path).problems if each.shard is not None)
     assert (problem.file, problem.rows) == (f"{RAY}/c.1.0.0.0", ((19, 20),))

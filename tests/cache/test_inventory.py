@@ -1,4 +1,4 @@
-"""What a sealed cache consists of is what lies on disk, and what its control files say of each other."""
+"""The inventory of a sealed cache lists the files on disk, and refuses control files that contradict each other."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, named_as
-from geomcache.errors import CacheCorruptError, CacheIncompleteError
+from geomcache.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from tests.support.sharing import contents, make_small_store
 
 
-def test_it_names_every_file_with_bytes_and_hash(tmp_path: Path) -> None:
+def test_it_lists_every_file_with_bytes_and_hash(tmp_path: Path) -> None:
     path = make_small_store(tmp_path / "cache", [(0, 20), (50, 90)])
     inventory = Inventory.read(path)
     on_disk = contents(path)
@@ -31,13 +31,33 @@ def test_a_cache_that_is_not_sealed_or_was_mixed_is_refused(tmp_path: Path) -> N
     journal = (path / "journal.jsonl").read_bytes()
     for damaged in (journal + b"torn", journal[: journal[:-1].rindex(b"\n") + 1]):
         (path / "journal.jsonl").write_bytes(damaged)
-        with pytest.raises(CacheCorruptError, match=r"journal.jsonl: expected the shards, hashes and files"):
+        with pytest.raises(CacheCorruptError, match=r"/journal.jsonl: "):
             Inventory.read(path)
     (path / "manifest.json").unlink()
-    with pytest.raises(CacheIncompleteError, match="expected a sealed cache"), named_as(path, "s3://bucket/cache"):
+    with pytest.raises(CacheIncompleteError, match=r"manifest.json"):
         Inventory.read(path)
     with (
-        pytest.raises(CacheIncompleteError, match=r"^s3://bucket/cache: expected"),
+        pytest.raises(CacheIncompleteError, match=r"^s3://bucket/cache: ") as caught,
         named_as(path, "s3://bucket/cache"),
     ):
+        Inventory.read(path)
+    assert str(path) not in str(caught.value)
+
+
+def test_errors_about_a_copy_keep_their_class_and_attributes(tmp_path: Path) -> None:
+    error = CacheMismatchError(f"{tmp_path}/zarr.json: differs", "spec.views", "joint", "independent")
+    with pytest.raises(CacheMismatchError) as caught, named_as(tmp_path, "hf://datasets/me/cache"):
+        raise error
+    assert caught.value is error
+    assert str(error) == "hf://datasets/me/cache/zarr.json: differs"
+    assert (error.field, error.cached, error.wanted) == ("spec.views", "joint", "independent")
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "manifest.json", "journal.jsonl"])
+def test_a_control_file_of_another_cache_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """Of the same dataset and settings with other shards: each file is whole in itself."""
+    path = make_small_store(tmp_path / "cache")
+    other = make_small_store(tmp_path / "other", [(0, 20)])
+    (path / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(CacheCorruptError, match=r"zarr.json|journal.jsonl"):
         Inventory.read(path)

@@ -1,27 +1,17 @@
-"""Ranges of rows, and the bytes of shard files, against sets and hand-worked numbers."""
+"""The bytes of shard files, against hand-worked numbers."""
 
-import itertools
 import random
 import struct
 
 import google_crc32c
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from geomcache.cache.layout import Layout, choose_shard_frames, crc32c, with_crc, without_crc
 from geomcache.errors import UserInputError
-from geomcache.ranges import RowSet, clip_ranges, common_ranges, count_rows, merge_ranges, rows_of
 from tests.support.stores import CAMERAS, make_maps, make_spec
 
 ABSENT = 0xFFFFFFFFFFFFFFFF
-
-ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda item: (item[0], item[0] + item[1])))
-
-
-def as_set(parts: object) -> set[int]:
-    return {row for start, stop in parts for row in range(start, stop)}  # type: ignore[attr-defined]
 
 
 def test_crc32c_is_castagnolis() -> None:
@@ -30,36 +20,6 @@ def test_crc32c_is_castagnolis() -> None:
     assert without_crc(with_crc(b"abc")) == b"abc"
     assert without_crc(b"abc" + bytes(4)) is None
     assert without_crc(b"ab") is None
-
-
-@settings(deadline=None)
-@given(ranges, ranges, st.integers(0, 70), st.integers(0, 70))
-def test_ranges_behave_like_sets(one: list[tuple[int, int]], other: list[tuple[int, int]], a: int, b: int) -> None:
-    merged = merge_ranges(one)
-    assert as_set(merged) == as_set(one)
-    assert all(start < stop for start, stop in merged)
-    assert all(left[1] < right[0] for left, right in itertools.pairwise(merged))
-    assert count_rows(merged) == len(as_set(one))
-    assert as_set(clip_ranges(merged, min(a, b), max(a, b))) == as_set(one) & set(range(min(a, b), max(a, b)))
-    assert common_ranges(merged, merge_ranges(other)) == merge_ranges(
-        (row, row + 1) for row in as_set(one) & as_set(other)
-    )
-    if merged:
-        assert rows_of(merged).tolist() == sorted(as_set(one))
-
-
-@settings(deadline=None)
-@given(ranges)
-def test_row_set_behaves_like_a_sorted_list(parts: list[tuple[int, int]]) -> None:
-    held = RowSet(merge_ranges(parts))
-    there = sorted(as_set(parts))
-    rows = np.arange(-3, 80)
-    assert held.count == len(there)
-    assert held.ranks(rows).clip(min=-1).tolist() == [there.index(row) if row in there else -1 for row in rows.tolist()]
-    assert held.rows_at(np.arange(held.count)).tolist() == there
-    assert held.covers(rows, rows + 1).tolist() == [row in there for row in rows.tolist()]
-    assert held.covers(rows, rows + 3).tolist() == [{row, row + 1, row + 2} <= set(there) for row in rows.tolist()]
-    assert [held.count_before(row) for row in range(80)] == [sum(r < row for r in there) for row in range(80)]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
-"""What is read is what was written, by us, by zarr and by tensorstore; what is damaged or missing is told."""
+"""We, zarr and tensorstore read what was written, and damaged or missing frames are errors."""
 
 import errno
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import google_crc32c
 import numpy as np
@@ -25,7 +26,7 @@ from geomcache.errors import (
     MissingFrameError,
     UserInputError,
 )
-from geomcache.geometry import OUTPUTS, Geometry
+from geomcache.geometry import OUTPUTS, Geometry, GeometrySpec
 from tests.support.stores import (
     CAMERAS,
     LENGTHS,
@@ -68,10 +69,10 @@ whole_of_every_codec = pytest.mark.parametrize("path", ["whole", "packed"])
 parts_of_every_codec = pytest.mark.parametrize("path", ["parts", "packed_parts"])
 
 
-def assert_equal(found: Geometry, rows: list[int], spec: object = SPEC) -> None:
-    wanted = expected(spec, rows)  # type: ignore[arg-type]
-    assert [name for name, _ in found.items()] == list(wanted)
-    for name, values in found.items():
+def assert_equal(geometry: Geometry, rows: list[int], spec: GeometrySpec = SPEC) -> None:
+    wanted = expected(spec, rows)
+    assert [name for name, _ in geometry.items()] == list(wanted)
+    for name, values in geometry.items():
         assert (values.dtype, values.shape) == (np.dtype(np.float16), wanted[name].shape)
         assert values.flags.c_contiguous
         assert values.flags.writeable
@@ -81,7 +82,7 @@ def assert_equal(found: Geometry, rows: list[int], spec: object = SPEC) -> None:
 @pytest.mark.parametrize("path", ["whole", "parts", "packed", "packed_parts"])
 def test_zarr_reads_every_array(path: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(path)
-    group = zarr.open_group(folder, mode="r")
+    group: Any = zarr.open_group(folder, mode="r")
     there = [row for start, stop in GeometryStore.open(folder).rows for row in range(start, stop)]
     missing = sorted({*range(90)} - {*there})
     wanted = expected(SPEC, there)
@@ -127,7 +128,7 @@ np.savez(sys.argv[2], **arrays)
 def test_tensorstore_reads_every_array_as_zarr_does(path: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(path)
     output_of(run_python(TENSORSTORE, folder, tmp_path / "arrays.npz"))  # in a child: no fork survives it here
-    group = zarr.open_group(folder, mode="r")
+    group: Any = zarr.open_group(folder, mode="r")
     with np.load(tmp_path / "arrays.npz") as arrays:
         assert len(arrays) == len(CAMERAS) * len(SPEC.outputs) + 5
         for key, values in arrays.items():
@@ -223,20 +224,20 @@ def test_frame_index_and_locate_agree(whole: Path) -> None:
     assert [store.index(*place) for place in places] == list(range(90))
     assert_equal(store.frame(1, 3), [23])
     for wrong in ((4, 0), (-1, 0), (0, 20), (0, -1)):
-        with pytest.raises(UserInputError, match="expected 0 to"):
+        with pytest.raises(UserInputError, match=rf" {wrong[1] or wrong[0]}$"):
             store.index(*wrong)
     for row in (-1, 90):
-        with pytest.raises(UserInputError, match="index: expected 0 to 89"):
+        with pytest.raises(UserInputError, match=rf"0 to 89\b.*{row}"):
             store.locate(row)
-        with pytest.raises(UserInputError, match="index: expected 0 to 89"):
+        with pytest.raises(UserInputError, match=rf"0 to 89\b.*{row}"):
             store.batch([0, row])
-        with pytest.raises(UserInputError, match="index: expected 0 to 89"):
+        with pytest.raises(UserInputError, match=rf"0 to 89\b.*{row}"):
             store.batch_plain([0, row])
 
 
 @pytest.mark.parametrize("indices", [[1.0], [[1, 2]], [True], ["1"], 3, np.zeros((1, 1), int)])
 def test_only_a_row_of_integers_is_taken(whole: Path, indices: object) -> None:
-    with pytest.raises(UserInputError, match="indices: expected a sequence of integers, got"):
+    with pytest.raises(UserInputError, match=r"^indices: "):
         GeometryStore.open(whole).batch(indices)  # type: ignore[arg-type]
 
 
@@ -258,20 +259,18 @@ def test_what_is_there_is_known(path: str, request: pytest.FixtureRequest) -> No
         assert nbytes == sum(size for file, size in files.items() if file.parent == parts / name)
 
 
-def test_a_missing_row_is_an_error_that_says_how_to_add_it(parts: Path) -> None:
+def test_a_missing_row_is_an_error_with_the_command_that_adds_it(parts: Path) -> None:
     store = GeometryStore.open(parts)
     for read in (store.batch, store.batch_plain):
-        with pytest.raises(
-            MissingFrameError, match=r"expected episode 1 frame 18, found none .*--episodes 1`"
-        ) as caught:
+        with pytest.raises(MissingFrameError) as caught:
             read([0, 38, 5])
-        assert "geomcache extract --model made-up --dataset tests/made-up" in str(caught.value)
-        assert f"--output {parts}" in str(caught.value)
+        for value in ("episode 1 frame 18", "81 of 90", "geomcache extract --model made-up", f"--output {parts}"):
+            assert value in str(caught.value)
+        assert "--episodes 1`" in str(caught.value)
     with pytest.raises(MissingFrameError, match="episode 2 frame 14"):
         store.frame(2, 14)
 
 
-# Each damage: what to do to a cache, which rows to read, and what the error names.
 RAY, CONF = f"{CAMERAS[1]}/ray", f"{CAMERAS[0]}/ray_conf"
 RAY_STRIDE = 3 * 4 * 6 * 2 + 4
 
@@ -326,29 +325,34 @@ def _swap_tables(path: Path) -> None:
         _swap_files(name.format(0), name.format(1))(path)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], int, str]] = {
-    "bit of a map": (_flip(f"{RAY}/c.1.0.0.0", 451), 19, r"ray/c.1.0.0.0: episode 0 frame 19: expected checksum"),
-    "bit of a confidence": (_flip(f"{CONF}/c.5.0.0", 0), 80, r"ray_conf/c.5.0.0: episode 3 frame 5: expected checksum"),
-    "bit of a shard index": (_flip(f"{RAY}/c.1.0.0.0", -100), 19, "expected a shard index of 16 frames"),
-    "bit of the index's checksum": (_flip(f"{RAY}/c.1.0.0.0", -1), 19, "expected a shard index of 16 frames"),
-    "bit of the checksums": (_flip("frame_crc32c/c.1.0", 5), 19, r"frame_crc32c/c.1.0: .*the checksum of its content"),
-    "shard cut off": (_cut(f"{RAY}/c.1.0.0.0", 4096), 19, r"c.1.0.0.0: episode 0 frame 19: expected 2628 bytes, found"),
-    "shard of no byte": (_cut(f"{RAY}/c.1.0.0.0", 0), 19, "expected 2628 bytes, found 0"),
-    "shard missing": (lambda path: (path / RAY / "c.1.0.0.0").unlink(), 19, "frame 19: expected the file, found none"),
-    "checksums missing": (lambda path: (path / "frame_crc32c/c.1.0").unlink(), 19, "c.1.0: .*expected the file"),
-    "checksums of no byte": (_cut("frame_crc32c/c.1.0", 0), 19, "expected 260 bytes, found 0"),
-    "inner chunk missing": (_edit(f"{RAY}/c.1.0.0.0", _forget_frame), 19, "expected a shard index of 16 frames"),
-    "two frames swapped": (_edit(f"{RAY}/c.1.0.0.0", _swap_frames), 17, "frame 17: expected checksum"),
-    "two shards swapped": (_swap_files(f"{RAY}/c.1.0.0.0", f"{RAY}/c.2.0.0.0"), 19, "frame 19: expected checksum"),
-    "two cameras swapped": (_swap_files(f"{CAMERAS[0]}/ray/c.1.0.0.0", f"{RAY}/c.1.0.0.0"), 19, "expected checksum"),
-    "two shards swapped with checksums": (_swap_tables, 19, r"frame_crc32c/c.1.0: episode 0 frame 19: expected sha256"),
+# What is done, the row that is read, the file that the error names, and values in its message.
+DAMAGES: dict[str, tuple[Callable[[Path], None], int, str, tuple[str, ...]]] = {
+    "bit of a map": (_flip(f"{RAY}/c.1.0.0.0", 451), 19, f"{RAY}/c.1.0.0.0", ("checksum", "444")),
+    "bit of a confidence": (_flip(f"{CONF}/c.5.0.0", 0), 80, f"{CONF}/c.5.0.0", ("checksum",)),
+    "bit of a shard index": (_flip(f"{RAY}/c.1.0.0.0", -100), 19, f"{RAY}/c.1.0.0.0", ("index", "16 frames")),
+    "bit of the index's checksum": (_flip(f"{RAY}/c.1.0.0.0", -1), 19, f"{RAY}/c.1.0.0.0", ("index", "16 frames")),
+    "bit of the checksums": (_flip("frame_crc32c/c.1.0", 5), 19, "frame_crc32c/c.1.0", ("sha256",)),
+    "shard cut off": (_cut(f"{RAY}/c.1.0.0.0", 2600), 19, f"{RAY}/c.1.0.0.0", ("2628 bytes", "2600")),
+    "shard of no byte": (_cut(f"{RAY}/c.1.0.0.0", 0), 19, f"{RAY}/c.1.0.0.0", ("2628 bytes", "0")),
+    "shard missing": (lambda path: (path / RAY / "c.1.0.0.0").unlink(), 19, f"{RAY}/c.1.0.0.0", ("none",)),
+    "checksums missing": (lambda path: (path / "frame_crc32c/c.1.0").unlink(), 19, "frame_crc32c/c.1.0", ("none",)),
+    "checksums of no byte": (_cut("frame_crc32c/c.1.0", 0), 19, "frame_crc32c/c.1.0", ("260 bytes", "0")),
+    "inner chunk missing": (_edit(f"{RAY}/c.1.0.0.0", _forget_frame), 19, f"{RAY}/c.1.0.0.0", ("index", "16 frames")),
+    "two frames swapped": (_edit(f"{RAY}/c.1.0.0.0", _swap_frames), 17, f"{RAY}/c.1.0.0.0", ("checksum",)),
+    "two shards swapped": (
+        _swap_files(f"{RAY}/c.1.0.0.0", f"{RAY}/c.2.0.0.0"), 19, f"{RAY}/c.1.0.0.0", ("checksum",)
+    ),
+    "two cameras swapped": (
+        _swap_files(f"{CAMERAS[0]}/ray/c.1.0.0.0", f"{RAY}/c.1.0.0.0"), 19, f"{CAMERAS[0]}/ray/c.1.0.0.0", ("checksum",)
+    ),
+    "two shards swapped with checksums": (_swap_tables, 19, "frame_crc32c/c.1.0", ("sha256",)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 @pytest.mark.parametrize("sealed", [True, False])
-def test_damage_is_told_with_file_episode_and_frame(tmp_path: Path, whole: Path, name: str, sealed: bool) -> None:
-    damage, row, message = DAMAGES[name]
+def test_damage_is_an_error_with_file_episode_and_frame(tmp_path: Path, whole: Path, name: str, sealed: bool) -> None:
+    damage, row, file, values = DAMAGES[name]
     path = shutil.copytree(whole, tmp_path / "cache")
     if not sealed:
         (path / "manifest.json").unlink()
@@ -356,9 +360,12 @@ def test_damage_is_told_with_file_episode_and_frame(tmp_path: Path, whole: Path,
     store = GeometryStore.open(path)
     assert store.sealed == sealed
     assert_equal(store.batch([50, 70]), [50, 70])  # of other shards
-    for _ in range(2):  # an error is none the less at the second time
-        with pytest.raises(CacheCorruptError, match=message):
+    for _ in range(2):  # also when it is read again
+        with pytest.raises(CacheCorruptError) as caught:
             store.batch([50, row, 70])
+        episode, frame = store.locate(row)
+        assert str(caught.value).startswith(f"{path / file}: episode {episode} frame {frame}: ")
+        assert [value for value in values if value not in str(caught.value)] == []
 
 
 def test_large_maps_are_checked_as_small_ones_are(tmp_path: Path) -> None:
@@ -367,7 +374,7 @@ def test_large_maps_are_checked_as_small_ones_are(tmp_path: Path) -> None:
     _flip(f"{RAY}/c.1.0.0.0", 19_204 + 19_000)(path)
     store = GeometryStore.open(path)
     assert_equal(store.batch([16, 18]), [16, 18], spec)
-    with pytest.raises(CacheCorruptError, match=r"ray/c.1.0.0.0: episode 0 frame 17: expected checksum .* at 19204"):
+    with pytest.raises(CacheCorruptError, match=r"ray/c.1.0.0.0: episode 0 frame 17: .* 19204\b"):
         store.batch([16, 17, 18])
 
 
@@ -379,7 +386,7 @@ def test_short_reads_are_finished_and_failing_ones_told(
 ) -> None:
     spec = make_spec(grid_hw=grid_hw)
     store = GeometryStore.open(make_store(tmp_path / "cache", spec=spec, lengths=(40,), codec=codec))
-    store.batch(range(40))  # type: ignore[arg-type]
+    store.batch(range(40))
     pread, preadv = os.pread, os.preadv
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 23), at))
@@ -392,14 +399,9 @@ def test_short_reads_are_finished_and_failing_ones_told(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", fails)
         patch.setattr(os, "preadv", fails)
-        with pytest.raises(
-            CacheCorruptError, match=r"c.*: episode 0 frame \d+: expected to read it, found Input/output"
-        ):
-            store.batch(rows)
-        with pytest.raises(
-            CacheCorruptError, match=r"c.0.0: episode 0 frame \d+: expected to read it, found Input/out"
-        ):
-            GeometryStore.open(store.path).batch(rows)  # at the first look into a shard
+        for reader in (store, GeometryStore.open(store.path)):  # at a map, and when a shard is opened
+            with pytest.raises(CacheCorruptError, match=r"/c\.\d.*: episode 0 frame \d+: .*Input/output error"):
+                reader.batch(rows)
     assert_equal(store.batch(rows), rows, spec)
 
 
@@ -408,7 +410,7 @@ def test_a_file_cut_off_while_it_is_open_is_told(tmp_path: Path, whole: Path) ->
     store = GeometryStore.open(path)
     store.batch([19])
     _cut(f"{RAY}/c.1.0.0.0", 3 * RAY_STRIDE + 50)(path)
-    with pytest.raises(CacheCorruptError, match="frame 19: expected 144 bytes at 444, found 50"):
+    with pytest.raises(CacheCorruptError, match=r"frame 19: .*144 bytes at 444.* 50\b"):
         store.batch([19])
 
 
@@ -420,7 +422,7 @@ def test_shards_that_change_places_after_they_were_read_are_told(
     store = GeometryStore.open(path)
     assert_equal(store.batch([3, 19, 50]), [3, 19, 50])
     _swap_tables(path)
-    with pytest.raises(CacheCorruptError, match=r"frame_crc32c/c.1.0: episode 0 frame 19: expected sha256"):
+    with pytest.raises(CacheCorruptError, match=r"frame_crc32c/c.1.0: episode 0 frame 19: .*sha256"):
         store.batch([19])
 
 
@@ -453,7 +455,7 @@ def test_the_episode_table_of_another_dataset_is_told(tmp_path: Path) -> None:
     line = (path / "journal.jsonl").read_bytes()[: -len(',"crc32c":"00000000"}\n')]
     line = line.replace(hashlib.sha256(old).hexdigest().encode(), hashlib.sha256(content).hexdigest().encode())
     (path / "journal.jsonl").write_bytes(line + b',"crc32c":"%08x"}\n' % google_crc32c.value(line))
-    with pytest.raises(CacheCorruptError, match="episodes: expected 90 frames in episodes of the lengths with sha256"):
+    with pytest.raises(CacheCorruptError, match=r"/episodes: .*90 frames"):
         GeometryStore.open(path)
 
 
@@ -462,17 +464,17 @@ def test_a_sealed_cache_does_without_its_journal_and_an_unsealed_one_does_not(tm
     (path / "journal.jsonl").unlink()
     assert_equal(GeometryStore.open(path).batch([3, 80]), [3, 80])
     (path / "manifest.json").unlink()
-    with pytest.raises(CacheCorruptError, match=r"journal.jsonl: expected the journal, found none"):
+    with pytest.raises(CacheCorruptError, match=re.escape(str(path / "journal.jsonl"))):
         GeometryStore.open(path)
 
 
 def test_no_cache_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CacheNotFoundError, match=r"none: expected a cache, found nothing: make one with"):
+    with pytest.raises(CacheNotFoundError, match=r"/none: .*`geomcache extract --output .*/none`"):
         GeometryStore.open(tmp_path / "none")
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     for name in ("file", "folder"):
-        with pytest.raises(CacheFormatError, match=f"{name}: expected a cache, found no zarr.json in it"):
+        with pytest.raises(CacheFormatError, match=rf"/{name}: .*zarr.json"):
             GeometryStore.open(tmp_path / name)
 
 
@@ -484,7 +486,7 @@ def test_a_shard_that_is_made_again_is_not_mixed_with_the_old_one(tmp_path: Path
         fill(writer)
         assert writer.seal()
     assert_equal(early.batch([20]), [20])  # its files are still open
-    with pytest.raises(CacheCorruptError, match="or was made again since this process opened the cache; open it again"):
+    with pytest.raises(CacheCorruptError, match="made again.*open the cache again"):
         late.batch([20])
     assert_equal(GeometryStore.open(path).batch([20, 30]), [20, 30])
 
@@ -492,7 +494,7 @@ def test_a_shard_that_is_made_again_is_not_mixed_with_the_old_one(tmp_path: Path
 def test_plain_reading_tells_of_a_missing_shard(tmp_path: Path, whole: Path) -> None:
     path = shutil.copytree(whole, tmp_path / "cache")
     (path / RAY / "c.1.0.0.0").unlink()
-    with pytest.raises(CacheCorruptError, match="ray: expected the frames asked for, found gaps"):
+    with pytest.raises(CacheCorruptError, match=rf"{RAY}: .*`geomcache verify {path}`"):
         GeometryStore.open(path).batch_plain([3, 19])
 
 
@@ -589,7 +591,7 @@ def test_a_cache_of_millions_of_frames_opens_without_looking_at_them(
     dataset = make_dataset_spec(lengths)
     rows = [(0, 10), (2_999_990, 3_000_000)]
     path = make_store(tmp_path / "cache", rows, lengths=lengths, dataset=dataset)
-    group = zarr.open_group(path, mode="r")
+    group: Any = zarr.open_group(path, mode="r")
     some = np.random.default_rng(0).integers(0, 3_000_000, 100)
     assert np.array_equal(group["episode_index"].oindex[some], some // 300)
     assert np.array_equal(group["frame_index"].oindex[some], some % 300)

@@ -1,5 +1,6 @@
 """Shards committed one by one, by many processes, through kills and full disks: nothing acknowledged is lost."""
 
+import contextlib
 import errno
 import json
 import os
@@ -88,12 +89,11 @@ def test_commit_returns_the_bytes_on_disk(tmp_path: Path) -> None:
 def test_resume_goes_on_where_the_last_run_stopped(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     with open_writer(path) as writer:
-        assert not writer.resumed
         assert fill(writer, 2) == [0, 1]
         assert not writer.seal()
     check(path, ((0, 32),), sealed=False)
     with open_writer(path) as writer:
-        assert (writer.resumed, writer.dropped, writer.frames_done()) == (True, 0, 32)
+        assert (writer.pending(), writer.frames_done()) == ((2, 3, 4, 5), 32)
         assert fill(writer) == [2, 3, 4, 5]
         assert writer.seal()
         assert writer.seal()
@@ -108,8 +108,7 @@ def test_growth_makes_only_the_shards_again_that_lack_rows(tmp_path: Path) -> No
     path = make_store(tmp_path / "cache", [(0, 20)])
     untouched = {file: file.stat().st_mtime_ns for file in path.rglob("c.0.0*")}
     with open_writer(path, [(20, 50)]) as writer:
-        assert (writer.resumed, writer.dropped, writer.frames_done()) == (True, 1, 0)
-        assert writer.pending() == (1, 2, 3)
+        assert (writer.pending(), writer.frames_done()) == ((1, 2, 3), 0)
         assert (path / "manifest.json").exists()  # nothing has changed yet
         claim = writer.claim()
         assert claim == Claim(1, ((16, 32),))  # with the rows that it had
@@ -136,12 +135,59 @@ def test_a_dropped_shard_is_made_again_by_whoever_writes_next(tmp_path: Path) ->
             writer._append(Drop(2, "damaged"))
     check(path, ((0, 32), (48, 90)), sealed=False)
     with open_writer(path, [(0, 5)]) as writer:
-        assert (writer.dropped, writer.wanted, writer.removed_leftovers) == (1, ((0, 5), (32, 48)), 5)
-        assert writer.frames_done() == 5
+        assert (writer.wanted, writer.removed_stale_files) == (((0, 5), (32, 48)), 0)
+        assert (writer.pending(), writer.frames_done()) == ((2,), 5)
         assert writer.claim() == claim
         writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
         assert writer.seal()
     check(path, ((0, 90),))
+
+
+def test_files_of_a_dropped_shard_are_kept_until_it_is_made_again(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "cache")
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("c.2.0*"))
+    before = {name: (path / name).read_bytes() for name in names}
+    assert len(names) == 5
+    with open_writer(path) as writer:
+        assert writer.drop(2, writer._journal.commits[2].files, "damaged")
+    for _ in range(2):  # whoever opens it, and however often
+        with open_writer(path, [(0, 1)]) as writer:
+            assert (writer.removed_stale_files, writer.pending()) == (0, (2,))
+        assert not [name for name in names if (path / name).exists()]
+        assert {name: (path / f"{name}.dropped").read_bytes() for name in names} == before
+    # A kill after the new files had their names, and before the journal had its line: the old ones still stay.
+    (path / names[0]).write_bytes(b"made again")
+    with open_writer(path, [(0, 1)]) as writer:
+        assert writer.removed_stale_files == 1
+        assert (path / f"{names[0]}.dropped").read_bytes() == before[names[0]]
+        fill(writer)
+        assert writer.seal()
+    assert not [*path.rglob("*.dropped")]
+    check(path, ((0, 90),))
+
+
+def test_a_kill_at_any_moment_of_dropping_loses_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = make_store(tmp_path / "original")
+    before = {file.relative_to(original): file.read_bytes() for file in original.rglob("c.2.0*")}
+    faults = Faults(monkeypatch)
+    operations = 0
+    while True:
+        path = shutil.copytree(original, tmp_path / "cache")
+        with pytest.raises(Killed) if operations else contextlib.nullcontext(), open_writer(path) as writer:
+            faults.start(operations - 1 if operations else None)
+            assert writer.drop(2, writer._journal.commits[2].files, "damaged")
+            total = faults.count
+        faults.start()
+        with open_writer(path, [(0, 1)]) as writer:
+            if writer.pending():  # it was dropped
+                assert {name: path.joinpath(f"{name}.dropped").read_bytes() for name in before} == before
+            else:
+                assert {name: (path / name).read_bytes() for name in before} == before
+        shutil.rmtree(path)
+        operations += 1
+        if operations > total:
+            break
+    assert total > 10  # the seal, the journal's line, five files
 
 
 def test_statistics_are_those_of_all_values_whoever_wrote_them_and_when(tmp_path: Path) -> None:
@@ -161,10 +207,10 @@ def test_statistics_are_those_of_all_values_whoever_wrote_them_and_when(tmp_path
     values = expected(SPEC, range(90))
     for name, moments in stores[0].statistics.items():
         flat = values[name].astype(np.float64).reshape(-1, 6 if name == "ray" else 1)
-        flat = flat if name == "ray" else np.log(flat)
-        assert moments.count == len(flat)
-        assert moments.mean == pytest.approx(flat.mean(axis=0), rel=1e-9)
-        assert moments.std == pytest.approx(flat.std(axis=0), rel=1e-9)
+        seen = flat if name == "ray" else np.log(flat)
+        assert moments.count == len(seen)
+        assert moments.mean == pytest.approx(seen.mean(axis=0), rel=1e-9)
+        assert moments.std == pytest.approx(seen.std(axis=0), rel=1e-9)
     written = json.loads((path / "zarr.json").read_bytes())["attributes"]["geomcache"]["statistics"]["pooled"]
     assert {name: Moments.from_dict(value, name) for name, value in written.items()} == stores[0].statistics
 
@@ -237,7 +283,7 @@ def test_rows_that_the_dataset_has_not_are_refused(tmp_path: Path, wanted: list[
     assert not (tmp_path / "cache").exists()
 
 
-def test_leftovers_of_a_killed_run_are_removed_and_counted(tmp_path: Path) -> None:
+def test_stale_files_of_a_killed_run_are_removed_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     with open_writer(path) as writer:
         fill(writer, 2)
@@ -249,18 +295,52 @@ def test_leftovers_of_a_killed_run_are_removed_and_counted(tmp_path: Path) -> No
     (column / "c.notes").write_bytes(b"not ours")
     with (path / "journal.jsonl").open("ab") as journal:
         journal.write(b'{"record":"commit"')
+    nbytes = (path / "journal.jsonl").stat().st_size
     with open_writer(path) as holder:
-        assert (holder.removed_leftovers, holder.torn_bytes) == (6, 18)
+        assert holder.removed_stale_files == 6
+        assert (path / "journal.jsonl").stat().st_size == nbytes - 18
         assert fill(holder, 1) == [2]
         claim = holder.claim()
         assert claim is not None
         (column / "c.3.0.0.0.tmp").write_bytes(b"somebody works on it")
         with open_writer(path) as other:
-            assert (other.removed_leftovers, other.torn_bytes) == (0, 0)
+            assert other.removed_stale_files == 0
         (column / "c.3.0.0.0.tmp").unlink()
         holder.release(claim)
     assert (column / "c.notes").read_bytes() == b"not ours"
     check(path, ((0, 48),), sealed=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "c." + "9" * 200 + ".0.0.0",  # no shard that a lock could be taken of
+        "c." + "9" * 200 + ".0.0.0.tmp",
+        "c.6.0.0.0",  # of no shard of this cache
+        "c.03.0.0.0.tmp",
+        "c.\u0663.0.0.0.tmp",  # a digit, but none that we write
+        "c.3.0.0.0.tmp~",
+    ],
+)
+def test_files_of_no_shard_are_left_alone(tmp_path: Path, name: str) -> None:
+    open_writer(tmp_path / "cache").close()
+    file = tmp_path / "cache" / SPEC.camera_keys[0] / "ray" / name
+    file.write_bytes(b"not ours")
+    with open_writer(tmp_path / "cache") as writer:
+        assert writer.removed_stale_files == 0
+    assert file.read_bytes() == b"not ours"
+
+
+def test_a_planted_link_in_place_of_a_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    (tmp_path / "elsewhere").write_bytes(b"two years")
+    with open_writer(path) as writer:
+        for name in ("zarr.json.tmp", "manifest.json.tmp", f"{SPEC.camera_keys[0]}/ray/c.0.0.0.0.tmp"):
+            (path / name).symlink_to(tmp_path / "elsewhere")
+        fill(writer)
+        assert writer.seal()
+    assert (tmp_path / "elsewhere").read_bytes() == b"two years"
+    check(path, ((0, 90),))
 
 
 def test_a_damaged_manifest_is_made_again(tmp_path: Path) -> None:
@@ -268,7 +348,7 @@ def test_a_damaged_manifest_is_made_again(tmp_path: Path) -> None:
     content = (path / "manifest.json").read_bytes()
     for damaged in (b"", content[:-1], content.replace(b"ray", b"rax")):
         (path / "manifest.json").write_bytes(damaged)
-        with pytest.raises(CacheCorruptError, match="give the extract command that made the cache once more"):
+        with pytest.raises(CacheCorruptError, match=f"{path}/manifest.json: .*sha256"):
             GeometryStore.open(path)
         with open_writer(path) as writer:
             assert writer.claim() is None
@@ -400,14 +480,15 @@ def test_short_writes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
 
 
-def test_a_torn_append_of_another_process_is_cut_off_by_the_next(tmp_path: Path, empty: Path) -> None:
+def test_an_interrupted_append_of_another_process_is_cut_off_by_the_next(tmp_path: Path, empty: Path) -> None:
     path = shutil.copytree(empty, tmp_path / "cache")
     with open_writer(path, lengths=SHORT) as writer:
         with (path / "journal.jsonl").open("ab") as journal:  # as a rank that died in its append leaves it
             journal.write(b'{"bytes":[1')
         assert fill(writer) == [0, 1]
-        assert writer.torn_bytes == 11
         assert writer.seal()
+    lines = (path / "journal.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["record"] for line in lines] == ["begin", "commit", "commit"]
     check(path, ((0, 32),))
 
 

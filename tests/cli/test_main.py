@@ -132,7 +132,7 @@ def test_extract_info_and_a_mistake(
     out = capsys.readouterr().out
     for part in ("sealed", "da3-small", "geomcache/demo: 380 frames, 3 episodes, 10 fps", "2x2 (patch at 28 px)"):
         assert part in out
-    assert "1 there; 0,2 missing" in out
+    assert "1 present; 0,2 missing" in out
     assert call(monkeypatch, "info", path, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["episodes_present"] == [[1, 2]]

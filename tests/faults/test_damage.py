@@ -36,7 +36,7 @@ def read_offsets(file: Path) -> list[int]:
 
 
 def read_all(path: Path) -> str:
-    """``refused``, ``missing`` or ``whole``. A wrong number, and an error that is none of ours, fail the test."""
+    """``refused``, ``missing`` or ``whole``. A wrong number, or an error that is not ours, fails the test."""
     try:
         rows = held_rows(path)
     except CacheError as error:
@@ -53,8 +53,8 @@ def is_clean(path: Path) -> bool:
         return False
 
 
-# What a reader of ours needs, and what it says of a flipped bit there. The journal is read where there is no manifest;
-# in its last line, which a kill may have torn, damage reads as a shard that was never made.
+# The files that our reader needs, and what a flipped bit there leads to. Without a manifest the journal is read; damage
+# in its last line, which a kill may have cut off, reads as a shard that was never made.
 FILES = {
     "manifest.json": {"refused"},
     "journal.jsonl": {"refused", "missing"},
@@ -72,7 +72,7 @@ FILES = {
 @few_or_many("step", 97, 1)
 @pytest.mark.parametrize("name", FILES)
 @of_every_codec
-def test_every_flipped_bit_beside_the_maps_is_found(
+def test_every_flipped_bit_outside_the_maps_is_found(
     tmp_path: Path, name: str, codec: str, step: int, figure: Figure
 ) -> None:
     path = small_store(tmp_path / "cache", codec)
@@ -118,7 +118,7 @@ def test_a_flipped_bit_in_a_map_is_found_when_its_frame_is_read(
     # Of a compressed map the four bytes behind it count too: they keep damage from the decompressor.
     unread = 4 if codec == "raw" else 0
     with GeometryStore.open(path) as store:
-        whole = store.batch(range(90))  # type: ignore[arg-type]
+        whole = store.batch(range(90))
         for _ in range(places):
             row, camera, output = generator.randrange(90), generator.choice(CAMERAS), generator.choice(spec.outputs)
             file = path / camera / output / (f"c.{row // 16}" + ".0" * (3 if output == "ray" else 2))
@@ -126,12 +126,12 @@ def test_a_flipped_bit_in_a_map_is_found_when_its_frame_is_read(
             bit = generator.randrange(8 * start, 8 * (stop - unread))
             flip_bit(file, bit)
             episode, frame = store.locate(row)
-            told = "checksum" if codec == "raw" else "the checksum"
             with pytest.raises(CacheCorruptError) as caught:
                 store.batch([row])
-            assert str(caught.value).startswith(f"{file}: episode {episode} frame {frame}: expected {told}")
+            assert str(caught.value).startswith(f"{file}: episode {episode} frame {frame}: ")
+            assert "checksum" in str(caught.value)
             flip_bit(file, bit)
-        again = store.batch(range(90))  # type: ignore[arg-type]
+        again = store.batch(range(90))
     assert all(np.array_equal(one, other) for (_, one), (_, other) in zip(whole.items(), again.items(), strict=True))
     figure(f"{places} places tried, {places} found, each by file, episode and frame")
 
@@ -165,9 +165,9 @@ def test_cut_missing_and_swapped_shards_are_found(tmp_path: Path, codec: str, st
     for what, files in damages(path, step):
         with (
             GeometryStore.open(path) as store,
-            pytest.raises(CacheCorruptError, match=r"episode \d+ frame \d+: expected"),
+            pytest.raises(CacheCorruptError, match=r": episode \d+ frame \d+: "),
         ):
-            store.batch(range(32))  # type: ignore[arg-type]
+            store.batch(range(32))
         named = {path / problem.file for problem in verify(path).problems}
         assert {*files} <= named, what
         for file in files:
@@ -208,7 +208,7 @@ def test_swapped_and_forgotten_frames_are_found(tmp_path: Path, codec: str, step
 
 
 def _with_checksum(index: bytes) -> bytes:
-    return index + google_crc32c.value(index).to_bytes(4, "little")
+    return index + int(google_crc32c.value(index)).to_bytes(4, "little")
 
 
 @of_every_codec
@@ -228,7 +228,7 @@ def test_swapped_shards_with_all_their_checksums_are_found(tmp_path: Path, codec
                 second.write_bytes(content)
             with GeometryStore.open(copy) as store:
                 for shard in (one, other):
-                    with pytest.raises(CacheCorruptError, match=r"expected (sha256|\d+ bytes)"):
+                    with pytest.raises(CacheCorruptError, match=r"sha256|\d+ bytes"):
                         store.batch([16 * shard])
             assert {problem.shard for problem in verify(copy).problems} - {None} == {one, other}
             shutil.rmtree(copy)

@@ -170,10 +170,13 @@ def test_the_operations_that_are_made_to_fail_are_those_that_a_run_uses() -> Non
     tree = ast.parse(inspect.getsource(durable))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     changes = {"open", "write", "fsync", "ftruncate", "rename", "unlink", "rmtree", "replace", "link", "mkdir"}
+    changes |= {"renameat2"}
     direct = {
         name
         for name, node in functions.items()
         for call in ast.walk(node)
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in changes
+        if isinstance(call, ast.Call)
+        and (call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")) in changes
+        and not (isinstance(call.func, ast.Name) and call.func.id in functions)
     }
     assert direct - {"sync_folder"} == {*Faults.OPERATIONS}

@@ -1,4 +1,4 @@
-"""What changed between extraction, resuming and training is refused by name, with both values, field by field."""
+"""Whatever changes between extraction, resuming and training is refused with its field and both values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -89,12 +89,14 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, figure: Figure)
         (*spec.cameras[:1], dataclasses.replace(spec.cameras[1], key="another")),
         spec.cameras[:1],
     ):
-        with pytest.raises(CacheMismatchError, match=r"spec\.cameras: the cache was made with .*, this run has"):
+        with pytest.raises(CacheMismatchError) as caught:
             open_writer(path, spec=dataclasses.replace(spec, cameras=cameras))
+        assert caught.value.field == "spec.cameras"
         refused += 1
     for lengths in ((20, 30, 25, 16), (30, 20, 25, 15), (20, 30, 40), (20, 30, 25, 10, 5)):
-        with pytest.raises(CacheMismatchError, match=r"dataset\.(frames|episodes|episodes_sha256)"):
+        with pytest.raises(CacheMismatchError) as caught:
             open_writer(path, lengths=lengths)
+        assert caught.value.field in ("dataset.frames", "dataset.episodes", "dataset.episodes_sha256")
         refused += 1
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     figure(f"{refused} refused of {refused} tried; {impossible} fields have one value only")
@@ -120,29 +122,23 @@ def test_training_on_another_dataset_is_refused(figure: Figure) -> None:
         {**sizes, CAMERAS[0]: Camera(key=CAMERAS[0], height=96, width=64)},
     ]
     for cameras in pairs:
-        with pytest.raises(CacheMismatchError, match=r"spec\.cameras|camera "):
+        with pytest.raises(CacheMismatchError) as caught:
             compare_cameras(spec, cameras)
-    with pytest.raises(CacheMismatchError, match="fingerprint"):
+        assert caught.value.field.startswith("spec.cameras")
+    with pytest.raises(CacheMismatchError) as caught:
         compare_fingerprints("a" * 64, "b" * 64)
+    assert caught.value.field == "fingerprint"
     tried = len(others) + len(pairs) + 1
     figure(f"{tried} refused of {tried} tried")
 
 
-# What an installation may have that is not what the cache was made with, and what the error says of it.
-ENCODER_CHANGES: dict[str, tuple[Any, type[GeomcacheError], str]] = {
-    "weights_sha256": ("22" * 32, ModelError, "expected the weights that the cache was made with, sha256 2222"),
-    "da3_version": (
-        "0.0.9",
-        CacheMismatchError,
-        "spec.da3_version: expected '0.0.9', which .* found '",
-    ),
-    "model_name": (
-        "da3-base",
-        CacheMismatchError,
-        "expected 'da3-base', which .* found 'da3-small'",
-    ),
-    "grid_hw": ((3, 3), CacheMismatchError, r"spec.grid_hw: expected \(3, 3\), which the cache was made with, found "),
-    "model_id": ("/nowhere/da3", ModelError, "/nowhere/da3"),
+# What an installation may have that the cache was not made with, and values that the error names.
+ENCODER_CHANGES: dict[str, tuple[Any, type[GeomcacheError], tuple[str, ...]]] = {
+    "weights_sha256": ("22" * 32, ModelError, ("sha256 2222",)),
+    "da3_version": ("0.0.9", CacheMismatchError, ("spec.da3_version", "'0.0.9'")),
+    "model_name": ("da3-base", CacheMismatchError, ("'da3-base'", "'da3-small'")),
+    "grid_hw": ((3, 3), CacheMismatchError, ("spec.grid_hw", "(3, 3)")),
+    "model_id": ("/nowhere/da3", ModelError, ("/nowhere/da3",)),
 }
 
 
@@ -151,28 +147,27 @@ def test_inference_with_another_encoder_or_other_pictures_is_refused(random_da3_
     spec = DA3Encoder.from_pretrained(str(random_da3_folder), cameras=cameras, process_res=42, device="cpu").spec
     cpu = torch.device("cpu")
     pictures = {key: torch.randint(256, (1, 3, 28, 42), dtype=torch.uint8) for key in CAMERAS}
-    for name, (value, kind, message) in ENCODER_CHANGES.items():
+    for name, (value, kind, named) in ENCODER_CHANGES.items():
         online = OnlineEncoder(dataclasses.replace(spec, **{name: value}), None)
-        with pytest.raises(kind, match=message):
+        with pytest.raises(kind) as caught:
             online(pictures, cpu, allow_resize=False)
+        assert [each for each in named if each not in str(caught.value)] == []
         assert online.encoder is None
     front, wrist = CAMERAS
-    others: list[tuple[dict[str, torch.Tensor], str]] = [
-        ({front: pictures[front]}, f"camera {wrist}: expected in the batch, found {front}"),
-        (
-            {front: pictures[front], "hand": pictures[wrist]},
-            f"camera {wrist}: expected in the batch",
-        ),
-        (pictures | {front: pictures[front].permute(0, 1, 3, 2)}, f"camera {front}: expected 28x42 pixels, .* 42x28"),
-        (pictures | {wrist: pictures[wrist][..., :41]}, f"camera {wrist}: expected 28x42 pixels, .* 28x41"),
-        (pictures | {wrist: pictures[wrist].permute(0, 2, 3, 1)}, r"expected shape \[B, 3, H, W\]"),
-        (pictures | {wrist: pictures[wrist] / 255 * 2 - 1}, "no multiples of 1/255"),  # to [-1, 1]
-        (pictures | {wrist: pictures[wrist].float()}, "no multiples of 1/255"),  # not divided
+    others: list[tuple[dict[str, torch.Tensor], tuple[str, ...]]] = [
+        ({front: pictures[front]}, (wrist, front)),
+        ({front: pictures[front], "hand": pictures[wrist]}, (wrist, front)),
+        (pictures | {front: pictures[front].permute(0, 1, 3, 2)}, (front, "28x42", "42x28")),
+        (pictures | {wrist: pictures[wrist][..., :41]}, (wrist, "28x42", "28x41")),
+        (pictures | {wrist: pictures[wrist].permute(0, 2, 3, 1)}, (wrist, "[B, 3, H, W]")),
+        (pictures | {wrist: pictures[wrist] / 255 * 2 - 1}, (wrist, "1/255")),  # to [-1, 1]
+        (pictures | {wrist: pictures[wrist].float()}, (wrist, "1/255")),  # not divided
     ]
     online = OnlineEncoder(spec, None)
-    for batch, message in others:
-        with pytest.raises(GeometryError, match=message):
+    for batch, named in others:
+        with pytest.raises(GeometryError) as refusal:
             online(batch, cpu, allow_resize=False)
+        assert [each for each in named if each not in str(refusal.value)] == []
     assert online(pictures, cpu, allow_resize=False).ray.shape[:2] == (1, 2)
     tried = len(ENCODER_CHANGES) + len(others)
     figure(f"{tried} refused of {tried} tried")

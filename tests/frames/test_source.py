@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from lerobot.datasets import LeRobotDatasetMetadata
 
-from geomcache.errors import DatasetError, DatasetNotFoundError, UserInputError
+from geomcache.errors import DatasetError, DatasetNotFoundError
 from geomcache.frames.source import describe_cameras, describe_dataset, episode_lengths, open_dataset
 from geomcache.geometry import DatasetSpec, canonical_json
-from geomcache.ranges import parse_episodes
 from tests.support.datasets import DEMO, make_dataset
 from tests.support.logs import logged_lines
 
@@ -68,26 +67,6 @@ def test_a_dataset_of_images_says_so(tmp_path: Path) -> None:
     assert not dataset.reader.videos
     lengths = episode_lengths(LeRobotDatasetMetadata("test", root=tmp_path / "dataset"))
     np.testing.assert_array_equal(lengths, [2, 3])
-
-
-@pytest.mark.parametrize(
-    ("text", "ranges"),
-    [
-        (None, [(0, 9)]),
-        ("0:9", [(0, 9)]),
-        ("7", [(7, 8)]),
-        ("0,3,5:8", [(0, 1), (3, 4), (5, 8)]),
-        ("5:8, 0:2,2:4,3:6", [(0, 8)]),
-    ],
-)
-def test_episodes_are_parsed(text: str | None, ranges: list[tuple[int, int]]) -> None:
-    assert parse_episodes(text, 9) == ranges
-
-
-@pytest.mark.parametrize("text", ["", "a", "3:", ":3", "5:3", "3:3", "9", "0:10", "-1", "1.5", "0,,1", "²"])
-def test_episodes_that_make_no_sense_are_refused(text: str) -> None:
-    with pytest.raises(UserInputError, match="episodes: expected"):
-        parse_episodes(text, 9)
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import Geometry, GeometrySpec
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.online import to_uint8
+from tests.support.geometry import example_geometry
 from tests.support.policy import (
     ACTION_DIM,
     CAMERAS,
@@ -233,10 +234,10 @@ def test_extra_tokens_may_be_padded(run: Any) -> None:
         ({"observation.geometry.ray": None}, "found no geometry among"),
         ({"observation.geometry.ray_conf": None}, "expected outputs ray, ray_conf, got ray"),
         (
-            Geometry.example(batch=2, views=2, grid_hw=(5, 4)).to_batch(),
+            example_geometry(batch=2, views=2, grid_hw=(5, 4)).to_batch(),
             r"expected \[V, h, w\] = \[2, 4, 4\], got \[2, 5, 4\]",
         ),
-        (Geometry.example(batch=2, views=1, grid_hw=(4, 4)).to_batch(), r"got \[1, 4, 4\]"),
+        (example_geometry(batch=2, views=1, grid_hw=(4, 4)).to_batch(), r"got \[1, 4, 4\]"),
     ],
 )
 def test_training_without_the_right_geometry_is_an_error(change: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.small_pi05 import SMALL_GEMMA, SmallPaliGemmaWithExpert
 from geomcache.statistics import Moments
+from tests.support.geometry import example_geometry
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 SIZE = 16  # of the dataset's pictures
@@ -59,7 +60,7 @@ def make_spec(outputs: tuple[str, ...] = ("ray", "ray_conf"), size: int = SIZE) 
 
 def make_statistics(spec: GeometrySpec) -> dict[str, Moments]:
     """Of the example geometry."""
-    example = Geometry.example(batch=4, views=len(spec.cameras), grid_hw=spec.grid_hw, outputs=spec.outputs)
+    example = example_geometry(batch=4, views=len(spec.cameras), grid_hw=spec.grid_hw, outputs=spec.outputs)
     return {name: Moments.of(name, values) for name, values in example.items()}
 
 
@@ -137,7 +138,7 @@ def make_batch(batch: int = 2, *, geometry: bool = True, seed: int = 1, text: in
 
 def make_geometry(batch: int = 2, *, shift: float = 0.0, outputs: tuple[str, ...] = ("ray", "ray_conf")) -> Geometry:
     """Example geometry as float16 tensors; `shift` makes another one."""
-    example = Geometry.example(batch=batch, views=len(CAMERAS), grid_hw=GRID, outputs=outputs)
+    example = example_geometry(batch=batch, views=len(CAMERAS), grid_hw=GRID, outputs=outputs)
     return Geometry(**{name: torch.from_numpy(values + np.float16(shift)) for name, values in example.items()})
 
 

@@ -20,7 +20,8 @@ from geomcache.geometry import OUTPUTS, Camera, DatasetSpec, GeometrySpec
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 LENGTHS = (20, 30, 25, 15)  # 90 rows: five shards of 16 and one of 10
 
-Maps = dict[str, dict[str, NDArray[np.float16]]]
+MadeUpMaps = dict[str, dict[str, NDArray[np.float16]]]
+"""Camera -> output -> [n, h, w, 6] or [n, h, w]."""
 
 
 def make_spec(
@@ -68,9 +69,9 @@ def make_dataset_spec(lengths: Sequence[int] | NDArray[np.int64] = LENGTHS, **fi
     return DatasetSpec(**(values | fields))
 
 
-def make_maps(spec: GeometrySpec, rows: Iterable[int]) -> Maps:
+def make_maps(spec: GeometrySpec, rows: Iterable[int]) -> MadeUpMaps:
     """Random maps that depend on row, camera and output alone."""
-    maps: Maps = {}
+    maps: MadeUpMaps = {}
     for view, camera in enumerate(spec.camera_keys):
         for number, output in enumerate(spec.outputs):
             values = [_map(spec, output, (int(row), view, number)) for row in rows]
@@ -141,7 +142,7 @@ class Killed(BaseException):
 class Faults:
     """Counts the file operations of `durable`, and makes one of them fail."""
 
-    OPERATIONS = ("open_file", "write", "fsync", "truncate", "rename", "unlink", "remove_tree")
+    OPERATIONS = ("open_file", "write", "fsync", "truncate", "rename", "exchange", "unlink", "remove_tree")
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
