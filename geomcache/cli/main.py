@@ -29,6 +29,7 @@ DEVICE_HELP, DEVICE_DEFAULT = "Such as cuda:1 or cpu.", "the GPU where there is 
 DATASET_PANEL = "Dataset: which part of it, and where it is"
 GEOMETRY_PANEL = "Geometry: what the cache's numbers depend on"
 MACHINE_PANEL = "Machine: the numbers do not depend on these"
+RESUMABLE = ("extract", "push", "pull")  # commands that continue where they were stopped
 NOT_KEPT = {"config", "dry_run", "overwrite", "help"}  # options of extract that a --config file cannot have
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -252,7 +253,7 @@ def evaluate(
     """Evaluate a checkpoint in closed loop, DA3 online: success rates, latency, videos."""
     from geomcache.evaluation.run import evaluate as run
 
-    for line in run(policy, context.args, allow_resize=allow_resize, say=typer.echo).lines():
+    for line in run(policy, context.args, allow_resize=allow_resize).lines():
         typer.echo(line)
 
 
@@ -393,8 +394,18 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}", EXIT_USER_ERROR)
     except _Stopped as stopped:
         name = signal.Signals(stopped.number).name
-        _fail(f"stopped by {name}: the same command, given again, goes on from here", EXIT_SIGNAL + stopped.number)
+        _fail(f"stopped by {name}: {_how_to_resume(stopped)}", EXIT_SIGNAL + stopped.number)
     sys.exit(code)
+
+
+def _how_to_resume(stopped: _Stopped) -> str:
+    """Return what is true of the command that was stopped; a training run has noted it on the exception."""
+    notes = getattr(stopped, "__notes__", [])
+    if notes:
+        return str(notes[-1])
+    if len(sys.argv) > 1 and sys.argv[1] in RESUMABLE:
+        return "run the same command again to resume"
+    return "nothing is resumed, the same command starts again"
 
 
 def _usage_message(error: TyperException) -> str:

@@ -22,7 +22,7 @@ from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 
 from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import Geometry, GeometrySpec
-from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
+from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy, PrefixInputs
 from geomcache.policy.online import to_uint8
 from tests.support.policy import (
     ACTION_DIM,
@@ -200,9 +200,9 @@ def test_the_network_takes_extra_tokens_from_any_caller() -> None:
         batch["observation.language.attention_mask"],
     )
     noise, time = torch.randn(2, CHUNK, ACTION_DIM), torch.tensor([0.3, 0.8])
-    with policy.model.extra_prefix(tokens):
-        expected = policy.model.forward(*prefix, batch["action"], noise, time)
-        expected_actions = policy.model.sample_actions(*prefix, noise=noise)
+    bundled = (PrefixInputs(images, tokens), *prefix[1:])
+    expected = policy.model.forward(*bundled, batch["action"], noise, time)
+    expected_actions = policy.model.sample_actions(*bundled, noise=noise)
     assert torch.equal(policy.model.forward(*prefix, batch["action"], noise, time, **extra), expected)
     assert torch.equal(policy.model.sample_actions(*prefix, noise=noise, **extra), expected_actions)
     # Nothing stays behind.
@@ -699,7 +699,7 @@ def test_a_policy_has_all_that_lerobots_constructor_makes(monkeypatch: pytest.Mo
     plain, policy = make_plain_policy(monkeypatch, **options), make_policy(**options)
     assert vars(policy).keys() - vars(plain).keys() == {"allow_resize", "online", "_adapter_grad_norm"}
     assert vars(plain).keys() <= vars(policy).keys()
-    assert vars(policy.model).keys() - vars(plain.model).keys() == {"image_token_norm", "_extra_prefix"}
+    assert vars(policy.model).keys() - vars(plain.model).keys() == {"image_token_norm"}
     assert vars(plain.model).keys() <= vars(policy.model).keys()
     children = dict(policy.model.named_children()).keys()
     assert children - {"geometry_adapter"} == dict(plain.model.named_children()).keys()
