@@ -1,11 +1,16 @@
-"""Domain errors: what a user's mistake, a damaged file or a wrong pair looks like.
+"""Errors that geomcache raises on purpose: for a user's mistake, a damaged file, or a cache and a run that do not fit.
 
 Each error also inherits the builtin that a caller would catch. A message is one line that names the thing, what was
-expected, what was found, and what to do next; the command line prints it alone and leaves with exit code 2.
+expected, what was found, and what to do next; the command line prints it alone and exits with code 2.
+
+Errors pickle with their attributes: unpickling calls the class with the message alone, then restores the attributes, so
+every other argument of a class has a default.
 """
 
+import contextlib
+import copyreg
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 _CAMERA_PREFIX = "observation.images."  # LeRobot's, of most cameras; it would make all keys look alike
 
@@ -19,11 +24,11 @@ class UserInputError(GeomcacheError, ValueError):
 
 
 class ModelError(GeomcacheError, ValueError):
-    """A model that is unknown, a DA3 without ray head, or weights, DA3's or a policy's, that are missing or unfit."""
+    """An unknown model, a DA3 without a ray head, or weights of a DA3 or policy that are missing or do not fit."""
 
 
 class ModelNotFoundError(ModelError, FileNotFoundError):
-    """A DA3 model whose files cannot be had: no such folder, no such Hub id, or no way to the Hub."""
+    """A DA3 model without files: no such folder, no such Hub id, or no connection to the Hub."""
 
 
 class GeometryError(GeomcacheError, ValueError):
@@ -31,55 +36,55 @@ class GeometryError(GeomcacheError, ValueError):
 
 
 class NonFiniteGeometryError(GeometryError):
-    """The encoder gave NaN.
+    """Geometry with a value that is NaN or infinite.
 
     Attributes:
-        places: (batch position, view, output name) of every offending map.
+        places: (position in the batch, view, output) of every map with such a value.
     """
 
-    def __init__(self, message: str, places: tuple[tuple[int, int, str], ...]) -> None:
+    def __init__(self, message: str, places: tuple[tuple[int, int, str], ...] = ()) -> None:
         super().__init__(message)
         self.places = places
 
 
 class EncoderMemoryError(GeomcacheError, MemoryError):
-    """The encoder finds no memory, even for one frame at a time."""
+    """Too little memory to encode even one frame at a time."""
 
 
 class WorkerDiedError(GeomcacheError, RuntimeError):
-    """A decoding process ended before its work did: killed, or crashed."""
+    """A decoding process that was killed or crashed."""
 
 
 class DatasetError(GeomcacheError, ValueError):
-    """A dataset that is none, has another format version, or lacks what was asked for."""
+    """A dataset that is malformed, has another format version, or lacks what was asked for."""
 
 
 class DatasetNotFoundError(DatasetError, FileNotFoundError):
-    """A dataset folder or Hub dataset that is not there."""
+    """A dataset folder or Hub dataset that does not exist."""
 
 
 class FrameDecodeError(DatasetError):
-    """A frame that cannot be decoded, or whose time stamp is not the one asked for."""
+    """A frame that cannot be decoded, or whose timestamp is not the one asked for."""
 
 
 class CacheError(GeomcacheError):
-    """Base of everything that can be wrong with a cache."""
+    """Base of all errors about caches."""
 
 
 class CacheNotFoundError(CacheError, FileNotFoundError):
-    """There is no cache at this path."""
+    """A path without a cache."""
 
 
 class CacheExistsError(CacheError, FileExistsError):
-    """The output path holds something else than the cache that was asked for."""
+    """An output path that holds something other than the cache asked for."""
 
 
 class CacheFormatError(CacheError, ValueError):
-    """The path is no geomcache store, its metadata is malformed, or a newer version wrote it."""
+    """A path that is no cache, or a cache whose metadata is malformed or was written by a newer version."""
 
 
 class CacheMismatchError(CacheError, ValueError):
-    """Cache and run differ in a field that must agree.
+    """A cache and a run that differ in a field in which they must agree.
 
     Attributes:
         field: dotted name of the first field that differs, such as ``spec.process_res``.
@@ -87,7 +92,7 @@ class CacheMismatchError(CacheError, ValueError):
         wanted: its value in the run.
     """
 
-    def __init__(self, message: str, field: str, cached: object, wanted: object) -> None:
+    def __init__(self, message: str, field: str = "", cached: object = None, wanted: object = None) -> None:
         super().__init__(message)
         self.field = field
         self.cached = cached
@@ -95,45 +100,74 @@ class CacheMismatchError(CacheError, ValueError):
 
 
 class CacheIncompleteError(CacheError, RuntimeError):
-    """The cache is not sealed, or lacks episodes that the run needs."""
+    """A cache that is not sealed, or lacks episodes that the run needs."""
 
 
 class CacheCorruptError(CacheError, OSError):
-    """Bytes on disk are not those that were written."""
+    """Bytes on disk that differ from those that were written."""
 
 
 class MissingFrameError(CacheError, LookupError):
-    """A frame that is not in the cache. Missing rows are never read as zeros."""
+    """A frame that the cache lacks. Missing rows are never read as zeros."""
 
 
 class CacheLockedError(CacheError, OSError):
-    """The file system offers no POSIX locks, or another process holds what this one needs."""
+    """A lock that another process holds, or a file system without POSIX locks."""
 
 
 class OutOfSpaceError(CacheError, OSError):
-    """The file system has, or will have, no room for the cache."""
+    """A file system without room for the cache."""
 
 
 class RemoteError(CacheError, OSError):
-    """A place elsewhere (the Hub, an object store) that cannot be used, or refuses what was asked of it."""
+    """A remote (the Hub, an object store) that cannot be used, or refuses a request."""
 
 
 class ConnectionFailedError(RemoteError, ConnectionError):
-    """A transfer that failed on its way: the same, tried again later, may succeed."""
+    """A transfer that failed on its way, and may succeed when it is retried."""
 
 
 class SimulatorError(GeomcacheError, RuntimeError):
-    """The simulator cannot be started: it, its assets, or a library that it renders with, is missing."""
+    """A simulator that cannot be started: it, its assets, or its rendering library is missing."""
+
+
+class _ClassOfOneError(type):
+    """A class made for one error: it pickles with the error, and a call of it, whatever the arguments, returns it."""
+
+    error: GeomcacheError
+
+    def __call__(cls, *_arguments: object, **_options: object) -> GeomcacheError:
+        return cls.error
+
+
+def _class_of(error: GeomcacheError) -> _ClassOfOneError:
+    return _ClassOfOneError(type(error).__name__, (type(error),), {"error": error})
+
+
+copyreg.pickle(_ClassOfOneError, lambda made: (_class_of, (made.error,)))
+
+
+@contextlib.contextmanager
+def errors_kept_whole() -> Iterator[None]:
+    """Let an error of ours leave a worker process of torch's DataLoader with its message and attributes.
+
+    torch sends an error's class, and its traceback as text, to the main process, and raises there what a call of the
+    class with that text returns. So the class is replaced by one whose call returns the error itself.
+    """
+    try:
+        yield
+    except GeomcacheError as error:
+        raise type.__call__(_class_of(error), *error.args) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``did you mean X? ``, X the known name nearest to an unknown one in any case; nothing where none is near."""
+    """Return ``did you mean X? ``, where X is the known name that is most like this one, or nothing if none is."""
     spellings = {each.removeprefix(_CAMERA_PREFIX).casefold(): each for each in known}
     near = difflib.get_close_matches(name.removeprefix(_CAMERA_PREFIX).casefold(), spellings, n=1)
     return f"did you mean {spellings[near[0]]}? " if near else ""
 
 
 def one_line(error: BaseException) -> str:
-    """Another library's error as part of a one-line message."""
+    """Return the message of another library's error as a part of a one-line message, cut off at 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -105,11 +105,12 @@ def files_of(layout: Layout, manifest: Manifest, shards: Collection[int] | None 
 
 @contextlib.contextmanager
 def named_as(folder: Path, address: str) -> Iterator[None]:
-    """Errors about the copy in a folder are told as errors about the address that it was made from."""
+    """Let the messages of errors about the copy in a folder name the address that the copy was made from."""
     try:
         yield
     except CacheError as error:
-        raise type(error)(str(error).replace(str(folder), address)) from error
+        error.args = (str(error).replace(str(folder), address),)
+        raise
 
 
 def _stored(content: bytes) -> tuple[int, str]:

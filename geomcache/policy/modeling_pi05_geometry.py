@@ -19,7 +19,7 @@ from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from torch import Tensor
 
 from geomcache.adapter import GeometryTokenAdapter, GeometryTokens
-from geomcache.errors import ModelError, UserInputError
+from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import Geometry, batch_key
 from geomcache.policy.checkpoint import (
     ADAPTER_NAME,
@@ -255,12 +255,19 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         not clipped, of this process alone; it is missing in the first step.
 
         Raises:
-            GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for.
+            GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for, or
+                was cast to bfloat16.
         """
         if not self.config.use_geom_prefix:
             plain: tuple[Tensor, dict[str, Any]] = super().forward(batch, reduction)
             return plain
-        tokens = self._tokens(Geometry.from_batch(batch))
+        geometry = Geometry.from_batch(batch)
+        if geometry.ray.dtype == torch.bfloat16:  # FSDP's mixed precision casts what comes into the root module
+            raise GeometryError(
+                "geometry: expected float16 as in the cache, got bfloat16, which rounds eight times as coarsely: FSDP"
+                " casts each batch so with --policy.dtype=bfloat16: train with --policy.dtype=float32, or without FSDP"
+            )
+        tokens = self._tokens(geometry)
         loss, numbers = super().forward(batch | {_TOKENS: tokens}, reduction)
         return loss, numbers | self._signs_of_learning(tokens)
 

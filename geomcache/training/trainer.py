@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import require_intact
-from geomcache.errors import DatasetError, GeomcacheError, UserInputError, one_line
+from geomcache.errors import DatasetError, UserInputError, one_line
 from geomcache.lerobot_options import given, parse_options, short_ffmpeg_warning
 
 if TYPE_CHECKING:
@@ -66,8 +66,6 @@ def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = Fals
             seams.enter_context(exact_resume(config))
         try:
             lerobot_train.train(config)
-        except GeomcacheError as error:
-            raise _without_worker_traceback(error) from error
         except BaseException as stop:
             if not isinstance(stop, Exception):
                 stop.add_note(resume_note(cache, Path(config.output_dir)))
@@ -370,9 +368,3 @@ def _factory(
         return with_geometry(train_dataset, store), held_out
 
     return make
-
-
-def _without_worker_traceback(error: GeomcacheError) -> GeomcacheError:
-    """An error from a loader's worker process, which comes with its traceback in the message, as its own line again."""
-    lines = str(error).strip().splitlines()
-    return error if len(lines) == 1 else type(error)(lines[-1].partition(": ")[2])
