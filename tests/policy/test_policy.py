@@ -6,8 +6,11 @@ import functools
 import math
 import pickle
 import sys
+import threading
+import time
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import Geometry, GeometrySpec
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy, PrefixInputs
-from geomcache.policy.online import to_uint8
+from geomcache.policy.online import OnlineEncoder, to_uint8
 from tests.support.policy import (
     ACTION_DIM,
     CAMERAS,
@@ -620,6 +623,60 @@ def test_the_encoder_is_no_part_of_the_policy(encoder: type[FakeEncoder]) -> Non
     for online in (twin.online, pickle.loads(pickle.dumps(policy.online))):
         assert online.encoder is None
         assert online.spec == policy.online.spec
+
+
+def test_threads_share_a_policy_without_mixing_geometry_up(
+    encoder: type[FakeEncoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LeRobot evaluates tasks in threads: each gets the action of its own geometry, and the encoder is loaded once."""
+    policy = make_policy(n_action_steps=1, geom_init_alpha=1.0)
+    noise = torch.randn(1, CHUNK, ACTION_DIM, generator=torch.Generator().manual_seed(3))
+    policy.model.sample_noise = lambda *_: noise.clone()
+    tasks = 4
+    batches = [
+        make_batch(1, geometry=False)
+        | {key: torch.full((1, 3, SIZE, SIZE), 60 * task, dtype=torch.uint8) for key in CAMERAS}
+        for task in range(tasks)
+    ]
+    expected = [policy.select_action(batch) for batch in batches]
+    assert len({tuple(action.flatten().tolist()) for action in expected}) == tasks
+    policy.online = OnlineEncoder(policy.online.spec, None)
+    encoder.made.clear()
+    load, meeting = encoder.from_spec, threading.Barrier(tasks)
+
+    def load_slowly(*args: Any, **kwargs: Any) -> FakeEncoder:
+        time.sleep(0.2)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(encoder, "from_spec", load_slowly)
+
+    def act(number: int) -> list[torch.Tensor]:
+        policy.reset()
+        meeting.wait()
+        return [policy.select_action(batches[number]) for _ in range(10)]
+
+    with ThreadPoolExecutor(tasks) as threads:
+        acted = list(threads.map(act, range(tasks)))
+    assert len(encoder.made) == 1
+    for actions, right in zip(acted, expected, strict=True):
+        for action in actions:
+            torch.testing.assert_close(action, right, rtol=1e-5, atol=1e-6)
+
+
+def test_one_action_a_chunk_is_lerobots_first_action() -> None:
+    policy, queued = make_policy(n_action_steps=1), make_policy(n_action_steps=2)
+    actions = []
+    for one in (policy, queued):
+        torch.manual_seed(4)
+        actions.append(one.select_action(make_batch()))
+    assert torch.equal(*actions)
+    assert len(policy._action_queue) == 0
+
+
+def test_geometry_that_was_cast_is_refused_in_training() -> None:
+    batch = make_batch() | {key: value.bfloat16() for key, value in make_geometry().to_batch().items()}
+    with pytest.raises(GeometryError, match=r"expected float16 .* got bfloat16.*--policy\.dtype=float32"):
+        make_policy().forward(batch)
 
 
 def test_without_geometry_prefix_nothing_is_encoded(encoder: type[FakeEncoder]) -> None:
