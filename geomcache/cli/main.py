@@ -229,13 +229,14 @@ def probe(
 def train(
     context: typer.Context,
     cache: Annotated[
-        str, typer.Option(help="A sealed cache of the dataset; hf:// and s3:// are pulled first.", metavar="PATH")
+        str,
+        typer.Option(help="A sealed cache of the dataset; hf:// and s3:// caches are pulled first.", metavar="PATH"),
     ],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read the whole cache first, as `geomcache verify`.")
+        bool, typer.Option("--verify", help="Read and check the whole cache first, like `geomcache verify`.")
     ] = False,
 ) -> None:
-    """Train Pi0.5 with geometry tokens from a cache: LeRobot's trainer, no DA3 in the loop."""
+    """Train Pi0.5 with geometry tokens from a cache, by LeRobot's trainer, without DA3 in the loop."""
     from geomcache.sharing.pull import local_copy
     from geomcache.training.trainer import train as run
 
@@ -250,7 +251,7 @@ def evaluate(
         bool, typer.Option("--allow-resize", help="Accept pictures of another size than the cache's.")
     ] = False,
 ) -> None:
-    """Evaluate a checkpoint in closed loop, DA3 online: success rates, latency, videos."""
+    """Evaluate a checkpoint in closed loop with DA3 online, and print success rates and latency."""
     from geomcache.evaluation.run import evaluate as run
 
     for line in run(policy, context.args, allow_resize=allow_resize).lines():

@@ -207,7 +207,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(
     else:
         assert process.returncode == 128 + number
         assert errors.decode() == (
-            f"geomcache: stopped by {number.name}: the same command, given again, goes on from here\n"
+            f"geomcache: stopped by {number.name}: run the same command again to resume\n"
         )
     there = GeometryStore.open(path)
     assert not there.sealed

@@ -249,7 +249,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_next_run_finishes(
         check=False,
     )
     assert done.returncode != 0
-    assert "geomcache: stopped by SIGTERM: the same command, given again, goes on from here" in done.stderr
+    assert "geomcache: stopped by SIGTERM: run the same command again to resume" in done.stderr
     assert re.search(r"exitcode\s*:\s*-9", done.stderr)  # the launcher's own line has the reason
     extract(replace(options, output=path), say=lambda _: None)
     assert_same_rows(path, reference)

@@ -58,13 +58,13 @@ def make_spec(outputs: tuple[str, ...] = ("ray", "ray_conf"), size: int = SIZE) 
 
 
 def make_statistics(spec: GeometrySpec) -> dict[str, Moments]:
-    """Of the example geometry."""
+    """Moments of the example geometry."""
     example = Geometry.example(batch=4, views=len(spec.cameras), grid_hw=spec.grid_hw, outputs=spec.outputs)
     return {name: Moments.of(name, values) for name, values in example.items()}
 
 
 def features() -> dict[str, dict[str, PolicyFeature]]:
-    """What `make_policy` would take from a dataset."""
+    """Features that `make_policy` would take from a dataset."""
     pictures = {key: PolicyFeature(type=FeatureType.VISUAL, shape=(3, SIZE, SIZE)) for key in CAMERAS}
     return {
         "input_features": {**pictures, "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(2,))},
@@ -93,7 +93,7 @@ def make_policy(seed: int = 0, **options: Any) -> PI05GeometryPolicy:
 
 
 def build_policy(seed: int = 0, **options: Any) -> PI05GeometryPolicy:
-    """As `make_policy`, always built."""
+    """Build a quick policy, as `make_policy` copies it."""
     torch.manual_seed(seed)
     policy = PI05GeometryPolicy(make_config(**options))
     shake(policy)
