@@ -33,7 +33,8 @@ def main() -> None:
 
     def predict(extra: dict[str, torch.Tensor]) -> torch.Tensor:  # [chunk, action]
         torch.manual_seed(0)  # of the noise that the flow starts from
-        return postprocess(policy.predict_action_chunk(batch | extra))[0]
+        chunks: torch.Tensor = postprocess(policy.predict_action_chunk(batch | extra))
+        return chunks[0]
 
     online, given = predict({}), predict(cached.to_batch())
     adapter = policy.model.geometry_adapter

@@ -33,7 +33,8 @@ def main() -> None:
 
     def make(*args: Any, **kwargs: Any) -> Any:
         policy = make_policy(*args, **kwargs)
-        average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(arguments.decay))
+        step_average = get_ema_multi_avg_fn(arguments.decay)  # type: ignore[no-untyped-call]  # torch's, not typed
+        average = AveragedModel(policy, multi_avg_fn=step_average)
         register_optimizer_step_post_hook(lambda *_: average.update_parameters(policy))
         averages.append(average)
         return policy

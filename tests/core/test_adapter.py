@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,15 @@ def moments(mean: list[float], std: list[float]) -> Moments:
 PLAIN = {"ray": moments([0.0] * 6, [1.0] * 6), "ray_conf": moments([0.0], [1.0])}
 
 
-def make_adapter(statistics: Mapping[str, Moments] = PLAIN, **options: object) -> GeometryTokenAdapter:
+def make_adapter(statistics: Mapping[str, Moments] = PLAIN, **options: Any) -> GeometryTokenAdapter:
     """With a projection that copies channel c to output c, so that tokens show the channels."""
-    defaults = {"views": 1, "target_hw": (2, 2), "init_alpha": 1.0, "attention": "full", "modality_embedding": False}
+    defaults: dict[str, Any] = {
+        "views": 1,
+        "target_hw": (2, 2),
+        "init_alpha": 1.0,
+        "attention": "full",
+        "modality_embedding": False,
+    }
     channels = sum(len(m.mean) for m in statistics.values())
     adapter = GeometryTokenAdapter(statistics=statistics, width=channels, **(defaults | options))
     with torch.no_grad():
@@ -43,7 +50,8 @@ def triangle_weights(size: int, target: int) -> NDArray[np.float64]:
     centers = (np.arange(target) + 0.5) * scale
     distance = np.abs(np.arange(size)[None] + 0.5 - centers[:, None]) / width
     weights = np.clip(1.0 - distance, 0.0, None)
-    return weights / weights.sum(axis=1, keepdims=True)
+    normalized: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return normalized
 
 
 def test_four_cells_become_one_by_hand() -> None:
@@ -135,6 +143,7 @@ def test_view_embedding_is_added_to_its_view() -> None:
     adapter = make_adapter({"ray": PLAIN["ray"]}, views=2, modality_embedding=True)
     geometry = Geometry(ray=torch.zeros(1, 2, 2, 2, 6))
     assert adapter(geometry).embs.abs().sum() == 0  # starts at zero
+    assert adapter.view_embedding is not None
     with torch.no_grad():
         adapter.view_embedding.copy_(torch.tensor([[1.0] * 6, [2.0] * 6]))
     assert adapter(geometry).embs[0, :, 0].tolist() == [1.0] * 4 + [2.0] * 4

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.scripts import lerobot_eval
+from numpy.typing import NDArray
 
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, ModelError, ModelNotFoundError, UserInputError
@@ -331,12 +332,13 @@ EPISODE = ["--env.task=libero_goal", "--env.task_ids=[4]", "--env.episode_length
 EPISODE += ["--eval.n_episodes=1", "--eval.batch_size=1", "--seed=7"]
 
 
-def frames_of(video: Path) -> np.ndarray:
-    """uint8 [T, H, W, 3]."""
+def frames_of(video: Path) -> NDArray[np.uint8]:
+    """Decode a video: uint8 [T, H, W, 3]."""
     import av
 
     with av.open(video) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames)
 
 
 @needs_simulator

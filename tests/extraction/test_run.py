@@ -206,9 +206,7 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(
         assert process.returncode == -number
     else:
         assert process.returncode == 128 + number
-        assert errors.decode() == (
-            f"geomcache: stopped by {number.name}: run the same command again to resume\n"
-        )
+        assert errors.decode() == (f"geomcache: stopped by {number.name}: run the same command again to resume\n")
     there = GeometryStore.open(path)
     assert not there.sealed
     assert 0 < there.frames_present < FRAMES
