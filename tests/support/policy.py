@@ -85,7 +85,7 @@ _built: dict[str, Any] = {}
 
 
 def make_policy(seed: int = 0, **options: Any) -> Any:  # not typed: tests reach into LeRobot's parts
-    """Return a quick `PI05GeometryPolicy` with weights of this seed, in evaluation mode; a copy where it was built before."""
+    """Return a copy of a quick `PI05GeometryPolicy` with weights of this seed, in evaluation mode."""
     key = repr((seed, options))
     if key not in _built:
         _built[key] = build_policy(seed, **options)
