@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = False) -> None:
     """Train a policy with geometry from a cache.
 
-    A run that is interrupted (`KeyboardInterrupt`, `SystemExit`) leaves with a note on the exception that says from
-    which step it can be resumed, and how.
+    An exception that interrupts the run, such as `KeyboardInterrupt`, gets a note that says from which step the run can
+    be resumed, and how.
 
     Args:
         cache: path of a sealed cache.
@@ -172,6 +172,7 @@ def bind(config: Any, store: GeometryStore, lerobot_args: Sequence[str] = ()) ->
         ModelError: the run's checkpoint, or the DA3 that its evaluation needs, is not available.
     """
     from geomcache.cache import compatibility
+    from geomcache.policy import environment
     from geomcache.policy.checkpoint import adopt_geometry, check_options, has_adapter, read_config
     from geomcache.training import checks
 
@@ -184,7 +185,7 @@ def bind(config: Any, store: GeometryStore, lerobot_args: Sequence[str] = ()) ->
             check_options(policy, checkpoint, str(policy.pretrained_path), lambda name: given(name, lerobot_args))
     evaluates = config.env is not None and 0 < config.env_eval_freq <= config.steps
     if evaluates:
-        _check_environment_options(config)
+        environment.check_parallel_tasks(config)
     if not policy.use_geom_prefix:
         return
     compatibility.require_episodes(store, config.dataset.episodes, config.dataset.root)
@@ -230,12 +231,6 @@ def _our_policy(config: Any) -> "PI05GeometryConfig":
             " --policy.geom_lr_scale=1, or leave the preset on"
         )
     return policy
-
-
-def _check_environment_options(config: Any) -> None:
-    from geomcache.policy import environment
-
-    environment.check_parallel_tasks(config)
 
 
 def _check_environment(config: Any, policy: "PI05GeometryConfig") -> None:
