@@ -11,7 +11,6 @@ import pytest
 import typer
 from PIL import Image
 
-from geomcache import geometry
 from geomcache.cli import help as cli_help
 from geomcache.cli import main as cli
 from tests.support.cli import call
@@ -39,12 +38,6 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == "[]"
     for command in ("extract", "info", "probe"):
         assert command in done.stdout
-
-
-def test_choices_on_the_command_line_are_those_of_the_contract() -> None:
-    hints = typing.get_type_hints(cli.extract)
-    assert typing.get_args(hints["views"]) == typing.get_args(geometry.Views)
-    assert set(typing.get_args(typing.get_args(hints["dtype"])[0])) == set(typing.get_args(geometry.ComputeDtype))
 
 
 def test_without_arguments_the_help_is_shown(

@@ -52,7 +52,7 @@ def test_the_jobs_of_an_array_share_one_cache(random_da3_folder: Path, tmp_path:
         device="cpu",
         output=tmp_path / "alone.zarr",
     )
-    extract(alone, say=lambda _line: None)
+    extract(alone)
     here, there = GeometryStore.open(tmp_path / "shared.zarr"), GeometryStore.open(tmp_path / "alone.zarr")
     assert here.sealed
     assert here.fingerprint == there.fingerprint
