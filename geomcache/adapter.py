@@ -1,4 +1,4 @@
-"""Geometry -> prefix tokens: the only trained part that geomcache adds to Pi0.5.
+"""Turn geometry into prefix tokens: the only trained part that geomcache adds to Pi0.5.
 
 Legend of shapes:  B batch   V views   h, w cached grid   th, tw target grid   n = V*th*tw tokens   C channels   D width
 
@@ -8,6 +8,7 @@ Legend of shapes:  B batch   V views   h, w cached grid   th, tw target grid   n
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,6 +18,7 @@ from geomcache.geometry import OUTPUTS, Geometry
 from geomcache.statistics import Moments
 
 GEOMETRY_ATTENTION = ("full", "isolated")
+STATISTICS = ("mean", "std")  # what the state dict carries next to the parameters
 
 # Values are rounded to float16, whose steps are up to 2^-10 of the value. A channel that varies by less than a step of
 # its mean (a lone camera's rays, an origin that is always zero) holds rounding noise; dividing by its deviation would
@@ -27,7 +29,7 @@ ABSOLUTE_STD_FLOOR = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class GeometryTokens:
-    """What is appended to Pi0.5's prefix."""
+    """Tokens to append to Pi0.5's prefix, with their masks."""
 
     embs: Tensor  # [B, n, D]
     pad_masks: Tensor  # [B, n] bool, all true
@@ -35,17 +37,17 @@ class GeometryTokens:
 
 
 class GeometryTokenAdapter(nn.Module):
-    """Standardise, resample, project and scale geometry; see the top of this file for the order of work.
+    """Module that standardises, resamples, projects and scales geometry; the top of this file has the order of work.
+
+    The statistics are part of the state dict and yet no buffers: FSDP's mixed precision and `.to(dtype)` cast buffers,
+    and bfloat16 moves the mean of a channel that varies little by as much as its deviation.
 
     Attributes:
         alpha: [1], the learned scale of all tokens.
         view_embedding: [V, D], added to each view's tokens after scaling, zero at the start; None unless asked for.
-        mean: [C] float32, of each channel in the cache.
-        std: [C] float32, population standard deviation, at least 2^-10 of the mean's size and at least 1e-4.
+        mean: [C] float32 on the CPU, mean of each channel in the cache.
+        std: [C] float32 on the CPU, population standard deviation, at least 2^-10 of the mean's size and at least 1e-4.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -58,16 +60,16 @@ class GeometryTokenAdapter(nn.Module):
         attention: str,
         modality_embedding: bool,
     ) -> None:
-        """Build it with a fresh projection.
+        """Build the adapter with a fresh projection.
 
         Args:
-            statistics: of each cached output, in the order of `OUTPUTS`; they also say which outputs there are.
-            views: V.
-            width: D, of the prefix.
-            target_hw: (th, tw).
+            statistics: moments of each cached output, in the order of `OUTPUTS`; their names are the adapter's outputs.
+            views: V, views a frame.
+            width: D, width of the prefix.
+            target_hw: (th, tw), token grid of each view.
             init_alpha: alpha at the start.
-            attention: of `GEOMETRY_ATTENTION`. ``full``: all prefix tokens see each other; ``isolated``: image and text
-                do not see geometry.
+            attention: one of `GEOMETRY_ATTENTION`. ``full``: all prefix tokens see each other; ``isolated``: image and
+                text do not see geometry.
             modality_embedding: learn an embedding for each view.
         """
         super().__init__()
@@ -78,14 +80,40 @@ class GeometryTokenAdapter(nn.Module):
         mean = torch.tensor([value for moments in statistics.values() for value in moments.mean], dtype=torch.float64)
         std = torch.tensor([value for moments in statistics.values() for value in moments.std], dtype=torch.float64)
         std = torch.maximum(std, (RELATIVE_STD_FLOOR * mean.abs()).clamp(min=ABSOLUTE_STD_FLOOR))
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("std", std.float())
+        self.mean, self.std = mean.float(), std.float()
         self.projection = nn.Linear(len(mean), width)
         self.alpha = nn.Parameter(torch.tensor([init_alpha]))
         self.view_embedding = nn.Parameter(torch.zeros(views, width)) if modality_embedding else None
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {f"{prefix}{name}": getattr(self, name).clone() for name in STATISTICS}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {name: state_dict[f"{prefix}{name}"] for name in STATISTICS if f"{prefix}{name}" in state_dict}
+        missing_keys += [f"{prefix}{name}" for name in STATISTICS if strict and name not in own]
+        rest = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in own}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for name, value in own.items():
+            if value.shape != getattr(self, name).shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix}{name}: copying a param with shape {list(value.shape)} from checkpoint,"
+                    f" the shape in current model is {list(getattr(self, name).shape)}."
+                )
+            else:
+                setattr(self, name, value.detach().to("cpu", torch.float32, copy=True))
+
     def forward(self, geometry: Geometry) -> GeometryTokens:
-        """Tokens of a batch.
+        """Return the tokens of a batch.
 
         Args:
             geometry: torch, the outputs and views that the adapter was built for, any floating dtype and grid. It is
@@ -102,7 +130,7 @@ class GeometryTokenAdapter(nn.Module):
         return GeometryTokens(embs=embs, pad_masks=pad_masks, att_masks=att_masks)
 
     def resampled(self, geometry: Geometry) -> Tensor:
-        """Standardised channels on the target grid, [B, V, th*tw, C] float32."""
+        """Return the standardised channels on the target grid, [B, V, th*tw, C] float32."""
         channels = []
         for name, values in geometry.items():
             shaped = values.float().reshape(*values.shape[:4], -1)  # [B, V, h, w, channels of this output]
@@ -111,7 +139,8 @@ class GeometryTokenAdapter(nn.Module):
         batch, views = maps.shape[:2]
         assert tuple(name for name, _ in geometry.items()) == self.outputs
         assert views == self.views
-        maps = ((maps - self.mean) / self.std).flatten(0, 1).permute(0, 3, 1, 2)  # [B*V, C, h, w]
+        mean, std = (constant.to(maps.device, non_blocking=True) for constant in (self.mean, self.std))
+        maps = ((maps - mean) / std).flatten(0, 1).permute(0, 3, 1, 2)  # [B*V, C, h, w]
         # Antialiasing averages over the covered cells when shrinking; it is plain bilinear when enlarging.
         maps = F.interpolate(maps, size=self.target_hw, mode="bilinear", align_corners=False, antialias=True)
         return maps.flatten(2).transpose(1, 2).reshape(batch, views, -1, len(self.mean))

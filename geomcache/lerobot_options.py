@@ -1,7 +1,9 @@
-"""LeRobot's command lines: options -> its configuration objects, by its own parser; a refusal becomes one line."""
+"""Turn options into LeRobot's configuration objects, by its own parser; a refusal becomes one line."""
 
 import contextlib
 import io
+import logging
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
@@ -9,16 +11,23 @@ from typing import Any
 
 from geomcache.errors import GeomcacheError, UserInputError, one_line
 
+logger = logging.getLogger(__name__)
+
+# The two lines that each of torchcodec's tracebacks ends with where FFmpeg's libraries are missing.
+_NO_FFMPEG = re.compile(
+    r"lib(?:av|sw)\w+\.so\S*: cannot open shared object file|Could not load this library: .*libtorchcodec"
+)
+
 
 def parse_options(
     program: str, config_class: type, args: Sequence[str], *, validate: Callable[[Any], None] | None = None
 ) -> Any:
-    """LeRobot's configuration object of these options, parsed by LeRobot with our policy registered.
+    """Parse options to LeRobot's configuration object, with our policy registered.
 
     Args:
         program: LeRobot's name of the command, such as ``lerobot-eval``.
-        config_class: such as `EvalPipelineConfig`.
-        args: its options, as on its command line.
+        config_class: class of the object, such as `EvalPipelineConfig`.
+        args: options of the command, as on its command line.
         validate: called with the object while LeRobot still sees these options as the command line of the process.
 
     Raises:
@@ -40,26 +49,56 @@ def parse_options(
     # All of the plugin, as --discover_packages_path loads it: saved processors name our steps.
     parser.load_plugin("geomcache.policy")
     register_third_party_plugins()
-    said = io.StringIO()
+    usage = io.StringIO()  # what argparse prints
     try:
-        with _command_line([program, *args]), contextlib.redirect_stderr(said):
+        with _command_line([program, *args]), contextlib.redirect_stderr(usage), short_ffmpeg_warning():
             config = parser.wrap()(keep)()
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise _refusal(program, stop, said.getvalue()) from stop
+        raise _refusal(program, stop, usage.getvalue()) from stop
     except (DraccusException, parser.PluginLoadError, ArgumentError) as error:
         raise _refusal(program, error, str(error)) from error
     except GeomcacheError:
         raise
     except (OSError, ValueError, TypeError, NotImplementedError, httpx.HTTPError) as error:
         raise UserInputError(f"{program}: {one_line(error)}") from error
-    sys.stderr.write(said.getvalue())
+    sys.stderr.write(usage.getvalue())
     return config
 
 
+@contextlib.contextmanager
+def short_ffmpeg_warning() -> Iterator[None]:
+    """Shorten LeRobot's warning that torchcodec finds no FFmpeg, 100 lines and more, to one line with what to install.
+
+    LeRobot decodes with PyAV then. Other reasons why torchcodec cannot be loaded are logged as they are.
+    """
+    upstream = logging.getLogger("lerobot.utils.import_utils")
+    shown = False
+
+    def shorten(record: logging.LogRecord) -> bool:
+        nonlocal shown
+        reasons = re.findall(r"^(?:\w+Error|\w+Exception): (.*)$", record.getMessage(), re.MULTILINE)
+        ffmpeg_is_missing = "libtorchcodec" in record.getMessage() and all(map(_NO_FFMPEG.match, reasons))
+        if not reasons or not ffmpeg_is_missing:
+            return True
+        if not shown:
+            logger.warning(
+                "torchcodec finds no FFmpeg libraries: LeRobot decodes videos with PyAV, which is slower: install"
+                " FFmpeg (Debian, Ubuntu: apt-get install ffmpeg)"
+            )
+        shown = True
+        return False
+
+    upstream.addFilter(shorten)
+    try:
+        yield
+    finally:
+        upstream.removeFilter(shorten)
+
+
 def given(name: str, args: Sequence[str]) -> bool:
-    """Whether options have a value for ``--name``."""
+    """Return whether options have a value for ``--name``."""
     from lerobot.configs.parser import parse_arg
 
     return parse_arg(name, args) is not None
@@ -67,7 +106,7 @@ def given(name: str, args: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _command_line(argv: list[str]) -> Iterator[None]:
-    """LeRobot's parser, and its validation after it, read the command line of the process."""
+    """Replace the command line of the process, which LeRobot's parser and validation read."""
     before, sys.argv = sys.argv, argv
     try:
         yield
@@ -75,8 +114,8 @@ def _command_line(argv: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _refusal(program: str, error: BaseException, said: str) -> GeomcacheError:
-    """LeRobot's refusal as one line: of usage, options and message, the message."""
+def _refusal(program: str, error: BaseException, text: str) -> GeomcacheError:
+    """Return LeRobot's refusal as one line: of usage, options and message, the message."""
     cause: BaseException | None = error
     while cause is not None:
         reason = cause.__cause__
@@ -86,5 +125,5 @@ def _refusal(program: str, error: BaseException, said: str) -> GeomcacheError:
         if reason is not None and type(cause).__name__ == "ParsingError":
             return UserInputError(f"{program}: {one_line(reason)}")
         cause = reason or cause.__context__
-    message = " ".join(said.rpartition("error: ")[2].split())
+    message = " ".join(text.rpartition("error: ")[2].split())
     return UserInputError(f"{program}: {message}: see `{program} --help`")

@@ -1,19 +1,21 @@
-"""Success of a checkpoint with its geometry, without it, and with its views swapped: does it use what it is given?
+"""Compare a checkpoint's success with its geometry, without it, and with its views swapped: does it use geometry?
 
     python pipelines/evaluate_ablations.py --policy DIR --output DIR [--seeds 1000,1001] [options of geomcache eval]
 
-The same weights in all three. Each seed is an evaluation of its own: it draws the noise that actions are denoised from.
-Leaves with 1 where the policy fails more often than not with its geometry.
+All three use the same weights. Each seed is one evaluation: it draws the noise that actions are denoised from.
+The exit code is 1 if the policy fails more often than it succeeds with its geometry.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from geomcache.evaluation.run import Evaluation, SuccessRate, evaluate
+from geomcache.evaluation.run import SuccessRate, evaluate
 from geomcache.geometry import Geometry
 
 
@@ -28,38 +30,34 @@ def main() -> None:
         successes = episodes = 0
         for seed in arguments.seeds.split(","):
             output = arguments.output / folder / seed
-            found = evaluate(
-                arguments.policy, [*lerobot_args, *more, f"--seed={seed}", f"--output_dir={output}"], say=say
-            )
-            show(f"{name}, seed {seed}", found)
-            successes += found.suites[-1].successes
-            episodes += found.suites[-1].episodes
+            args = [*lerobot_args, *more, f"--seed={seed}", f"--output_dir={output}"]
+            evaluation = evaluate(arguments.policy, args)
+            print("\n".join((f"-- {name}, seed {seed}", *evaluation.lines())), flush=True)
+            successes += evaluation.suites[-1].successes
+            episodes += evaluation.suites[-1].episodes
         return SuccessRate(name=name, successes=successes, episodes=episodes)
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
-    def show(title: str, found: Evaluation) -> None:
-        say("\n".join((f"-- {title}", *found.lines())))
-
+    logger = logging.getLogger("geomcache")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler(sys.stdout))
     rates = [
         rate("with geometry", "geometry"),
         rate("use_geom_prefix=false", "off", "--policy.use_geom_prefix=false"),
     ]
     with swapped_views():
         rates.append(rate("views swapped", "swapped"))
-    say("-- success of the same weights")
-    for found in rates:
-        say(found.line(22))
+    print("-- success of the same weights")
+    for rate_of_all_seeds in rates:
+        print(rate_of_all_seeds.line(22))
     if 2 * rates[0].successes <= rates[0].episodes:
         sys.exit(
-            "the policy does not solve the task it was trained on: look for what differs between training and here"
+            "the policy does not solve the task it was trained on: compare what it sees in training and in evaluation"
         )
 
 
 @contextmanager
 def swapped_views() -> Iterator[None]:
-    """While this lasts, policies get each view's geometry in the place of the other's; the pictures stay."""
+    """Give policies each view's geometry in the place of the other's; the pictures stay."""
     from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 
     geometry_of: Callable[..., Geometry] = PI05GeometryPolicy.geometry_of
@@ -67,11 +65,8 @@ def swapped_views() -> Iterator[None]:
     def swapped(self: PI05GeometryPolicy, batch: Any) -> Geometry:
         return Geometry(**{name: values.flip(1) for name, values in geometry_of(self, batch).items()})  # [B, V, ...]
 
-    PI05GeometryPolicy.geometry_of = swapped
-    try:
+    with mock.patch.object(PI05GeometryPolicy, "geometry_of", swapped):
         yield
-    finally:
-        PI05GeometryPolicy.geometry_of = geometry_of
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""`geomcache train`, and an exponential average of the weights beside its checkpoints: what LeRobot's trainer lacks.
+"""Run `geomcache train` and keep an exponential average of the weights, which LeRobot's trainer lacks.
 
     python pipelines/train_with_average.py --cache PATH --average DIR [every other option of geomcache train]
 
-A policy trained from scratch on few frames jumps about from step to step; the average of its last hundred steps does
-not. DIR becomes a checkpoint as LeRobot writes one: `geomcache eval --policy DIR`.
+The actions of a policy trained from scratch on few frames change much from step to step; those of the average of its
+last hundred steps do not. DIR becomes a checkpoint as LeRobot writes one: `geomcache eval --policy DIR`.
 """
 
 import argparse
@@ -33,7 +33,8 @@ def main() -> None:
 
     def make(*args: Any, **kwargs: Any) -> Any:
         policy = make_policy(*args, **kwargs)
-        average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(arguments.decay))
+        step_average = get_ema_multi_avg_fn(arguments.decay)  # type: ignore[no-untyped-call]  # torch's, not typed
+        average = AveragedModel(policy, multi_avg_fn=step_average)
         register_optimizer_step_post_hook(lambda *_: average.update_parameters(policy))
         averages.append(average)
         return policy
@@ -44,14 +45,14 @@ def main() -> None:
 
 
 def processors_of(lerobot_args: list[str]) -> Path:
-    """Folder of the run's last checkpoint."""
+    """Return the folder of the run's last checkpoint."""
     from lerobot.configs.parser import parse_arg
 
     return Path(str(parse_arg("output_dir", lerobot_args))) / "checkpoints" / "last" / "pretrained_model"
 
 
 def save(policy: Any, folder: Path, checkpoint: Path) -> None:
-    """Write a checkpoint: the policy's weights, all else from another checkpoint of the run."""
+    """Write a checkpoint: the policy's weights, everything else from another checkpoint of the run."""
     shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
     policy.save_pretrained(folder)
 

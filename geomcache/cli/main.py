@@ -27,6 +27,7 @@ EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128  # plus the signal's number, as a shell reports it
 
 DEVICE_HELP, DEVICE_DEFAULT = "Such as cuda:1 or cpu.", "the GPU where there is one"
+RESUMABLE = ("extract", "push", "pull")  # commands that continue where they were stopped
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -97,13 +98,14 @@ def probe(
 def train(
     context: typer.Context,
     cache: Annotated[
-        str, typer.Option(help="A sealed cache of the dataset; hf:// and s3:// are pulled first.", metavar="PATH")
+        str,
+        typer.Option(help="A sealed cache of the dataset; hf:// and s3:// caches are pulled first.", metavar="PATH"),
     ],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read the whole cache first, as `geomcache verify`.")
+        bool, typer.Option("--verify", help="Read and check the whole cache first, like `geomcache verify`.")
     ] = False,
 ) -> None:
-    """Train Pi0.5 with geometry tokens from a cache: LeRobot's trainer, no DA3 in the loop."""
+    """Train Pi0.5 with geometry tokens from a cache, by LeRobot's trainer, without DA3 in the loop."""
     from geomcache.sharing.pull import local_copy
     from geomcache.training.trainer import train as run
 
@@ -118,10 +120,10 @@ def evaluate(
         bool, typer.Option("--allow-resize", help="Accept pictures of another size than the cache's.")
     ] = False,
 ) -> None:
-    """Evaluate a checkpoint in closed loop, DA3 online: success rates, latency, videos."""
+    """Evaluate a checkpoint in closed loop with DA3 online, and print success rates and latency."""
     from geomcache.evaluation.run import evaluate as run
 
-    for line in run(policy, context.args, allow_resize=allow_resize, say=typer.echo).lines():
+    for line in run(policy, context.args, allow_resize=allow_resize).lines():
         typer.echo(line)
 
 
@@ -247,8 +249,18 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}", EXIT_USER_ERROR)
     except _Stopped as stopped:
         name = signal.Signals(stopped.number).name
-        _fail(f"stopped by {name}: the same command, given again, goes on from here", EXIT_SIGNAL + stopped.number)
+        _fail(f"stopped by {name}: {_how_to_resume(stopped)}", EXIT_SIGNAL + stopped.number)
     sys.exit(code)
+
+
+def _how_to_resume(stopped: _Stopped) -> str:
+    """Return what is true of the command that was stopped; a training run has noted it on the exception."""
+    notes = getattr(stopped, "__notes__", [])
+    if notes:
+        return str(notes[-1])
+    if len(sys.argv) > 1 and sys.argv[1] in RESUMABLE:
+        return "run the same command again to resume"
+    return "nothing is resumed, the same command starts again"
 
 
 def _usage_message(error: TyperException) -> str:

@@ -1,12 +1,14 @@
-"""How long a policy takes for a chunk of actions, and for its parts: the geometry, the prefix, the denoising.
+"""Time a policy's chunks of actions and their parts: the geometry, the prefix, the denoising.
 
     predict_action_chunk ─┬─ geometry_of                    DA3, where the policy encodes pictures
                           ├─ (all else)                     picture sizes, adapter, embedding and pass of the prefix
                           └─ model.denoise_step, repeated   the denoising
 
-The three methods are wrapped on the policy object itself; its class stays as it is.
+The three methods are wrapped on the policy object itself; its class stays as it is. Threads may share the policy: each
+chunk is timed by the thread that predicts it.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,28 +23,36 @@ class ChunkTime:
 
     total: float
     geometry: float
-    """DA3's part; about zero where geometry was given."""
+    """DA3's part; about zero for a batch that brings its geometry."""
     denoising: float
     denoising_steps: int
 
     @property
     def prefix(self) -> float:
-        """All that is neither geometry nor denoising."""
+        """Seconds of all that is neither geometry nor denoising."""
         return self.total - self.geometry - self.denoising
 
 
+class _Parts(threading.local):
+    """Seconds that the parts of the current chunk took, of each thread by itself."""
+
+    def __init__(self) -> None:
+        self.geometry: list[float] = []
+        self.denoising: list[float] = []
+
+
 class ChunkTimer:
-    """Times every chunk that a policy predicts from now on.
+    """Timer of every chunk that a policy predicts from now on.
 
     A policy that is compiled (`compile_model`) denoises inside of the compiled function: its prefix and denoising are
     not told apart.
 
     Attributes:
-        times: of the chunks, in order.
+        times: times of the chunks, in the order in which they were finished.
     """
 
     def __init__(self, policy: Any) -> None:
-        """Begin to watch.
+        """Start to time a policy.
 
         Args:
             policy: LeRobot's Pi0.5 or `PI05GeometryPolicy`; wrapped in a `PeftModel` or not.
@@ -50,65 +60,68 @@ class ChunkTimer:
         self.times: list[ChunkTime] = []
         self._policy = unwrapped(policy)
         self._cuda = str(self._policy.config.device).startswith("cuda")
-        self._geometry: list[float] = []
-        self._denoising: list[float] = []
+        self._parts = _Parts()
         predict = self._policy.predict_action_chunk
         if hasattr(self._policy, "geometry_of"):
-            self._policy.geometry_of = self._timed(self._policy.geometry_of, self._geometry)
+            self._policy.geometry_of = self._timed(self._policy.geometry_of, lambda: self._parts.geometry)
         if not self._policy.config.compile_model:
-            self._policy.model.denoise_step = self._timed(self._policy.model.denoise_step, self._denoising)
+            denoise_step = self._policy.model.denoise_step
+            self._policy.model.denoise_step = self._timed(denoise_step, lambda: self._parts.denoising)
         self._policy.predict_action_chunk = lambda *args, **kwargs: self._chunk(predict, *args, **kwargs)
 
     @property
     def encoder_calls(self) -> int:
-        """How often the policy's DA3 encoder ran, since it was loaded."""
+        """Calls of the policy's DA3 encoder since it was loaded."""
         encoder = getattr(getattr(self._policy, "online", None), "encoder", None)
         return 0 if encoder is None else int(encoder.calls)
 
     def lines(self) -> list[str]:
-        """A table for the user: median and 95th percentile in milliseconds, of all chunks but the first.
+        """Return a table for the user: median and 95th percentile in milliseconds, of all chunks but the first.
 
-        The first chunk loads the encoder and warms up; it stands for itself.
+        The first chunk loads the encoder and warms up; it has a line of its own.
         """
         if not self.times:
             return ["chunks of actions: 0"]
-        found = [
+        lines = [
             f"chunks of actions: {len(self.times)}; calls of the encoder: {self.encoder_calls}",
             f"first chunk: {self.times[0].total:.2f} s, with loading",
         ]
         warm = self.times[1:]
         if not warm:
-            return found
+            return lines
         parts = {"DA3": [chunk.geometry for chunk in warm], "prefix": [chunk.prefix for chunk in warm]}
         if warm[0].denoising_steps:
             parts["denoising"] = [chunk.denoising for chunk in warm]
         parts["chunk"] = [chunk.total for chunk in warm]
-        found.append(f"{'latency, ms':<12}{'median':>9}{'p95':>9}")
+        lines.append(f"{'latency, ms':<12}{'median':>9}{'p95':>9}")
         for name, seconds in parts.items():
             median, p95 = np.percentile(seconds, (50, 95)) * 1e3
-            found.append(f"  {name:<10}{median:>9.1f}{p95:>9.1f}")
-        return found
+            lines.append(f"  {name:<10}{median:>9.1f}{p95:>9.1f}")
+        return lines
 
     def _chunk(self, predict: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._geometry.clear()
-        self._denoising.clear()
+        parts = self._parts
+        parts.geometry.clear()
+        parts.denoising.clear()
         total: list[float] = []
-        chunk = self._timed(predict, total)(*args, **kwargs)
+        chunk = self._timed(predict, lambda: total)(*args, **kwargs)
         self.times.append(
             ChunkTime(
                 total=total[0],
-                geometry=sum(self._geometry),
-                denoising=sum(self._denoising),
-                denoising_steps=len(self._denoising),
+                geometry=sum(parts.geometry),
+                denoising=sum(parts.denoising),
+                denoising_steps=len(parts.denoising),
             )
         )
         return chunk
 
-    def _timed(self, function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def _timed(self, function: Callable[..., Any], seconds: Callable[[], list[float]]) -> Callable[..., Any]:
+        """Wrap a function so that the seconds of each call are appended to what `seconds` returns then."""
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = self._now()
             result = function(*args, **kwargs)
-            seconds.append(self._now() - began)
+            seconds().append(self._now() - began)
             return result
 
         return timed
@@ -122,5 +135,5 @@ class ChunkTimer:
 
 
 def unwrapped(policy: Any) -> Any:
-    """The policy itself, without the `PeftModel` around it."""
+    """Return the policy without the `PeftModel` around it."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy

@@ -1,16 +1,17 @@
 """Set LIBERO up for evaluation: its configuration, assets and rendering, without a question on standard input.
 
-hf-libero asks at its first import where its data lie. It looks for assets inside its own package, then in the user's
-cache; its own download does not work with today's huggingface_hub. What is found or made here is left where LIBERO
-looks for it, so that the simulator's worker processes and stock `lerobot-eval` find it too. Nothing of LIBERO is
-imported before its configuration is there, and MUJOCO_GL is set before MuJoCo is imported.
+hf-libero asks at its first import where its data is. It looks for assets inside its own package, then in the user's
+cache; its own download does not work with today's huggingface_hub. This module leaves configuration and assets where
+LIBERO looks for them, so that the simulator's worker processes and stock `lerobot-eval` find them too. LIBERO is
+imported after its configuration is written, MuJoCo after MUJOCO_GL is set.
 """
 
 import ctypes.util
 import importlib.util
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from geomcache.errors import SimulatorError, UserInputError, did_you_mean, one_line
@@ -19,14 +20,15 @@ ASSETS_VARIABLE = "LIBERO_ASSETS"
 ASSETS_REPO = "lerobot/libero-assets"  # a dataset on the Hub, which hf-libero names
 ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
 
+logger = logging.getLogger(__name__)
 
-def prepare(suites: str, task_ids: Sequence[int] | None, *, say: Callable[[str], None] = print) -> None:
-    """Make LIBERO ready to be used in this process and its children.
+
+def prepare(suites: str, task_ids: Sequence[int] | None) -> None:
+    """Make LIBERO ready for use in this process and its children.
 
     Args:
         suites: names of suites, separated by commas.
-        task_ids: numbers of their tasks; all where None.
-        say: takes each line for the user.
+        task_ids: numbers of their tasks; None for all.
 
     Raises:
         SimulatorError: LIBERO, its assets or a rendering library is missing.
@@ -36,18 +38,18 @@ def prepare(suites: str, task_ids: Sequence[int] | None, *, say: Callable[[str],
     write_config(package)
     check_tasks(suites, task_ids)
     renderer = choose_renderer()
-    say(f"LIBERO: assets of {provide_assets(package)}, rendering with MUJOCO_GL={renderer}")
+    logger.info("LIBERO: assets of %s, rendering with MUJOCO_GL=%s", provide_assets(package), renderer)
 
 
 def find_package() -> Path:
-    """The folder of the module `libero.libero`.
+    """Return the folder of the module `libero.libero` without importing it.
 
     Raises:
         SimulatorError: LIBERO is not installed.
     """
-    found = importlib.util.find_spec("libero")
-    for place in (found.submodule_search_locations or ()) if found is not None else ():
-        package = Path(place) / "libero"
+    module = importlib.util.find_spec("libero")
+    for folder in (module.submodule_search_locations or ()) if module is not None else ():
+        package = Path(folder) / "libero"
         if (package / "bddl_files").is_dir():
             return package
     raise SimulatorError(
@@ -57,16 +59,16 @@ def find_package() -> Path:
 
 
 def write_config(package: Path) -> Path:
-    """Write LIBERO's ``config.yaml`` where it is missing: without it, LIBERO asks a question when it is imported.
+    """Write LIBERO's ``config.yaml`` if it is missing: without it, LIBERO asks a question when it is imported.
 
     Args:
-        package: of `find_package`.
+        package: folder of `find_package`.
 
     Returns:
-        The file, in the folder that LIBERO_CONFIG_PATH names, else in ``~/.libero``.
+        The file, in the folder that LIBERO_CONFIG_PATH names, otherwise in ``~/.libero``.
 
     Raises:
-        SimulatorError: it cannot be written, or the one that is there names folders that are not.
+        SimulatorError: the file cannot be written, or an existing one names folders that do not exist.
     """
     import yaml
 
@@ -113,19 +115,19 @@ def _check_config(file: Path) -> None:
 
 
 def provide_assets(package: Path) -> Path:
-    """See that LIBERO finds its meshes and textures.
+    """Put LIBERO's meshes and textures where LIBERO finds them.
 
-    A folder given in the environment variable LIBERO_ASSETS is linked into LIBERO's package. Without it, what is there
-    already is used, in the package or in ``~/.cache/libero``; else the assets are downloaded from the Hub.
+    A folder given in the environment variable LIBERO_ASSETS is linked into LIBERO's package. Without it, assets in the
+    package or in ``~/.cache/libero`` are used; otherwise they are downloaded from the Hub.
 
     Args:
-        package: of `find_package`.
+        package: folder of `find_package`.
 
     Returns:
-        The folder.
+        The folder of the assets.
 
     Raises:
-        SimulatorError: the folder is not one of assets, it cannot be linked, or the download fails.
+        SimulatorError: the folder does not hold LIBERO's assets, cannot be linked, or the download fails.
     """
     local = package / "assets"
     given = os.environ.get(ASSETS_VARIABLE)
@@ -149,7 +151,7 @@ def _check_assets(folder: Path, name: str) -> None:
     missing = [part for part in ASSET_FOLDERS if not (folder / part).is_dir()]
     if missing:
         raise SimulatorError(
-            f"libero: {name}: expected LIBERO's assets, found no {', '.join(missing)} there: give a whole copy of its"
+            f"libero: {name}: expected LIBERO's assets, found no {', '.join(missing)}: give a whole copy of its"
             f" libero/libero/assets in {ASSETS_VARIABLE}"
         )
 
@@ -172,7 +174,7 @@ def _link(local: Path, folder: Path) -> None:
 
 
 def _download(folder: Path) -> None:
-    """From the Hub to where hf-libero keeps what it downloads. An interrupted download goes on in the next call."""
+    """Download from the Hub to where hf-libero keeps its downloads. The next call resumes an interrupted download."""
     import httpx
     from huggingface_hub import snapshot_download
 
@@ -182,20 +184,20 @@ def _download(folder: Path) -> None:
         unfinished.replace(folder)
     except (OSError, httpx.HTTPError) as error:
         raise SimulatorError(
-            f"libero: its assets are not here, and {ASSETS_REPO} cannot be had from the Hub ({one_line(error)}):"
-            f" download it elsewhere (hf download --repo-type dataset {ASSETS_REPO} --local-dir DIR), or take"
+            f"libero: its assets are missing, and {ASSETS_REPO} cannot be downloaded from the Hub ({one_line(error)}):"
+            f" download it on another machine (hf download --repo-type dataset {ASSETS_REPO} --local-dir DIR), or take"
             f" libero/libero/assets of the LIBERO repository, and give the folder in {ASSETS_VARIABLE}"
         ) from error
 
 
 def choose_renderer() -> str:
-    """Set MUJOCO_GL, unless it is set: ``egl`` where there is a GPU, else ``osmesa``.
+    """Set MUJOCO_GL, unless it is set: ``egl`` with a GPU, otherwise ``osmesa``.
 
     Returns:
-        Its value.
+        The variable's value.
 
     Raises:
-        SimulatorError: the library that it needs is missing.
+        SimulatorError: the library that this renderer needs is missing.
     """
     chosen = os.environ.get("MUJOCO_GL", "").lower()
     if not chosen:
@@ -214,10 +216,10 @@ def choose_renderer() -> str:
 
 
 def check_tasks(suites: str, task_ids: Sequence[int] | None) -> None:
-    """See that suites and tasks exist. LIBERO's configuration must be there.
+    """Check that suites and tasks exist. LIBERO's configuration must have been written.
 
     Raises:
-        UserInputError: there is no such suite or task; the message lists those that there are.
+        UserInputError: there is no such suite or task; the message lists the existing ones.
     """
     from libero.libero.benchmark import get_benchmark_dict
 
@@ -229,19 +231,20 @@ def check_tasks(suites: str, task_ids: Sequence[int] | None) -> None:
                 f"env.task: {did_you_mean(name, known)}expected suites of {', '.join(sorted(known))}, got {name!r}"
             )
         tasks = known[name]().tasks
-        odd = [number for number in task_ids or () if not 0 <= number < len(tasks)]
-        if odd:
+        unknown = [number for number in task_ids or () if not 0 <= number < len(tasks)]
+        if unknown:
             listed = "; ".join(f"{number} {task.language}" for number, task in enumerate(tasks[:10]))
             more = "; ..." if len(tasks) > 10 else ""
             raise UserInputError(
-                f"env.task_ids: expected numbers from 0 to {len(tasks) - 1} for {name}, got {odd[0]}: {listed}{more}"
+                f"env.task_ids: expected numbers from 0 to {len(tasks) - 1} for {name}, got {unknown[0]}:"
+                f" {listed}{more}"
             )
     if not names:
         raise UserInputError(f"env.task: expected suites of {', '.join(sorted(known))}, got {suites!r}")
 
 
 def task_description(suite: str, task_id: int) -> str:
-    """A task in words, as the policy is told it."""
+    """Return a task in words, as the policy is told it."""
     from libero.libero.benchmark import get_benchmark_dict
 
     return str(get_benchmark_dict()[suite]().get_task(task_id).language)

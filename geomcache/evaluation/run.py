@@ -1,4 +1,4 @@
-"""Closed-loop evaluation: LeRobot's own, with the policy registered, LIBERO set up, and what it did in numbers.
+"""Evaluate a checkpoint in closed loop: LeRobot's evaluation with our policy, LIBERO set up, results in numbers.
 
     options ──► LeRobot's parser ──► comparison of checkpoint and simulator ──► lerobot_eval.eval_main(config)
                                                                                   └─ its policy factory, replaced:
@@ -10,25 +10,26 @@ Rollouts, videos and eval_info.json are LeRobot's. Geometry is encoded by the po
 import contextlib
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geomcache.errors import CacheMismatchError, ModelNotFoundError, UserInputError
+from geomcache.errors import UserInputError
 from geomcache.evaluation.latency import ChunkTimer, unwrapped
-from geomcache.geometry import GeometrySpec
 from geomcache.lerobot_options import given, parse_options
 
 Z_95 = 1.959963984540054  # the standard normal distribution's 97.5 % point
 LIBERO = "libero"
-Say = Callable[[str], None]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuccessRate:
-    """Of a task, of a suite, or of all."""
+    """Success of the episodes of a task, of a suite, or of all suites."""
 
     name: str
     successes: int
@@ -36,7 +37,7 @@ class SuccessRate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Bounds of the 95 % confidence interval: Wilson, "Probable Inference, the Law of Succession" (1927)."""
+        """Bounds of the 95 % confidence interval of Wilson, "Probable Inference, the Law of Succession" (1927)."""
         n, p = self.episodes, self.successes / self.episodes
         center = p + Z_95**2 / (2 * n)
         half = Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
@@ -44,7 +45,7 @@ class SuccessRate:
         return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
     def line(self, width: int) -> str:
-        """For the user, the name padded to `width`."""
+        """Return a line for the user, the name padded to `width`."""
         low, high = self.interval
         share = self.successes / self.episodes
         return f"{self.name:<{width}}  {self.successes:>4}/{self.episodes:<4} {share:>6.1%}  [{low:.1%}, {high:.1%}]"
@@ -52,16 +53,16 @@ class SuccessRate:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation gave."""
+    """Results of an evaluation."""
 
     tasks: tuple[SuccessRate, ...]
     suites: tuple[SuccessRate, ...]
     output_dir: Path
-    """Has eval_info.json and, unless they were switched off, videos."""
+    """Folder of eval_info.json and, unless they are switched off, videos."""
     timer: ChunkTimer
 
     def lines(self) -> list[str]:
-        """For the user."""
+        """Return a table for the user."""
         rates = (*self.tasks, *self.suites)
         width = max(len(rate.name) for rate in rates)
         return [
@@ -72,35 +73,42 @@ class Evaluation:
         ]
 
 
-def evaluate(policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = False, say: Say = print) -> Evaluation:
-    """Evaluate a checkpoint in closed loop.
+def evaluate(policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = False) -> Evaluation:
+    """Evaluate a checkpoint in closed loop. Lines for the user are logged.
 
     Args:
         policy: a folder or Hub id of a `pi05_geometry` or plain `pi05` checkpoint.
         lerobot_args: options of `lerobot-eval`, as on its command line.
         allow_resize: accept pictures of another size than the policy's cache was made of.
-        say: takes each line for the user.
 
     Raises:
-        UserInputError: LeRobot refuses an option, or the environment has no such suite, task or camera.
+        UserInputError: LeRobot refuses an option, the environment has no such suite, task or camera, or the checkpoint
+            has no adapter that geometry could be evaluated with.
         CacheMismatchError: the environment's pictures have another size than the cache's.
-        ModelError: the checkpoint, or the DA3 that it was trained with, cannot be had or does not fit.
+        ModelError: the checkpoint, or the DA3 that it was trained with, is not available or does not fit.
         SimulatorError: LIBERO, its assets or a rendering library is missing.
         GeometryError: geometry cannot be made of the environment's pictures.
     """
-    from geomcache.policy.checkpoint import read_config
+    from geomcache.policy import environment
+    from geomcache.policy.checkpoint import has_adapter, read_config
 
     saved = read_config(policy)
     config = parse_evaluation(policy, lerobot_args, saved)
-    _say_policy(policy, config.policy, saved, say)
+    if config.policy.use_geom_prefix and not has_adapter(saved):
+        raise UserInputError(
+            f"policy.use_geom_prefix: expected false for {policy}, which has no geometry adapter, got true: leave it"
+            " out, or train the checkpoint with geometry first"
+        )
+    environment.check_parallel_tasks(config)
+    _log_policy(policy, config.policy, saved)
     if config.policy.use_geom_prefix:
         spec = config.policy.geometry_spec
-        check_environment(spec, config, allow_resize=allow_resize, say=say)
-        find_da3(policy, spec, config.policy.geom_model_id)
+        environment.check_cameras(spec, config, allow_resize=allow_resize)
+        environment.find_da3(policy, spec, config.policy.geom_model_id)
     if config.env.type == LIBERO:
         from geomcache.evaluation import libero
 
-        libero.prepare(config.env.task, config.env.task_ids, say=say)
+        libero.prepare(config.env.task, config.env.task_ids)
 
     from lerobot.scripts import lerobot_eval
 
@@ -111,19 +119,19 @@ def evaluate(policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = F
 
 
 def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, Any]) -> Any:
-    """LeRobot's `EvalPipelineConfig` of these options.
+    """Parse options to LeRobot's `EvalPipelineConfig`.
 
     A plain `pi05` checkpoint gets the configuration of `pi05_geometry` with geometry switched off: the same network,
     and weights that are missing or do not fit are an error instead of random numbers.
 
     Args:
-        policy: the checkpoint.
-        lerobot_args: options of `lerobot-eval`.
+        policy: folder or Hub id of the checkpoint.
+        lerobot_args: options of `lerobot-eval`, as on its command line.
         saved: the checkpoint's ``config.json``.
 
     Raises:
         UserInputError: LeRobot refuses an option.
-        GeomcacheError: the policy's configuration does.
+        GeomcacheError: the policy's configuration refuses one.
     """
     from lerobot.configs.eval import EvalPipelineConfig
 
@@ -137,7 +145,7 @@ def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[st
 
 
 def with_defaults(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, Any]) -> list[str]:
-    """Options with the checkpoint's path, and our defaults where they leave them open.
+    """Return the options with the checkpoint's path, and our defaults for what they leave open.
 
     Raises:
         UserInputError: the checkpoint is named twice.
@@ -146,7 +154,7 @@ def with_defaults(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, 
 
     if given("policy.path", lerobot_args):
         raise UserInputError(
-            f"policy.path: expected the checkpoint in --policy alone, got {policy} there too: leave it out"
+            f"policy.path: expected the checkpoint in --policy alone, got {policy} in --policy.path too: leave it out"
         )
     args = [f"--policy.path={policy}", *lerobot_args]
     if given("config_path", args):  # a configuration file names its environment
@@ -160,64 +168,6 @@ def with_defaults(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, 
             if not given(f"env.{name}", args):
                 args.append(f"--env.{name}={pixels}")
     return args
-
-
-def check_environment(spec: GeometrySpec, config: Any, *, allow_resize: bool, say: Say) -> None:
-    """See that a simulator has the cameras that the policy's cache was made of, in their size.
-
-    Args:
-        spec: the checkpoint's.
-        config: LeRobot's `EvalPipelineConfig`.
-        allow_resize: another size is said, not refused.
-        say: takes what it changes.
-
-    Raises:
-        UserInputError: a camera is missing.
-        CacheMismatchError: pictures have another size.
-    """
-    from lerobot.envs.utils import env_to_policy_features
-
-    from geomcache.cache.compatibility import compare_environment
-
-    sizes = {
-        config.rename_map.get(key, key): feature.shape[1:]
-        for key, feature in env_to_policy_features(config.env).items()
-        if len(feature.shape) == 3
-    }
-    missing = [key for key in spec.camera_keys if key not in sizes]
-    if missing:
-        raise UserInputError(
-            f"camera {missing[0]}: expected in the environment {config.env.type}, it has {', '.join(sizes) or 'none'}:"
-            f" the policy was trained with {', '.join(spec.camera_keys)}; give their names here with --rename_map"
-        )
-    try:
-        compare_environment(spec, sizes)
-    except CacheMismatchError as error:
-        if not allow_resize:
-            message = f"{error}, or accept another size with --allow-resize"
-            raise CacheMismatchError(message, error.field, error.cached, error.wanted) from None
-        say(
-            f"allow-resize: {error.field.removeprefix('spec.cameras.')} has {error.wanted} pictures, the cache was made"
-            f" of {error.cached}: DA3 scales both to {spec.process_res} px, but from other detail: its geometry is not"
-            " quite what the policy was trained with, and the success rate not that of the original size"
-        )
-
-
-def find_da3(policy: str, spec: GeometrySpec, model: str | None) -> None:
-    """Find, or download, the DA3 of a checkpoint before the simulator starts.
-
-    Raises:
-        ModelNotFoundError: it cannot be had.
-    """
-    from geomcache.da3.catalog import find_model
-
-    try:
-        find_model(model or spec.model_id, None if model else spec.model_revision)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(
-            f"policy {policy} cannot act without the DA3 that its cache was made with: {error}; name it with"
-            " --policy.geom_model_id=DIR"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -245,7 +195,7 @@ def watched_policy(*, allow_resize: bool) -> Iterator[list[ChunkTimer]]:
 
 
 def read_rates(file: Path, env_type: str) -> tuple[tuple[SuccessRate, ...], tuple[SuccessRate, ...]]:
-    """Success rates of tasks and of suites out of LeRobot's ``eval_info.json``, and of all suites where several."""
+    """Read the success rates of tasks, of suites and, of several suites, of all from LeRobot's ``eval_info.json``."""
     tasks: list[SuccessRate] = []
     suites: dict[str, list[bool]] = {}
     for entry in json.loads(file.read_text())["per_task"]:
@@ -272,11 +222,11 @@ def _described(env_type: str, suite: str, number: int) -> str:
     return f" {task_description(suite, number)}"
 
 
-def _say_policy(policy: str, config: Any, saved: Mapping[str, Any], say: Say) -> None:
+def _log_policy(policy: str, config: Any, saved: Mapping[str, Any]) -> None:
     if config.use_geom_prefix:
-        spec = config.geometry_spec
-        say(f"policy {policy}: geometry of {spec.model_id}, encoded once a chunk of {config.n_action_steps} actions")
+        model, chunk = config.geometry_spec.model_id, config.n_action_steps
+        logger.info("policy %s: geometry of %s, encoded once a chunk of %d actions", policy, model, chunk)
     elif saved["type"] == "pi05":
-        say(f"policy {policy}: plain Pi0.5, evaluated as it is: it knows no geometry")
+        logger.info("policy %s: plain Pi0.5, evaluated as it is: it knows no geometry", policy)
     else:
-        say(f"policy {policy}: evaluated without geometry, use_geom_prefix is false")
+        logger.info("policy %s: evaluated without geometry, use_geom_prefix is false", policy)

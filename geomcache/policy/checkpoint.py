@@ -1,15 +1,16 @@
-"""Load a checkpoint into `pi05_geometry`, or say why it cannot be: nothing is left at random values unasked.
+"""Load a checkpoint into `pi05_geometry`, or raise: no weight is left at a random value unasked.
 
-LeRobot's own loader for Pi0.5 reports a missing file, a missing key or a wrong shape as a printed line and returns the
-model with random weights. Here all of them are errors; what fixes the keys of older checkpoints is still LeRobot's.
+LeRobot's own loader for Pi0.5 prints a line about a missing file, a missing key or a wrong shape and returns the model
+with random weights. Here each of them is an error. Keys of older checkpoints are still renamed by LeRobot's code.
 """
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import draccus
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -18,33 +19,48 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from geomcache.errors import ModelError, ModelNotFoundError, one_line
+from geomcache.errors import ModelError, ModelNotFoundError, UserInputError, one_line
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig, check_same_spec
 
 ADAPTER_NAME = "geometry_adapter"
 ADAPTER_PREFIX = f"model.{ADAPTER_NAME}."
 LOADABLE = ("pi05", "pi05_geometry")
+LORA_CONFIG = "adapter_config.json"
+
+# Options of the trained adapter: with others its tokens mean something else.
+ADAPTER_OPTIONS = ("geom_attention", "geom_target_hw", "geom_modality_embedding")
+# Entries of a configuration that belong to one run, machine, dataset or upload, and not to the policy.
+RUN_OPTIONS = frozenset(
+    {
+        *("type", "device", "pretrained_path", "pretrained_revision", "use_peft", "input_features", "output_features"),
+        *("action_feature_names", "push_to_hub", "repo_id", "private", "tags", "license"),
+        *("geom_spec", "geom_statistics", "geom_fingerprint", "random_init"),
+    }
+)
 
 logger = logging.getLogger(__name__)
 
 
 def checkpoint_file(path: str, name: str, **hub: Any) -> Path:
-    """A file of a checkpoint, in a folder or on the Hub.
+    """Return a file of a checkpoint, in a folder or on the Hub.
 
     Args:
         path: folder or Hub id.
-        name: of the file.
+        name: name of the file.
         hub: ``revision`` and other options of `hf_hub_download`.
 
     Raises:
-        ModelNotFoundError: there is no such folder, Hub id or file, or no way to the Hub.
+        ModelNotFoundError: the folder, Hub id or file does not exist, or the Hub cannot be reached.
+        ModelError: the folder holds a LoRA adapter and not the file.
     """
     if Path(path).is_dir():
         file = Path(path) / name
         if not file.is_file():
-            found = ", ".join(sorted(entry.name for entry in Path(path).iterdir())) or "nothing"
+            if (Path(path) / LORA_CONFIG).is_file():
+                raise ModelError(_lora_message(Path(path), name))
+            entries = ", ".join(sorted(entry.name for entry in Path(path).iterdir())) or "nothing"
             raise ModelNotFoundError(
-                f"policy {path}: expected {name} in this folder, found {found}: give the folder of a checkpoint that"
+                f"policy {path}: expected {name} in this folder, found {entries}: give the folder of a checkpoint that"
                 " holds config.json and model.safetensors, such as checkpoints/last/pretrained_model"
             )
         return file
@@ -57,11 +73,23 @@ def checkpoint_file(path: str, name: str, **hub: Any) -> Path:
         ) from error
 
 
+def _lora_message(folder: Path, name: str) -> str:
+    try:
+        base = json.loads((folder / LORA_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = None
+    return (
+        f"policy {folder}: expected a full checkpoint with {name}, found a LoRA adapter of the base checkpoint"
+        f" {base or 'that its adapter_config.json names'}: continue it with --policy.path={folder} (`geomcache train`),"
+        f" evaluate it with `geomcache eval --policy {folder}`, or give the base checkpoint"
+    )
+
+
 def read_config(path: str, **hub: Any) -> dict[str, Any]:
-    """A checkpoint's ``config.json``, of a policy that can be loaded.
+    """Read a checkpoint's ``config.json``, of a policy that can be loaded.
 
     Raises:
-        ModelNotFoundError: it is not there.
+        ModelNotFoundError: the file does not exist.
         ModelError: it is no JSON object, or of another policy.
     """
     file = checkpoint_file(path, CONFIG_NAME, **hub)
@@ -78,32 +106,79 @@ def read_config(path: str, **hub: Any) -> dict[str, Any]:
     return config
 
 
-def adopt_geometry(config: PI05GeometryConfig, saved: Mapping[str, Any]) -> bool:
-    """Compare the run's geometry with that of a checkpoint's configuration, and take over its statistics.
+def has_adapter(saved: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint with this ``config.json`` holds a trained geometry adapter."""
+    return saved["type"] == "pi05_geometry" and bool(saved.get("use_geom_prefix", True))
 
-    Returns:
-        Whether the checkpoint has an adapter.
+
+def adopt_geometry(config: PI05GeometryConfig, saved: Mapping[str, Any]) -> None:
+    """Compare the run's geometry with that of a checkpoint's adapter, and take over spec and statistics.
+
+    A checkpoint without adapter changes nothing, even where an older version left the spec of a former adapter in it.
 
     Raises:
-        CacheMismatchError: the checkpoint was trained with geometry made in another way.
+        CacheMismatchError: the adapter was trained with geometry made in another way.
     """
-    trained = saved["type"] == "pi05_geometry" and saved.get("use_geom_prefix", True)
-    if trained and config.use_geom_prefix and saved.get("geom_spec") is not None:
+    if has_adapter(saved) and config.use_geom_prefix and saved.get("geom_spec") is not None:
         if config.geom_spec is None:
             config.geom_spec = saved["geom_spec"]
         check_same_spec(cached=config.geom_spec, checkpoint=saved["geom_spec"])
         config.geom_statistics = saved.get("geom_statistics")  # what the adapter standardised by
-    return bool(trained)
+
+
+def check_options(
+    config: PI05GeometryConfig, saved: Mapping[str, Any], path: str, is_given: Callable[[str], bool]
+) -> None:
+    """Compare a run's options with those of the checkpoint whose weights it starts from (`pretrained_path`).
+
+    LeRobot takes the weights alone and leaves every option at its default. Differences are logged in one line; those
+    that change what a trained adapter sees must have been given.
+
+    Args:
+        config: the run's configuration.
+        saved: the checkpoint's ``config.json``.
+        path: path of the checkpoint, for messages.
+        is_given: tells whether the command line has the option of this name.
+
+    Raises:
+        UserInputError: an option of the trained adapter was not given and differs from the checkpoint's.
+    """
+    own = draccus.encode(config)
+    differing = {
+        name: (own[name], value)
+        for name, value in saved.items()
+        if name in own and name not in RUN_OPTIONS and own[name] != value
+    }
+    if has_adapter(saved) and config.use_geom_prefix:
+        for name in ADAPTER_OPTIONS:
+            if name in differing and not is_given(f"policy.{name}"):
+                value, trained = (json.dumps(each) for each in differing[name])
+                raise UserInputError(
+                    f"policy.{name}: expected {trained}, which the adapter of {path} was trained with, got the default"
+                    f" {value}: keep the checkpoint's options with --policy.path={path} instead of"
+                    f" --policy.pretrained_path, or give --policy.{name}"
+                )
+    if differing:
+        listed = ", ".join(
+            f"{name}={json.dumps(run)} (checkpoint: {json.dumps(was)})" for name, (run, was) in differing.items()
+        )
+        logger.warning(
+            "policy %s: options of this run differ from the checkpoint's own: %s: keep the checkpoint's with"
+            " --policy.path=%s instead of --policy.pretrained_path",
+            path,
+            listed,
+            path,
+        )
 
 
 def load_weights(policy: PI05Policy, path: str, file: Path, *, has_adapter: bool) -> None:
-    """Load a weight file; afterwards every parameter and buffer comes from it, a new adapter's excepted.
+    """Load a weight file: every parameter and buffer comes from it, except those of a fresh adapter.
 
     Args:
-        policy: what to load into.
-        path: of the checkpoint, for messages.
+        policy: policy to load into.
+        path: path of the checkpoint, for messages.
         file: ``model.safetensors``.
-        has_adapter: whether the checkpoint was trained with geometry. If not, the policy's adapter stays as it is.
+        has_adapter: the checkpoint was trained with geometry. If not, the policy's adapter stays as it is.
 
     Raises:
         ModelError: the file is damaged, or a key is missing, unexpected or of the wrong shape.
@@ -112,14 +187,14 @@ def load_weights(policy: PI05Policy, path: str, file: Path, *, has_adapter: bool
         loaded = load_file(file)
     except SafetensorError as error:
         raise ModelError(
-            f"policy {path}: expected weights in {file.name}: {one_line(error)}: fetch the checkpoint again"
+            f"policy {path}: expected weights in {file.name}: {one_line(error)}: download the checkpoint again"
         ) from error
     fixed: dict[str, Tensor] = policy._fix_pytorch_state_dict_keys(loaded, policy.config)
     state = {key if key.startswith("model.") else f"model.{key}": value for key, value in fixed.items()}
     own = policy.state_dict()
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     fresh = set() if has_adapter else {key for key in missing if key.startswith(ADAPTER_PREFIX)}
-    # An adapter that is there and switched off is left out on purpose.
+    # An adapter that is switched off is left out on purpose.
     unused = set() if policy.config.use_geom_prefix else {key for key in unexpected if key.startswith(ADAPTER_PREFIX)}
     misfits = {
         f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
@@ -144,7 +219,7 @@ def load_weights(policy: PI05Policy, path: str, file: Path, *, has_adapter: bool
 
 
 def _some(keys: Iterable[str]) -> str:
-    """At most five names, and how many more there are."""
+    """Name at most five, and count the others."""
     names = sorted(keys)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

@@ -1,5 +1,6 @@
 """Configuration of the policy `pi05_geometry`: Pi0.5's own, the geometry options, and what geometry was made from."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,14 +28,14 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     """Off: plain Pi0.5, bit for bit; no adapter is made."""
 
     geom_model_id: str | None = None
-    """The DA3 that the online encoder loads, where it is not to be found under the cache's name: a name, a Hub id or a
-    folder. Its weights must be those of the cache."""
+    """The DA3 that the online encoder loads: a name, a Hub id or a folder, with the weights of the cache's. None: the
+    cache's name."""
 
     geom_target_hw: tuple[int, int] = (14, 14)
     """Token grid (h, w) of each view; ``[14,14]`` on the command line."""
 
     geom_init_alpha: float = 0.1
-    """Start of the learned scale of the geometry tokens."""
+    """Initial value of the learned scale of the geometry tokens."""
 
     freeze_geom_model: bool = True
     """False is refused: a cache has no gradient to DA3."""
@@ -43,7 +44,7 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     """``full``: all prefix tokens see each other. ``isolated``: image and text do not see geometry, actions see all."""
 
     geom_lr_scale: float = 10.0
-    """Learning rate of the adapter over the policy's."""
+    """Learning rate of the adapter divided by the policy's."""
 
     geom_modality_embedding: bool = False
     """A learned embedding for each view, added to its tokens."""
@@ -69,12 +70,12 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     """Fingerprint of the cache that the policy was last trained from."""
 
     def check_options(self) -> None:
-        """See that the options above can be used. Called when a cache is bound, and when the policy is built.
+        """Check the options above, when a cache is bound and when the policy is built.
 
-        The constructor does not: LeRobot's command line hides the reason of what a constructor refuses.
+        The constructor does not check them: LeRobot's command line hides why a constructor refuses a value.
 
         Raises:
-            UserInputError: one of them cannot.
+            UserInputError: an option cannot be used.
             CacheFormatError: the spec is malformed.
         """
         if not self.freeze_geom_model:
@@ -106,35 +107,35 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
 
     @property
     def geometry_spec(self) -> GeometrySpec | None:
-        """What the geometry was made from; None before a cache is bound.
+        """Settings that the geometry was made with; None before a cache is bound.
 
         Raises:
-            CacheFormatError: the checkpoint's is malformed.
+            CacheFormatError: the checkpoint's spec is malformed.
         """
         return None if self.geom_spec is None else GeometrySpec.from_dict(self.geom_spec)
 
     @property
     def geometry_statistics(self) -> dict[str, Moments]:
-        """Statistics of the spec's outputs, in their order.
+        """Moments of the spec's outputs, in their order.
 
         Raises:
-            CacheFormatError: the checkpoint's are malformed or missing.
+            CacheFormatError: the checkpoint's statistics are malformed or missing.
         """
         spec = self.geometry_spec
         assert spec is not None
-        there = self.geom_statistics or {}
-        return {name: Moments.from_dict(there.get(name), name) for name in spec.outputs}
+        statistics = self.geom_statistics or {}
+        return {name: Moments.from_dict(statistics.get(name), name) for name in spec.outputs}
 
     def bind_cache(self, spec: GeometrySpec, statistics: Mapping[str, Moments], fingerprint: str) -> None:
-        """Take over what a cache says of itself. Called before the policy is made.
+        """Take over a cache's spec, statistics and fingerprint, before the policy is made.
 
         A configuration that has a spec already comes from a checkpoint: its adapter was trained with that geometry, so
         the cache must have been made in the same way, and the checkpoint's statistics stay.
 
         Args:
-            spec: the cache's.
-            statistics: the cache's, of each of the spec's outputs.
-            fingerprint: the cache's.
+            spec: the cache's spec, its cameras under the names that the policy sees.
+            statistics: the cache's moments of each of the spec's outputs.
+            fingerprint: the cache's fingerprint.
 
         Raises:
             CacheMismatchError: a field of the checkpoint's spec differs.
@@ -148,6 +149,10 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
             check_same_spec(cached=spec.to_dict(), checkpoint=self.geom_spec)
         self.geom_fingerprint = fingerprint
         self.check_options()
+
+    def forget_geometry(self) -> None:
+        """Drop spec, statistics and fingerprint: there is no trained adapter that they belong to."""
+        self.geom_spec = self.geom_statistics = self.geom_fingerprint = None
 
     def _check_target_grid(self) -> None:
         spec = self.geometry_spec
@@ -163,17 +168,32 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
 
 
 def check_same_spec(*, cached: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
-    """See that a cache was made as the one that a checkpoint was trained from. The model's name is a label.
+    """Compare the spec of a cache with the spec that a checkpoint was trained with. The model's name is a label.
 
     Raises:
         CacheMismatchError: a field differs.
     """
-    for field, there, here in differences(cached, checkpoint):
+    for field, cached_value, trained_value in differences(cached, checkpoint):
         if field != "model_id":
+            advice = "extract a cache with the checkpoint's settings, or start from a checkpoint without geometry"
+            if field == "cameras":
+                advice = _rename_advice(cached_value, trained_value) or advice
             raise CacheMismatchError(
-                f"spec.{field}: expected {here!r}, which the checkpoint was trained with, the cache has {there!r}:"
-                " extract a cache with the checkpoint's settings, or start from a checkpoint without geometry",
+                f"spec.{field}: expected {trained_value!r}, which the checkpoint was trained with, the cache has"
+                f" {cached_value!r}: {advice}",
                 f"spec.{field}",
-                there,
-                here,
+                cached_value,
+                trained_value,
             )
+
+
+def _rename_advice(cached: Any, trained: Any) -> str:
+    """Return what to do where cameras differ in nothing but their names, else nothing."""
+    cached_sizes, trained_sizes = ([(c["height"], c["width"]) for c in cameras] for cameras in (cached, trained))
+    if cached_sizes != trained_sizes:
+        return ""
+    names = {c["key"]: t["key"] for c, t in zip(cached, trained, strict=True) if c["key"] != t["key"]}
+    return (
+        "give the dataset's cameras the checkpoint's names with --policy.path=CHECKPOINT"
+        f" --rename_map='{json.dumps(names)}'"
+    )

@@ -6,11 +6,9 @@
 ids (cumulative sum of the pad masks) and the attention mask from what it returns. Everything else is inherited.
 """
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
@@ -21,18 +19,38 @@ from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from torch import Tensor
 
 from geomcache.adapter import GeometryTokenAdapter, GeometryTokens
-from geomcache.errors import ModelError, UserInputError
+from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import Geometry, batch_key
-from geomcache.policy.checkpoint import ADAPTER_NAME, adopt_geometry, checkpoint_file, load_weights, read_config
+from geomcache.policy.checkpoint import (
+    ADAPTER_NAME,
+    adopt_geometry,
+    checkpoint_file,
+    has_adapter,
+    load_weights,
+    read_config,
+)
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.online import OnlineEncoder
 from geomcache.policy.small_pi05 import SMALL_GEMMA, make_small
 
-logger = logging.getLogger(__name__)
+_TOKENS = "geometry_tokens"  # key of the batch between the policy and its network
+
+
+class PrefixInputs(NamedTuple):
+    """Pictures and the tokens that go with them.
+
+    LeRobot's `forward` and `sample_actions` hand their first argument to `embed_prefix` and do nothing else with it.
+    Tokens travel inside it and never wait in the network, which threads share: LeRobot evaluates tasks in parallel.
+    """
+
+    images: list[Tensor]  # [B, 3, H, W] of each camera, padding included
+    extra: GeometryTokens
 
 
 class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not typed
-    """LeRobot's Pi0.5 network, whose prefix can be longer by tokens from outside.
+    """LeRobot's Pi0.5 network with a prefix that can be extended by given tokens.
+
+    Wherever it takes `images`, it also takes `PrefixInputs`.
 
     Attributes:
         geometry_adapter: only with `use_geom_prefix`.
@@ -61,26 +79,16 @@ class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not 
                 modality_embedding=config.geom_modality_embedding,
             )
         self.image_token_norm: Tensor | None = None
-        self._extra_prefix: GeometryTokens | None = None
-
-    @contextmanager
-    def extra_prefix(self, tokens: GeometryTokens | None) -> Iterator[None]:
-        """Append these tokens to every prefix that is embedded inside the `with` block. None changes nothing."""
-        before = self._extra_prefix
-        self._extra_prefix = before if tokens is None else tokens
-        try:
-            yield
-        finally:
-            self._extra_prefix = before
 
     def embed_prefix(
-        self, images: list[Tensor], img_masks: list[Tensor], tokens: Tensor, masks: Tensor
+        self, images: list[Tensor] | PrefixInputs, img_masks: list[Tensor], tokens: Tensor, masks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As LeRobot's, with the extra tokens at the end: embeddings [B, P, D], pad and attention masks [B, P]."""
-        embs, pad_masks, att_masks = super().embed_prefix(images, img_masks, tokens, masks)
-        extra = self._extra_prefix
-        if extra is None:
-            return embs, pad_masks, att_masks
+        """Embed LeRobot's prefix and append the extra tokens: embeddings [B, P, D], pad and attention masks [B, P]."""
+        if not isinstance(images, PrefixInputs):
+            plain: tuple[Tensor, Tensor, Tensor] = super().embed_prefix(images, img_masks, tokens, masks)
+            return plain
+        extra = images.extra
+        embs, pad_masks, att_masks = super().embed_prefix(images.images, img_masks, tokens, masks)
         if self.training:
             image_tokens = embs.shape[1] - tokens.shape[1]
             # The pad mask leaves out empty cameras.
@@ -93,39 +101,42 @@ class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not 
 
     def forward(
         self,
+        images: list[Tensor] | PrefixInputs,
         *args: Any,
         extra_prefix_embs: Tensor | None = None,
         extra_prefix_pad_masks: Tensor | None = None,
         extra_prefix_att_masks: Tensor | None = None,
     ) -> Tensor:
-        """As LeRobot's, with tokens for the end of the prefix.
+        """Return LeRobot's loss of each action dimension, with tokens at the end of the prefix.
 
         Args:
-            args: LeRobot's: images, img_masks, tokens, masks, actions, noise, time.
+            images: [B, 3, H, W] of each camera.
+            args: LeRobot's: img_masks, tokens, masks, actions, noise, time.
             extra_prefix_embs: [B, n, D]; the next two go with it.
             extra_prefix_pad_masks: [B, n] bool, false for padding.
             extra_prefix_att_masks: [B, n] bool, true where a block opens that earlier tokens do not see.
         """
-        with self.extra_prefix(_tokens(extra_prefix_embs, extra_prefix_pad_masks, extra_prefix_att_masks)):
-            losses: Tensor = super().forward(*args)
+        extra = _tokens(extra_prefix_embs, extra_prefix_pad_masks, extra_prefix_att_masks)
+        losses: Tensor = super().forward(_with_tokens(images, extra), *args)
         return losses
 
     def sample_actions(
         self,
+        images: list[Tensor] | PrefixInputs,
         *args: Any,
         extra_prefix_embs: Tensor | None = None,
         extra_prefix_pad_masks: Tensor | None = None,
         extra_prefix_att_masks: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As LeRobot's, with tokens for the end of the prefix, given as to `forward`."""
-        with self.extra_prefix(_tokens(extra_prefix_embs, extra_prefix_pad_masks, extra_prefix_att_masks)):
-            actions: Tensor = super().sample_actions(*args, **kwargs)
+        """Return LeRobot's actions, with tokens at the end of the prefix, given as to `forward`."""
+        extra = _tokens(extra_prefix_embs, extra_prefix_pad_masks, extra_prefix_att_masks)
+        actions: Tensor = super().sample_actions(_with_tokens(images, extra), *args, **kwargs)
         return actions
 
 
 class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not typed
-    """LeRobot's Pi0.5 policy with geometry: from the batch in training, from the batch or its pictures in inference.
+    """LeRobot's Pi0.5 policy with geometry: from the batch in training, from the batch or its pictures at inference.
 
     Attributes:
         allow_resize: accept pictures of another size than the cache was made of when encoding them; false.
@@ -139,7 +150,7 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         """Build the policy, with random weights.
 
         Args:
-            config: with the spec and statistics of a cache (`bind_cache`), unless `use_geom_prefix` is off.
+            config: with the spec and statistics of a cache (`bind_cache`); without `use_geom_prefix` they are dropped.
             weights_follow: the caller loads weights next; otherwise random ones must have been asked for.
 
         Raises:
@@ -147,6 +158,8 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
             CacheFormatError: the configuration's spec or statistics are malformed.
         """
         config.validate_features()
+        if not config.use_geom_prefix:
+            config.forget_geometry()  # checkpoints of this policy have no adapter that spec and statistics belong to
         if not weights_follow and config.model_size == "full" and not config.random_init:
             raise UserInputError(
                 "policy pi05_geometry: expected pretrained weights, got none: give --policy.pretrained_path, such as"
@@ -187,16 +200,16 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
 
         Args:
             pretrained_name_or_path: folder or Hub id.
-            config: of the run; the checkpoint's own where None.
-            force_download: of the Hub, as the next four.
-            token: for gated and private checkpoints.
-            cache_dir: where downloads are kept.
+            config: configuration of the run; None takes the checkpoint's own.
+            force_download: download files again that are in the Hub's cache.
+            token: token for gated and private checkpoints.
+            cache_dir: folder that downloads are kept in.
             local_files_only: do not ask the Hub.
             revision: branch, tag or commit.
-            kwargs: what LeRobot gives to a policy's constructor.
+            kwargs: further arguments that LeRobot gives to a policy's constructor.
 
         Raises:
-            ModelNotFoundError: the checkpoint, or a file of it, is not there.
+            ModelNotFoundError: the checkpoint, or a file of it, does not exist.
             ModelError: it is of another policy, or a key is missing, unexpected or of the wrong shape.
             CacheMismatchError: its geometry was made in another way than the run's.
         """
@@ -217,14 +230,14 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
                 f"policy {path}: expected a pi05_geometry configuration, got {config.type}: give config=, or load it"
                 " with LeRobot's own policy class"
             )
-        has_adapter = adopt_geometry(config, saved)
+        adopt_geometry(config, saved)
         policy = cls(config, weights_follow=True, **kwargs)
-        load_weights(policy, path, weights, has_adapter=has_adapter)
+        load_weights(policy, path, weights, has_adapter=has_adapter(saved))
         policy.eval()
         return policy
 
     def get_optim_params(self) -> Any:
-        """Parameters for the optimizer: the adapter in a group of its own, at its own rate (`geom_lr_scale`)."""
+        """Return the optimizer's parameters: the adapter in a group of its own, at its own rate (`geom_lr_scale`)."""
         if not self.config.use_geom_prefix:
             return super().get_optim_params()
         adapter = list(self.model.geometry_adapter.parameters())
@@ -235,26 +248,32 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         ]
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
-        """Loss of a batch that brings its geometry, and numbers for the log.
+        """Return the loss of a batch that brings its geometry, and numbers for the log.
 
-        Beside LeRobot's, the numbers are ``geom_alpha``; ``geom_token_norm`` and ``image_token_norm``, mean lengths of
-        the prefix's tokens; and ``geom_grad_norm``, of the adapter's gradient in the step before, not clipped, of this
-        process alone; it is missing in the first step.
+        In addition to LeRobot's, the numbers are ``geom_alpha``; ``geom_token_norm`` and ``image_token_norm``, mean
+        lengths of the prefix's tokens; and ``geom_grad_norm``, the norm of the adapter's gradient in the step before,
+        not clipped, of this process alone; it is missing in the first step.
 
         Raises:
-            GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for.
+            GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for, or
+                was cast to bfloat16.
         """
         if not self.config.use_geom_prefix:
             plain: tuple[Tensor, dict[str, Any]] = super().forward(batch, reduction)
             return plain
-        tokens = self._tokens(Geometry.from_batch(batch))
-        with self.model.extra_prefix(tokens):
-            loss, numbers = super().forward(batch, reduction)
+        geometry = Geometry.from_batch(batch)
+        if geometry.ray.dtype == torch.bfloat16:  # FSDP's mixed precision casts what comes into the root module
+            raise GeometryError(
+                "geometry: expected float16 as in the cache, got bfloat16, which rounds eight times as coarsely: FSDP"
+                " casts each batch so with --policy.dtype=bfloat16: train with --policy.dtype=float32, or without FSDP"
+            )
+        tokens = self._tokens(geometry)
+        loss, numbers = super().forward(batch | {_TOKENS: tokens}, reduction)
         return loss, numbers | self._signs_of_learning(tokens)
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """Actions [B, chunk, action dim] of a batch that brings its geometry, or pictures to encode.
+        """Return actions [B, chunk, action dim] of a batch that brings its geometry, or pictures to encode.
 
         Args:
             batch: an observation, as LeRobot's preprocessor leaves it.
@@ -262,23 +281,42 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
 
         Raises:
             GeometryError: geometry or pictures do not fit what the policy was trained with.
-            ModelError: the DA3 that the policy was trained with cannot be had.
+            ModelError: the DA3 that the policy was trained with is not available.
         """
         self.eval()
         if self.config.use_geom_prefix:
-            tokens = self._tokens(self.geometry_of(batch))
-            kwargs["extra_prefix_embs"] = tokens.embs
-            kwargs["extra_prefix_pad_masks"] = tokens.pad_masks
-            kwargs["extra_prefix_att_masks"] = tokens.att_masks
+            batch = batch | {_TOKENS: self._tokens(self.geometry_of(batch))}
         chunk: Tensor = super().predict_action_chunk(batch, **kwargs)
         return chunk
 
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any]) -> Tensor:
+        """Return the next action [B, action dim]; a new chunk is predicted when the last one is used up.
+
+        LeRobot keeps actions in a queue on the policy, which threads share. With one action a chunk there is nothing to
+        keep: the queue is left out, and tasks can be evaluated in parallel.
+
+        Raises:
+            GeometryError: geometry or pictures do not fit what the policy was trained with.
+            ModelError: the DA3 that the policy was trained with is not available.
+        """
+        if self.config.n_action_steps == 1 and not self._rtc_enabled():
+            action: Tensor = self.predict_action_chunk(batch)[:, 0]
+        else:
+            action = super().select_action(batch)
+        return action
+
+    def _preprocess_images(self, batch: dict[str, Any]) -> tuple[list[Tensor] | PrefixInputs, list[Tensor]]:
+        """Prepare the pictures as LeRobot does, together with the batch's tokens."""
+        images, img_masks = super()._preprocess_images(batch)
+        return _with_tokens(images, batch.get(_TOKENS)), img_masks
+
     def geometry_of(self, batch: Mapping[str, Any]) -> Geometry:
-        """The geometry that a batch brings, or else that of its pictures.
+        """Return the geometry that a batch brings, otherwise that of its pictures.
 
         Raises:
             GeometryError: pictures are missing or do not fit what the policy was trained with.
-            ModelError: the DA3 that the policy was trained with cannot be had.
+            ModelError: the DA3 that the policy was trained with is not available.
         """
         if batch_key("ray") in batch:
             return Geometry.from_batch(batch)
@@ -307,7 +345,7 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         return dict(zip(numbers, values, strict=True))
 
     def _watch_next_gradient(self) -> None:
-        """Note the norm of the adapter's gradient in the next backward pass; the optimizer clears it after its step."""
+        """Record the norm of the adapter's gradient in the next backward pass: the optimizer clears the gradient."""
         watched = [parameter for parameter in self.model.geometry_adapter.parameters() if parameter.requires_grad]
 
         def note(gradients: Sequence[Tensor | None]) -> None:
@@ -318,7 +356,7 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
             handle = torch.autograd.graph.register_multi_grad_hook(watched, note)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        """LeRobot's LoRA targets; the adapter is trained in full and saved with them."""
+        """Return LeRobot's LoRA targets; the adapter is trained in full and saved with them."""
         targets: dict[str, Any] = super()._get_default_peft_targets()
         if self.config.use_geom_prefix:
             targets["modules_to_save"] = [*targets["modules_to_save"], ADAPTER_NAME]
@@ -339,9 +377,13 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
 
 
 def mean_length(tokens: Tensor, pad_masks: Tensor) -> Tensor:
-    """Mean Euclidean length of the tokens [B, n, D] that are no padding, without gradient."""
+    """Return the mean Euclidean length of the tokens [B, n, D] that are no padding, without gradient."""
     lengths: Tensor = torch.linalg.vector_norm(tokens.detach().float(), dim=-1)
     return (lengths * pad_masks).sum() / pad_masks.sum()
+
+
+def _with_tokens(images: list[Tensor] | PrefixInputs, extra: GeometryTokens | None) -> list[Tensor] | PrefixInputs:
+    return images if extra is None or isinstance(images, PrefixInputs) else PrefixInputs(images, extra)
 
 
 def _tokens(embs: Tensor | None, pad_masks: Tensor | None, att_masks: Tensor | None) -> GeometryTokens | None:

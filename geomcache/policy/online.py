@@ -1,10 +1,11 @@
-"""Geometry of an observation at inference: pictures of a batch back to uint8, then through the cache's encoder.
+"""Encode the pictures of an observation at inference: back to uint8, then through the cache's encoder.
 
 The encoder is no part of the policy's module tree: not in its state_dict, optimizer, copies or uploads.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,56 +22,64 @@ _WHOLE = 1e-3
 
 
 class OnlineEncoder:
-    """Encodes the pictures of a batch. The DA3 model is loaded at the first call, and only then imported.
+    """Encoder of the pictures of a batch. The DA3 model is loaded at the first call, and only then imported.
+
+    Threads may share it: one at a time loads and encodes.
 
     Attributes:
         encoder: None before the first call. A copy or a pickle of this object starts without it.
     """
 
     def __init__(self, spec: GeometrySpec, model: str | None) -> None:
-        """Remember what to load.
+        """Keep what to load at the first call.
 
         Args:
-            spec: what the policy was trained with.
-            model: where its DA3 is found, if not under the spec's `model_id`.
+            spec: spec of the geometry that the policy was trained with.
+            model: a DA3 name, Hub id or folder; None: the spec's `model_id`.
         """
         self.spec = spec
         self.model = model
         self.encoder: DA3Encoder | None = None
+        self._lock = Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"encoder": None}
+    def __reduce__(self) -> tuple[type, tuple[GeometrySpec, str | None]]:
+        return type(self), (self.spec, self.model)  # a copy starts without the encoder, with a lock of its own
 
     def __call__(self, batch: Mapping[str, Any], device: torch.device, *, allow_resize: bool) -> Geometry:
-        """Geometry of all pictures of a batch in one call of the encoder.
+        """Encode all pictures of a batch in one call of the encoder.
 
         Args:
             batch: has [B, 3, H, W] uint8, or floats in [0, 1] made of uint8, of every camera of the spec.
-            device: where the encoder is loaded to, and where the result lies then.
+            device: device of the encoder and of the result.
             allow_resize: accept pictures of another size than the cache was made of.
 
         Raises:
             GeometryError: a camera is missing, or its pictures have another size, shape or content.
-            ModelError: the spec's DA3 cannot be had, or its weights are not those of the cache.
+            ModelError: the spec's DA3 is not available, or its weights are not those of the cache.
             CacheMismatchError: this installation's encoder would not compute what the cache's did.
         """
         images = [self._pictures(batch, camera, allow_resize=allow_resize) for camera in self.spec.cameras]
-        if self.encoder is None:
-            from geomcache.da3.encoder import DA3Encoder
+        with self._lock:
+            if self.encoder is None:
+                self.encoder = self._load(images, device)
+            return self.encoder.encode(images)
 
-            # With the cameras' own sizes, which differ from the cache's only where that was allowed.
-            cameras = tuple(
-                dataclasses.replace(camera, height=image.shape[1], width=image.shape[2])
-                for camera, image in zip(self.spec.cameras, images, strict=True)
-            )
-            spec = dataclasses.replace(self.spec, cameras=cameras)
-            # Building a network draws random numbers. The policy's noise is the same whether or not it was built here.
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                self.encoder = DA3Encoder.from_spec(spec, model=self.model, device=device)
-        return self.encoder.encode(images)
+    def _load(self, images: Sequence[Tensor], device: torch.device) -> "DA3Encoder":
+        """Load the encoder for pictures [B, H, W, 3] of these sizes."""
+        from geomcache.da3.encoder import DA3Encoder
+
+        # With the cameras' own sizes, which differ from the cache's only where that was allowed.
+        cameras = tuple(
+            dataclasses.replace(camera, height=image.shape[1], width=image.shape[2])
+            for camera, image in zip(self.spec.cameras, images, strict=True)
+        )
+        spec = dataclasses.replace(self.spec, cameras=cameras)
+        # Building a network draws random numbers. The policy's noise is the same whether or not it was built here.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return DA3Encoder.from_spec(spec, model=self.model, device=device)
 
     def _pictures(self, batch: Mapping[str, Any], camera: Camera, *, allow_resize: bool) -> Tensor:
-        """One view, [B, H, W, 3] uint8, to the bit what the camera or the dataset gave."""
+        """Return one view, [B, H, W, 3] uint8, equal to the bit to what the camera or the dataset gave."""
         if camera.key not in batch:
             pictures = ", ".join(sorted(key for key in batch if "image" in key)) or "no pictures"
             raise GeometryError(
@@ -95,7 +104,7 @@ def to_uint8(image: Tensor, name: str) -> Tensor:
 
     Args:
         image: uint8, which is returned as it is, or floats that are whole multiples of 1/255 from 0 to 1.
-        name: of the camera, for the message.
+        name: name of the camera, for the message.
 
     Raises:
         GeometryError: the floats were not made from 8-bit pictures, or were changed since.

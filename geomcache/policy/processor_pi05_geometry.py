@@ -29,7 +29,7 @@ BYTES_TOKENIZER = "bytes"
 
 
 def make_bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that needs no file: padding is 0, a byte of UTF-8 text is 1 to 256."""
+    """Make a tokenizer that needs no file: padding is 0, a byte of UTF-8 text is 1 to 256."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0} | {symbol: number for number, symbol in enumerate(alphabet, start=1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -51,11 +51,11 @@ class BytesTokenizerProcessorStep(TokenizerProcessorStep):  # type: ignore[misc]
 def make_pi05_geometry_pre_post_processors(
     config: PI05GeometryConfig, dataset_stats: dict[str, dict[str, Any]] | None = None
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Processors for a policy made from scratch: the steps of Pi0.5, in its order.
+    """Make the processors of a policy made from scratch: the steps of Pi0.5, in its order.
 
     Args:
-        config: the policy's.
-        dataset_stats: the dataset's, for (un)normalising state and action.
+        config: the policy's configuration.
+        dataset_stats: the dataset's statistics, for (un)normalising state and action.
 
     Raises:
         UserInputError: the tokenizer has more tokens than a small model embeds.
@@ -95,6 +95,6 @@ def _tokenizer_step(config: PI05GeometryConfig) -> TokenizerProcessorStep:
     if small and len(step.input_tokenizer) > SMALL_VOCABULARY:
         raise UserInputError(
             f"tokenizer_name: expected at most {SMALL_VOCABULARY} tokens for model_size=small, {name} has"
-            f" {len(step.input_tokenizer)}: leave it out, the built-in one fits"
+            f" {len(step.input_tokenizer)}: leave the option out, the built-in tokenizer fits"
         )
     return step

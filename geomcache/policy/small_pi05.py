@@ -20,7 +20,7 @@ SMALL_VOCABULARY = 512
 
 
 class SmallPaliGemmaWithExpert(PaliGemmaWithExpertModel):  # type: ignore[misc]  # LeRobot is not typed
-    """LeRobot's pair of language model and action expert, in the small size. Its methods are all inherited."""
+    """LeRobot's pair of language model and action expert, in the small size. All methods are inherited."""
 
     def __init__(self, config: PI05Config) -> None:
         nn.Module.__init__(self)  # the parent's constructor would build the published sizes
@@ -64,7 +64,7 @@ def make_small(model: PI05Pytorch, config: PI05Config) -> None:
 
 
 def _gemma(*, adaptive: bool) -> Any:
-    """Transformers' configuration of one of the two; the action expert's norms adapt to the time step."""
+    """Return Transformers' configuration of either model; the action expert's norms adapt to the time step."""
     return _configuration(
         "gemma",
         hidden_size=SMALL_GEMMA.width,

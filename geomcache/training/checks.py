@@ -1,44 +1,71 @@
-"""What a training run may not do to the pictures: move their pixels, or rename their cameras."""
+"""Check a training run before its first step: its options, its pictures, its dataset."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from geomcache.errors import UserInputError
+import numpy as np
+
+from geomcache.errors import DatasetError, UserInputError
 from geomcache.geometry import GeometrySpec
 
-# Transforms that leave every pixel where it is: colours, noise, blur, holes. A list of what is known to be harmless, so
-# that a transform which a later version brings is refused until somebody has looked at it.
+# Transforms that leave every part of the picture at its share of width and height, where the cells of the geometry's
+# grid are: colours, noise, blur, holes, and changes of the whole picture's size. A list of what is known to be
+# harmless, so that a transform of a later version is refused until somebody has checked it.
 PIXELS_STAY = frozenset(
     {
         # torchvision.transforms.v2
-        *(
-            "ColorJitter",
-            "GaussianBlur",
-            "GaussianNoise",
-            "Grayscale",
-            "Identity",
-            "JPEG",
-            "RGB",
-            "RandomAdjustSharpness",
-        ),
-        *("RandomAutocontrast", "RandomChannelPermutation", "RandomEqualize", "RandomErasing", "RandomGrayscale"),
-        *("RandomInvert", "RandomPhotometricDistort", "RandomPosterize", "RandomSolarize"),
+        *("ColorJitter", "GaussianBlur", "GaussianNoise", "Grayscale", "Identity", "JPEG", "RGB"),
+        *("RandomAdjustSharpness", "RandomAutocontrast", "RandomChannelPermutation", "RandomEqualize"),
+        *("RandomErasing", "RandomGrayscale", "RandomInvert", "RandomPhotometricDistort", "RandomPosterize"),
+        *("RandomSolarize", "ToDtype", "ToImage", "ToPureTensor"),
+        *("RandomResize", "RandomShortestSize", "Resize", "ScaleJitter"),
         # LeRobot's own
         *("CoarseDropout", "GammaCorrection", "GaussianPatchBrightness", "JPEGCompression", "MotionBlur"),
         *("PlanckianJitter", "RandomShadow", "SharpnessJitter"),
     }
 )
 
+# Statistics that LeRobot's normalisation of each mode reads.
+NEEDED_STATISTICS = {
+    "IDENTITY": (),
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+STATE_KEY, ACTION_KEY = "observation.state", "action"  # LeRobot's names of Pi0.5's input and output
+
+
+def check_options(config: Any) -> None:
+    """Refuse options that no run can have, which LeRobot finds late or never.
+
+    Args:
+        config: LeRobot's `TrainPipelineConfig`.
+
+    Raises:
+        UserInputError: a number is out of range, or streaming is asked for with a choice of episodes.
+    """
+    for name, least in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
+        value = getattr(config, name)
+        if value < least:
+            raise UserInputError(f"{name}: expected at least {least}, got {value}")
+    if config.dataset.streaming and config.dataset.episodes is not None:
+        raise UserInputError(
+            f"dataset.episodes: expected none with dataset.streaming=true, got {config.dataset.episodes!r:.80}:"
+            " LeRobot's streaming reads every episode, whichever are named: leave one of the two options out"
+        )
+
 
 def check_image_transforms(config: Any) -> None:
-    """Refuse augmentation that moves pixels: the cached geometry is that of the pictures as they are stored.
+    """Refuse augmentation that moves content: the cached geometry is that of the pictures as they are stored.
 
     Args:
         config: LeRobot's `ImageTransformsConfig`.
 
     Raises:
-        UserInputError: a transform that is switched on is not known to leave pixels in place.
+        UserInputError: a transform that is switched on is not known to leave content in place.
     """
     if not config.enable:
         return
@@ -53,20 +80,104 @@ def check_image_transforms(config: Any) -> None:
         named = ", ".join(f"{name} ({kind})" for name, kind in moving.items())
         option = f"--dataset.image_transforms.tfs='{json.dumps(others)}'"
         raise UserInputError(
-            f"dataset.image_transforms: expected transforms that leave pixels in place, got {named}: the cached"
+            f"dataset.image_transforms: expected transforms that leave content in place, got {named}: the cached"
             f" geometry would not fit the picture: leave it out with {option}"
         )
 
 
-def check_rename_map(spec: GeometrySpec, rename_map: Mapping[str, str]) -> None:
-    """Refuse to rename the cache's cameras: at inference the encoder looks for them under the cache's names.
+def renamed_spec(spec: GeometrySpec, config: Any) -> GeometrySpec:
+    """Return a cache's spec with its cameras under the names that the policy sees.
+
+    LeRobot's preprocessor renames the pictures (`rename_map`), in training and in evaluation: the online encoder finds
+    them under the new names.
+
+    Args:
+        spec: the cache's spec, its cameras under the dataset's names.
+        config: LeRobot's `TrainPipelineConfig`.
 
     Raises:
-        UserInputError: a camera of the cache is renamed.
+        UserInputError: a camera is renamed for a policy that takes its cameras from the dataset, or two get one name.
     """
-    for key in spec.camera_keys:
-        if rename_map.get(key, key) != key:
-            raise UserInputError(
-                f"rename_map: expected the cache's cameras to keep their names, got {key} -> {rename_map[key]}: the"
-                " online encoder looks for the cache's names: leave it out; pi05_geometry takes any camera names"
+    rename_map: Mapping[str, str] = config.rename_map
+    renamed = {key: rename_map[key] for key in spec.camera_keys if rename_map.get(key, key) != key}
+    if renamed and not config.policy.input_features:
+        raise UserInputError(
+            "rename_map: expected none for a policy that takes its cameras from the dataset, got"
+            f" {json.dumps(renamed)}: leave it out, any camera names do; to keep a geometry checkpoint's names, give it"
+            " with --policy.path=CHECKPOINT instead of --policy.pretrained_path"
+        )
+    cameras = tuple(dataclasses.replace(camera, key=renamed.get(camera.key, camera.key)) for camera in spec.cameras)
+    return dataclasses.replace(spec, cameras=cameras)
+
+
+def check_features(meta: Any, config: Any) -> None:
+    """Check that a dataset has state, actions, and the statistics that they are normalised by.
+
+    Args:
+        meta: LeRobot's `LeRobotDatasetMetadata`.
+        config: LeRobot's `TrainPipelineConfig`.
+
+    Raises:
+        DatasetError: a feature or a statistic is missing.
+    """
+    names = {config.rename_map.get(key, key): key for key in meta.features}  # the policy's name -> the dataset's
+    for key, meaning in ((STATE_KEY, "the robot's state"), (ACTION_KEY, "the actions")):
+        if key not in names:
+            raise DatasetError(
+                f"dataset {meta.repo_id}: expected {key}, {meaning}, found {', '.join(meta.features)}: give the feature"
+                " this name when you record or convert the dataset"
+            )
+    if config.resume:
+        return  # a resumed run normalises by its checkpoint's statistics
+    modes = {kind: str(getattr(mode, "value", mode)) for kind, mode in config.policy.normalization_mapping.items()}
+    for kind, key in (("STATE", STATE_KEY), ("ACTION", ACTION_KEY)):
+        mode = modes.get(kind, "IDENTITY")
+        statistics = (meta.stats or {}).get(names[key], {})
+        missing_names = [name for name in NEEDED_STATISTICS.get(mode, ()) if name not in statistics]
+        if missing_names:
+            raise DatasetError(_statistics_message(meta, config, names[key], mode, missing_names, list(statistics)))
+
+
+def _statistics_message(
+    meta: Any, config: Any, key: str, mode: str, missing_names: list[str], present_names: list[str]
+) -> str:
+    root = "" if config.dataset.root is None else f" --root={config.dataset.root}"
+    if present_names:
+        command = f"python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id={meta.repo_id}{root}"
+        if not mode.startswith("QUANTILE"):
+            command += " --overwrite"
+        alternative = {"ACTION": "MEAN_STD", "STATE": "MEAN_STD", "VISUAL": "IDENTITY"}
+        advice = f"`{command}`, or train with --policy.normalization_mapping='{json.dumps(alternative)}'"
+    else:
+        advice = f"`lerobot-edit-dataset --repo_id={meta.repo_id}{root} --operation.type=recompute_stats`"
+    return (
+        f"dataset {meta.repo_id}: expected the statistics {', '.join(missing_names)} of {key}, which {mode} normalises"
+        f" by, found {', '.join(present_names) or 'none'}: compute them with LeRobot's {advice}"
+    )
+
+
+def check_streaming(meta: Any, tolerance_s: float) -> None:
+    """Refuse to stream videos where LeRobot would show the pictures of other frames.
+
+    LeRobot's streaming dataset takes ``index / fps`` for the time in a video file. That is right only while a frame's
+    file starts with the dataset's first frame: in the second file, pictures are those of other frames.
+
+    Args:
+        meta: LeRobot's `LeRobotDatasetMetadata`.
+        tolerance_s: largest difference of the two times, seconds.
+
+    Raises:
+        DatasetError: the times differ; the message names camera and episode.
+    """
+    streamed_s = np.asarray(meta.episodes["dataset_from_index"], dtype=np.float64) / meta.fps
+    for key in meta.video_keys:
+        stored_s = np.asarray(meta.episodes[f"videos/{key}/from_timestamp"], dtype=np.float64)
+        differing = np.flatnonzero(np.abs(stored_s - streamed_s) > tolerance_s)
+        if len(differing):
+            first = int(differing[0])
+            raise DatasetError(
+                f"dataset.streaming: expected episode {first} of {key} at {streamed_s[first]:.3f} s of its video file,"
+                f" where LeRobot's streaming looks for it, found it at {stored_s[first]:.3f} s ({len(differing)} of"
+                f" {len(stored_s)} episodes differ): it would show pictures of other frames: train with"
+                " --dataset.streaming=false"
             )

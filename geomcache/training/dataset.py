@@ -1,4 +1,4 @@
-"""A LeRobot dataset whose items carry the cached geometry of their own frame.
+"""LeRobot datasets whose items carry the cached geometry of their own frame.
 
     LeRobot item {observation.images.*, action, index, ...}  +  cache row `index`
         ->  {..., observation.geometry.ray [V, h, w, 6], observation.geometry.ray_conf [V, h, w]}   float16, torch
@@ -23,10 +23,10 @@ Item = dict[str, Any]
 
 
 class _WithGeometry:
-    """What both forms share. Everything that is not geometry is the wrapped dataset's own."""
+    """Base of both forms. Everything that is not geometry is the wrapped dataset's own."""
 
     def __init__(self, dataset: Any, store: GeometryStore) -> None:
-        """Wrap `dataset`. It holds the store's path: worker processes open files of their own.
+        """Wrap `dataset`. Worker processes open the store's files themselves.
 
         Raises:
             CacheMismatchError: the dataset has another number of frames than the cache's.
@@ -44,13 +44,13 @@ class _WithGeometry:
 
     def __getattr__(self, name: str) -> Any:
         # LeRobot's trainer reads meta, episodes, num_frames, hf_dataset and more. Private names stop here: unpickling
-        # asks for some before `_dataset` is there.
+        # asks for some before `_dataset` exists.
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._dataset, name)
 
     def _add_geometry(self, items: Sequence[Item]) -> list[Item]:
-        """Items with the geometry of their rows, in one read."""
+        """Add to the items the geometry of their rows, in one read."""
         indices = np.array([int(item["index"]) for item in items], dtype=np.int64)
         with contextlib.nullcontext() if get_worker_info() is None else errors_kept_whole():
             maps = self._store.batch(indices)
@@ -72,7 +72,7 @@ class GeometryDataset(_WithGeometry, Dataset[Item]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
-        """Items at these positions, which in a dataset of some episodes are not the frames' indices."""
+        """Return the items at these positions, which in a dataset of some episodes are not the frames' indices."""
         return self._add_geometry([self._dataset[position] for position in positions])
 
 

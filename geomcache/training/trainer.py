@@ -1,4 +1,4 @@
-"""Stage two: LeRobot's own trainer, on items that carry cached geometry.
+"""Run LeRobot's own trainer on items that carry cached geometry: stage two.
 
     options ──► LeRobot's parser ──► comparison of cache and run ──► lerobot_train.train(config)
                                                                        └─ its dataset factory, replaced: LeRobot's
@@ -6,58 +6,92 @@
 
 Two smaller seams make a resumed run exact and the logged numbers readable. Nothing else of the trainer is touched:
 accelerate, mixed precision, PEFT, checkpoints, wandb, the Hub and evaluation are LeRobot's, and so are the options.
-What differs between the cache and the run ends it before the first step. The cache's spec, statistics and fingerprint
+A difference between the cache and the run ends it before the first step. The cache's spec, statistics and fingerprint
 go into the policy's configuration, and with it into checkpoints.
 """
 
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import require_intact
 from geomcache.errors import DatasetError, UserInputError, one_line
-from geomcache.lerobot_options import given, parse_options
+from geomcache.lerobot_options import given, parse_options, short_ffmpeg_warning
+
+if TYPE_CHECKING:
+    from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 
 POLICY_TYPE = "pi05_geometry"
+
+logger = logging.getLogger(__name__)
 
 
 def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = False) -> None:
     """Train a policy with geometry from a cache.
 
+    An exception that interrupts the run, such as `KeyboardInterrupt`, gets a note that says from which step the run can
+    be resumed, and how.
+
     Args:
         cache: path of a sealed cache.
         lerobot_args: options of `lerobot-train`, as on its command line.
-        verify: read the whole cache first, by the main process, and stop where it is damaged.
+        verify: read the whole cache first, and stop if it is damaged. The processes of a machine share the work, and none
+            waits for another.
 
     Raises:
         UserInputError: LeRobot does not know an option or refuses its value, or it does not go with a cache.
         CacheError: there is no such cache, it lacks episodes, or it is not of this run's dataset, cameras or policy.
-        GeomcacheError: dataset or checkpoint cannot be had, or geometry cannot be read.
+        GeomcacheError: the dataset or checkpoint is not available, or geometry cannot be read.
     """
-    store = GeometryStore.open(cache)  # before LeRobot is imported: a wrong path is told at once
-    if verify and os.environ.get("RANK", "0") == "0":
+    store = GeometryStore.open(cache)  # before LeRobot is imported: a wrong path is reported at once
+    if verify:
         require_intact(cache)
     config = parse_config(lerobot_args)
-    bind(config, store)
+    bind(config, store, lerobot_args)
 
     from lerobot.scripts import lerobot_train
 
     with contextlib.ExitStack() as seams:
+        seams.enter_context(short_ffmpeg_warning())
+        seams.enter_context(geometry_datasets(store if config.policy.use_geom_prefix else None))
         if config.policy.use_geom_prefix:
-            seams.enter_context(geometry_datasets(store))
             seams.enter_context(readable_metrics())
         if config.resume:
             seams.enter_context(exact_resume(config))
-        lerobot_train.train(config)
+        try:
+            lerobot_train.train(config)
+        except BaseException as stop:
+            if not isinstance(stop, Exception):
+                stop.add_note(resume_note(cache, Path(config.output_dir)))
+            raise
+
+
+def resume_note(cache: str | Path, output: Path) -> str:
+    """Return how an interrupted run is resumed, and from which step, in one line.
+
+    Args:
+        cache: the run's cache, as given.
+        output: the run's output folder.
+    """
+    last = output / "checkpoints" / "last"
+    if not (last / "training_state").is_dir():
+        remove = f"remove {output} and " if output.exists() else ""
+        return (
+            f"no checkpoint was saved yet, there is nothing to resume: {remove}run the same command again to start over"
+        )
+    config_path = last / "pretrained_model" / "train_config.json"
+    command = ["geomcache", "train", "--cache", str(cache), f"--config_path={config_path}", "--resume=true"]
+    return f"resume from step {int(last.resolve().name)} with `{shlex.join(command)}`"
 
 
 def with_defaults(lerobot_args: Sequence[str]) -> list[str]:
-    """Options with our defaults, where they leave them open."""
+    """Return the options with our defaults for what they leave open."""
     args = list(lerobot_args)
     if given("config_path", args):  # a configuration file names its policy
         return args
@@ -68,77 +102,161 @@ def with_defaults(lerobot_args: Sequence[str]) -> list[str]:
     return args
 
 
-def parse_config(lerobot_args: Sequence[str]) -> Any:
-    """LeRobot's `TrainPipelineConfig` of these options, parsed and validated by LeRobot.
+def with_plain_checkpoint(lerobot_args: Sequence[str]) -> list[str]:
+    """Return the options with a plain Pi0.5 checkpoint's own, where ``--policy.path`` names one.
+
+    LeRobot would make a policy without geometry of it. As ``--policy.pretrained_path`` it gains geometry; the options
+    that it was saved with come first, so that those of the command line win. Its cameras and action size come from the
+    dataset.
 
     Raises:
-        UserInputError: LeRobot refuses them; the message is LeRobot's.
-        GeomcacheError: the policy's configuration does.
-        SystemExit: they ask for LeRobot's help, which is printed.
+        ModelNotFoundError: there is no such checkpoint.
+        ModelError: it is of another policy than Pi0.5.
+    """
+    import json
+
+    import draccus
+    from lerobot.configs import parser
+
+    path = parser.parse_arg("policy.path", lerobot_args)
+    if path is None or given("policy.type", lerobot_args):
+        return list(lerobot_args)
+
+    from geomcache.policy.checkpoint import RUN_OPTIONS, read_config
+    from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+
+    saved = read_config(path, revision=parser.parse_arg("policy.pretrained_revision", lerobot_args))
+    if saved["type"] == POLICY_TYPE:
+        return list(lerobot_args)
+    defaults = draccus.encode(PI05GeometryConfig(device="cpu"))
+    kept = {
+        name: value for name, value in saved.items() if name not in RUN_OPTIONS and defaults.get(name, ...) != value
+    }
+    logger.info("policy %s: plain Pi0.5, with its own options and a fresh geometry adapter", path)
+    return [
+        f"--policy.type={POLICY_TYPE}",
+        f"--policy.pretrained_path={path}",
+        *(f"--policy.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in kept.items()),
+        *parser.filter_arg("policy.path", lerobot_args),
+    ]
+
+
+def parse_config(lerobot_args: Sequence[str]) -> Any:
+    """Parse and validate options to LeRobot's `TrainPipelineConfig`, by LeRobot.
+
+    Raises:
+        UserInputError: LeRobot refuses an option; the message is LeRobot's.
+        GeomcacheError: the policy's configuration refuses one, or a checkpoint cannot be read.
+        SystemExit: the options ask for LeRobot's help, which is printed.
     """
     from lerobot.configs.train import TrainPipelineConfig
 
-    args = with_defaults(lerobot_args)
+    args = with_defaults(with_plain_checkpoint(lerobot_args))
     config = parse_options("lerobot-train", TrainPipelineConfig, args, validate=TrainPipelineConfig.validate)
     # The trainer validates again, which would fetch a checkpoint a second time when a run resumes from the Hub.
     config.validate = lambda: None
     return config
 
 
-def bind(config: Any, store: GeometryStore) -> None:
+def bind(config: Any, store: GeometryStore, lerobot_args: Sequence[str] = ()) -> None:
     """Compare a run's configuration with a cache, and put the cache's identity into the policy's configuration.
+
+    Args:
+        config: LeRobot's `TrainPipelineConfig`.
+        store: the cache.
+        lerobot_args: options that the configuration was parsed from.
 
     Raises:
         UserInputError: an option does not go with a cache.
         CacheError: cache and run do not fit.
+        ModelError: the run's checkpoint, or the DA3 that its evaluation needs, is not available.
     """
-    from lerobot.configs import FeatureType
-    from lerobot.envs.utils import env_to_policy_features
-
     from geomcache.cache import compatibility
-    from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+    from geomcache.policy import environment
+    from geomcache.policy.checkpoint import adopt_geometry, check_options, has_adapter, read_config
     from geomcache.training import checks
+
+    policy = _our_policy(config)
+    checks.check_options(config)
+    checkpoint = None
+    if policy.pretrained_path is not None:
+        checkpoint = read_config(str(policy.pretrained_path), revision=policy.pretrained_revision)
+        if not (config.resume or given("policy.path", lerobot_args) or given("config_path", lerobot_args)):
+            check_options(policy, checkpoint, str(policy.pretrained_path), lambda name: given(name, lerobot_args))
+    evaluates = config.env is not None and 0 < config.env_eval_freq <= config.steps
+    if evaluates:
+        environment.check_parallel_tasks(config)
+    if not policy.use_geom_prefix:
+        return
+    compatibility.require_episodes(store, config.dataset.episodes, config.dataset.root)
+    checks.check_image_transforms(config.dataset.image_transforms)
+    trained_from = policy.geom_fingerprint
+    if checkpoint is not None and has_adapter(checkpoint):
+        adopt_geometry(policy, checkpoint)
+    else:
+        policy.forget_geometry()  # of an adapter that the checkpoint had once
+    policy.bind_cache(checks.renamed_spec(store.spec, config), store.statistics, store.fingerprint)
+    if evaluates:
+        _check_environment(config, policy)
+    if config.resume:
+        compatibility.compare_fingerprints(trained_from, store.fingerprint)
+
+
+def _our_policy(config: Any) -> "PI05GeometryConfig":
+    """Return the policy's configuration of a run that a cache can be bound to.
+
+    Raises:
+        UserInputError: another policy, machine or kind of dataset is asked for, or a rate that LeRobot would ignore.
+    """
+    from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 
     policy = config.policy
     if not isinstance(policy, PI05GeometryConfig):
         kind = "a reward model" if policy is None else policy.type
         raise UserInputError(
             f"policy: expected {POLICY_TYPE}, got {kind}: leave --policy.type out; a plain Pi0.5 checkpoint goes into"
-            " --policy.pretrained_path, not --policy.path"
+            " --policy.path, which keeps its options, or --policy.pretrained_path"
         )
     if config.job.is_remote:
         raise UserInputError(
-            f"job.target: expected a run on this machine, got {config.job.target!r}: the cache is not there; start"
-            " `geomcache train` on that machine"
+            f"job.target: expected a run on this machine, got {config.job.target!r}: the cache is not on that machine;"
+            " start `geomcache train` there"
         )
-    if not policy.use_geom_prefix:
-        return
     if config.dataset.repo_type != "dataset":
         raise UserInputError(f"dataset.repo_type: expected 'dataset', got {config.dataset.repo_type!r}")
-    if not config.use_policy_training_preset and policy.geom_lr_scale != 1:
+    if policy.use_geom_prefix and not config.use_policy_training_preset and policy.geom_lr_scale != 1:
         raise UserInputError(
             f"policy.geom_lr_scale: expected 1 with use_policy_training_preset=false, got {policy.geom_lr_scale:g}:"
             " LeRobot then gives all parameters one learning rate, the adapter too; say so with"
             " --policy.geom_lr_scale=1, or leave the preset on"
         )
-    # LeRobot's streaming dataset reads every episode, whichever it is asked for.
-    episodes = None if config.dataset.streaming else config.dataset.episodes
-    compatibility.require_episodes(store, episodes, config.dataset.root)
-    checks.check_image_transforms(config.dataset.image_transforms)
-    checks.check_rename_map(store.spec, config.rename_map)
-    if config.env is not None and 0 < config.env_eval_freq <= config.steps:
-        features = env_to_policy_features(config.env).items()
-        sizes = {key: feature.shape[1:] for key, feature in features if feature.type is FeatureType.VISUAL}
-        compatibility.compare_environment(store.spec, sizes)
-    trained_from = policy.geom_fingerprint
-    policy.bind_cache(store.spec, store.statistics, store.fingerprint)
-    if config.resume:
-        compatibility.compare_fingerprints(trained_from, store.fingerprint)
+    return policy
+
+
+def _check_environment(config: Any, policy: "PI05GeometryConfig") -> None:
+    """Check that the policy will be able to act when LeRobot evaluates it, as `geomcache eval` does."""
+    from geomcache.policy import environment
+
+    spec = policy.geometry_spec
+    assert spec is not None
+    environment.check_cameras(spec, config, allow_resize=None)
+    if is_main_process():  # the others do not evaluate, and may be on a machine without network
+        environment.find_da3(POLICY_TYPE, spec, policy.geom_model_id)
+
+
+def is_main_process(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether LeRobot will treat this process as the main one of its run.
+
+    RANK alone tells nothing: a shell of a cluster may export it. Launchers set LOCAL_RANK too, by which accelerate
+    knows a process of a distributed run.
+    """
+    distributed = int(environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in environ
+    return not distributed or environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
-def geometry_datasets(store: GeometryStore) -> Iterator[None]:
-    """While this lasts, LeRobot's trainer makes datasets whose items carry geometry.
+def geometry_datasets(store: GeometryStore | None) -> Iterator[None]:
+    """Let LeRobot's trainer check its datasets, and make them of items that carry geometry where there is a cache.
 
     Its main process makes them before the others do, so that a dataset is downloaded once.
     """
@@ -150,7 +268,7 @@ def geometry_datasets(store: GeometryStore) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_resume(config: Any) -> Iterator[None]:
-    """While this lasts, LeRobot's trainer goes on from a checkpoint with the numbers of an uninterrupted run.
+    """Let LeRobot's trainer resume from a checkpoint with the numbers of an uninterrupted run.
 
     LeRobot 0.6.1 restores the random state before its data loader starts, which draws a seed of its own from it: the
     noise of the next steps is other noise. And accelerate's loader counts epochs from 0 again: LeRobot's sampler then
@@ -181,10 +299,10 @@ def exact_resume(config: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def readable_metrics() -> Iterator[None]:
-    """While this lasts, the trainer logs the policy's `geom_` numbers with three digits that count.
+    """Let the trainer log the policy's `geom_` numbers with three significant digits.
 
-    LeRobot's trainer logs what a policy returns beside its loss, with three decimals: the gradient of an adapter that
-    learns well would read 0.000.
+    LeRobot's trainer logs the numbers that a policy returns next to its loss with three decimals: the gradient of an
+    adapter that learns well would read 0.000.
     """
     from lerobot.scripts import lerobot_train
 
@@ -204,7 +322,7 @@ def readable_metrics() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(module: ModuleType, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """A name of a module, replaced by what `make` makes of it: the form of all seams into LeRobot's trainer."""
+    """Replace a name of a module by what `make` makes of it: the form of all seams into LeRobot's trainer."""
     upstream = getattr(module, name)
     setattr(module, name, make(upstream))
     try:
@@ -213,23 +331,34 @@ def _replaced(module: ModuleType, name: str, make: Callable[[Any], Any]) -> Iter
         setattr(module, name, upstream)
 
 
-def _factory(make_datasets: Callable[[Any], tuple[Any, Any]], store: GeometryStore) -> Callable[[Any], tuple[Any, Any]]:
+def _factory(
+    make_datasets: Callable[[Any], tuple[Any, Any]], store: GeometryStore | None
+) -> Callable[[Any], tuple[Any, Any]]:
+    """Return LeRobot's dataset factory with our checks before it and geometry after it."""
     import httpx
 
     from geomcache.cache import compatibility
     from geomcache.frames.source import describe_cameras, describe_dataset, open_metadata
+    from geomcache.training import checks
     from geomcache.training.dataset import with_geometry
 
     def make(config: Any) -> tuple[Any, Any]:
-        asked = config.dataset
-        meta = open_metadata(asked.repo_id, None if asked.root is None else Path(asked.root), asked.revision)
-        compatibility.compare_cameras(store.spec, describe_cameras(meta))
-        compatibility.compare_datasets(store.dataset, describe_dataset(meta, store.spec.camera_keys))
+        options = config.dataset
+        meta = open_metadata(options.repo_id, None if options.root is None else Path(options.root), options.revision)
+        if store is not None:
+            compatibility.compare_cameras(store.spec, describe_cameras(meta))
+            compatibility.compare_datasets(store.dataset, describe_dataset(meta, store.spec.camera_keys))
+        checks.check_features(meta, config)
+        if options.streaming:
+            checks.check_streaming(meta, config.tolerance_s)
         try:
             train_dataset, eval_dataset = make_datasets(config)
         except (OSError, ValueError, httpx.HTTPError) as error:
-            raise DatasetError(f"dataset {asked.repo_id}: LeRobot cannot open it: {one_line(error)}") from error
-        logging.info(f"Geometry from {store.path}: {', '.join(store.spec.outputs)} of {len(store.spec.cameras)} views")
+            raise DatasetError(f"dataset {options.repo_id}: LeRobot cannot open it: {one_line(error)}") from error
+        if store is None:
+            return train_dataset, eval_dataset
+        outputs, views = ", ".join(store.spec.outputs), len(store.spec.cameras)
+        logger.info("geometry from %s: %s of %d views", store.path, outputs, views)
         held_out = None if eval_dataset is None else with_geometry(eval_dataset, store)
         return with_geometry(train_dataset, store), held_out
 

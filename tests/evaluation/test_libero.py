@@ -59,7 +59,7 @@ def test_the_package_is_found_without_importing_it() -> None:
 
 
 def test_where_libero_is_not_installed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libero.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(SimulatorError, match=r"not installed.*geomcache\[libero\]"):
         libero.find_package()
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,14 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.scripts import lerobot_eval
+from numpy.typing import NDArray
 
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, ModelError, ModelNotFoundError, UserInputError
 from geomcache.evaluation.latency import ChunkTime, ChunkTimer
 from geomcache.evaluation.run import (
     SuccessRate,
-    check_environment,
     evaluate,
-    find_da3,
     parse_evaluation,
     read_rates,
     watched_policy,
@@ -30,6 +30,7 @@ from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.run import extract
 from geomcache.geometry import Camera, GeometrySpec
 from geomcache.policy.checkpoint import read_config
+from geomcache.policy.environment import check_cameras, check_parallel_tasks, find_da3
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
 from tests.support.datasets import MINI, make_dataset, needs_mini
@@ -49,7 +50,7 @@ def libero_spec(height: int = SIZE, width: int = SIZE, keys: tuple[str, ...] = K
 
 
 def input_features() -> dict[str, PolicyFeature]:
-    """Of a dataset of LIBERO."""
+    """Input features of a dataset of LIBERO."""
     pictures = {key: PolicyFeature(type=FeatureType.VISUAL, shape=(3, SIZE, SIZE)) for key in KEYS}
     return {**pictures, "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(8,))}
 
@@ -64,7 +65,7 @@ def save_checkpoint(policy: Any, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a policy whose DA3 nobody has."""
+    """A checkpoint of a policy whose DA3 nobody has."""
     policy = make_policy(spec=libero_spec(), input_features=input_features())
     return save_checkpoint(policy, tmp_path_factory.mktemp("policy"))
 
@@ -148,27 +149,46 @@ def environment(checkpoint: Path, *args: str) -> Any:
     return parse_evaluation(str(checkpoint), args, read_config(str(checkpoint)))
 
 
-def test_pictures_of_another_size_are_refused_or_said(checkpoint: Path) -> None:
-    said: list[str] = []
-    check_environment(libero_spec(), environment(checkpoint), allow_resize=False, say=said.append)
-    assert said == []
+def test_pictures_of_another_size_are_refused_or_logged(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_cameras(libero_spec(), environment(checkpoint), allow_resize=False)
     larger = environment(checkpoint, "--env.observation_height=360", "--env.observation_width=360")
-    with pytest.raises(CacheMismatchError, match="64x64 pictures, the environment has 360x360.*--allow-resize"):
-        check_environment(libero_spec(), larger, allow_resize=False, say=said.append)
-    check_environment(libero_spec(), larger, allow_resize=True, say=said.append)
-    assert len(said) == 1
-    assert said[0].startswith(
-        "allow-resize: observation.images.image has 360x360 pictures, the cache was made of 64x64"
-    )
+    for allow_resize, option in ((False, True), (None, False)):  # None: training has no such option
+        with pytest.raises(CacheMismatchError, match="64x64 pictures, the environment has 360x360") as caught:
+            check_cameras(libero_spec(), larger, allow_resize=allow_resize)
+        assert ("--allow-resize" in str(caught.value)) == option
+    caplog.clear()  # LeRobot's lines about the options
+    check_cameras(libero_spec(), larger, allow_resize=True)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for value in ("observation.images.image", "360x360", "64x64"):
+        assert value in record.getMessage()
 
 
 def test_a_camera_that_the_simulator_lacks_is_named(checkpoint: Path) -> None:
     names = ("observation.images.front", "observation.images.image2")
     spec = libero_spec(keys=names)
     with pytest.raises(UserInputError, match=r"camera observation.images.front: .*it has .*\.image, .*--rename_map"):
-        check_environment(spec, environment(checkpoint), allow_resize=True, say=print)
+        check_cameras(spec, environment(checkpoint), allow_resize=True)
     renamed = environment(checkpoint, f"--rename_map={json.dumps({KEYS[0]: names[0]})}")
-    check_environment(spec, renamed, allow_resize=False, say=print)
+    check_cameras(spec, renamed, allow_resize=False)
+
+
+def test_parallel_tasks_are_refused_where_lerobots_threads_would_share_state(checkpoint: Path) -> None:
+    parallel = "--env.max_parallel_tasks=2"
+    for options in ([parallel, "--policy.n_action_steps=1"], ["--policy.n_action_steps=2"]):
+        check_parallel_tasks(environment(checkpoint, *options))
+    for options, named in (
+        (["--policy.n_action_steps=2"], r"policy\.n_action_steps=2, got 2"),
+        (["--policy.n_action_steps=1", "--policy.use_relative_actions=true"], r"use_relative_actions=True, got 2"),
+    ):
+        with pytest.raises(UserInputError, match=rf"env\.max_parallel_tasks: expected 1 with .*{named}"):
+            evaluate(str(checkpoint), [parallel, *options])
+
+
+def test_geometry_cannot_be_switched_on_for_a_checkpoint_without_adapter(tmp_path: Path) -> None:
+    save_checkpoint(make_policy(use_geom_prefix=False, input_features=input_features()), tmp_path)
+    with pytest.raises(UserInputError, match=r"policy\.use_geom_prefix: .*no geometry adapter"):
+        evaluate(str(tmp_path), ["--policy.use_geom_prefix=true"])
 
 
 def test_a_da3_that_is_not_to_be_had(tmp_path: Path) -> None:
@@ -246,6 +266,17 @@ def test_a_chunk_is_timed_in_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_chunks_of_threads_are_timed_each_by_itself() -> None:
+    policy = make_policy(num_inference_steps=3)
+    timer = ChunkTimer(policy)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: policy.predict_action_chunk(make_batch()), range(12)))
+    assert len(timer.times) == 12
+    for chunk in timer.times:
+        assert chunk.denoising_steps == 3
+        assert 0 < chunk.geometry + chunk.denoising < chunk.total
+
+
 def test_lerobots_evaluation_makes_policies_that_are_watched() -> None:
     from lerobot.policies import make_policy as upstream
 
@@ -301,22 +332,26 @@ EPISODE = ["--env.task=libero_goal", "--env.task_ids=[4]", "--env.episode_length
 EPISODE += ["--eval.n_episodes=1", "--eval.batch_size=1", "--seed=7"]
 
 
-def frames_of(video: Path) -> np.ndarray:
-    """uint8 [T, H, W, 3]."""
+def frames_of(video: Path) -> NDArray[np.uint8]:
+    """Decode a video: uint8 [T, H, W, 3]."""
     import av
 
     with av.open(video) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames)
 
 
 @needs_simulator
 def test_an_episode_and_the_same_by_stock_lerobot_eval(
-    simulator: None, acting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    simulator: None, acting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said: list[str] = []
+    caplog.set_level("INFO", logger="geomcache")
     monkeypatch.setattr("sys.stdin", None)  # nothing is asked
-    found = evaluate(str(acting), [*EPISODE, f"--output_dir={tmp_path / 'ours'}"], say=said.append)
-    assert said[0].endswith("encoded once a chunk of 4 actions")
+    found = evaluate(
+        str(acting),
+        [*EPISODE, f"--output_dir={tmp_path / 'ours'}"],
+    )
+    assert "encoded once a chunk of 4 actions" in caplog.text
     # Nine steps are chunks at step 0, 4 and 8, and the encoder runs once in each.
     assert len(found.timer.times) == found.timer.encoder_calls == 3
     assert all(chunk.denoising_steps == 2 and chunk.geometry > 0 for chunk in found.timer.times)

@@ -25,6 +25,7 @@ from lerobot.processor import tokenizer_processor
 from safetensors.torch import load_file, save_file
 
 from geomcache.errors import CacheFormatError, CacheMismatchError, ModelError, ModelNotFoundError, UserInputError
+from geomcache.policy.checkpoint import check_options
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import (
@@ -173,15 +174,17 @@ def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> N
 
 
 def test_a_target_grid_of_four_more_cells_is_accepted() -> None:
-    assert make_config(geom_target_hw=(8, 8)).geometry_spec.grid_hw == (4, 4)
+    spec = make_config(geom_target_hw=(8, 8)).geometry_spec
+    assert spec is not None
+    assert spec.grid_hw == (4, 4)
 
 
 # Binding a cache
 
 
 def test_bind_cache_takes_over_what_the_cache_says() -> None:
+    assert make_config(bound=False).geometry_spec is None
     config = make_config(bound=False)
-    assert config.geometry_spec is None
     spec = make_spec(("ray", "ray_conf", "depth"))
     statistics = make_statistics(spec)
     config.bind_cache(spec, dict(reversed(statistics.items())), "0" * 64)
@@ -230,11 +233,11 @@ def test_a_policy_needs_a_spec() -> None:
 
 def test_a_damaged_configuration_says_so() -> None:
     config = make_config()
-    del config.geom_statistics["ray_conf"]
+    config.geom_statistics = {"ray": (config.geom_statistics or {})["ray"]}
     with pytest.raises(CacheFormatError, match="statistics of ray_conf: expected"):
         PI05GeometryPolicy(config)
     config = make_config()
-    config.geom_spec["grid_hw"] = "4x4"
+    config.geom_spec = (config.geom_spec or {}) | {"grid_hw": "4x4"}
     with pytest.raises(CacheFormatError, match=r"spec\.grid_hw"):
         PI05GeometryPolicy(config)
 
@@ -325,8 +328,10 @@ def test_an_adapter_can_be_switched_off(tmp_path: Path, caplog: pytest.LogCaptur
         off = PI05GeometryPolicy.from_pretrained(tmp_path, config=config)
     assert "has a geometry adapter: it is left out" in caplog.text
     assert not [name for name in off.state_dict() if "geometry_adapter" in name]
-    # And what was trained without one can go on with one.
+    # And what was trained without an adapter can be trained with one: nothing of the old one's geometry is left.
     saved(off, tmp_path / "off")
+    left = json.loads((tmp_path / "off" / "config.json").read_text())
+    assert (left["geom_spec"], left["geom_statistics"], left["geom_fingerprint"]) == (None, None, None)
     on = PI05GeometryPolicy.from_pretrained(tmp_path / "off", config=make_config())
     assert torch.equal(on.state_dict()["model.action_in_proj.weight"], off.state_dict()["model.action_in_proj.weight"])
 
@@ -421,6 +426,74 @@ def test_a_geometry_checkpoint_brings_its_statistics_and_refuses_other_geometry(
         PI05GeometryPolicy.from_pretrained(tmp_path, config=make_config(spec=other))
 
 
+def test_a_checkpoint_without_adapter_brings_no_statistics(tmp_path: Path) -> None:
+    """Checkpoints of older versions kept the spec and statistics of an adapter that was switched off."""
+    saved(make_small_policy(use_geom_prefix=False), tmp_path)
+    stale = json.loads((tmp_path / "config.json").read_text())
+    spec = make_spec()
+    stale["geom_spec"] = dataclasses.replace(spec, process_res=112).to_dict()
+    stale["geom_statistics"] = {"ray": "of another cache"}
+    (tmp_path / "config.json").write_text(json.dumps(stale))
+    policy = PI05GeometryPolicy.from_pretrained(tmp_path, config=make_config())
+    assert policy.config.geometry_spec == spec
+    assert policy.config.geometry_statistics == make_statistics(spec)
+
+
+def test_cameras_that_differ_by_name_alone_are_renamed() -> None:
+    spec = make_spec()
+    names = {camera.key: f"observation.images.new{n}" for n, camera in enumerate(spec.cameras)}
+    renamed = dataclasses.replace(
+        spec, cameras=tuple(dataclasses.replace(camera, key=names[camera.key]) for camera in spec.cameras)
+    )
+    back = json.dumps({new: old for old, new in names.items()})
+    with pytest.raises(CacheMismatchError) as caught:
+        make_config().bind_cache(renamed, make_statistics(spec), "2" * 64)
+    assert caught.value.field == "spec.cameras"
+    assert f"--policy.path=CHECKPOINT --rename_map='{back}'" in str(caught.value)
+    larger = dataclasses.replace(
+        renamed, cameras=tuple(dataclasses.replace(camera, height=99) for camera in renamed.cameras)
+    )
+    with pytest.raises(CacheMismatchError) as caught:
+        make_config().bind_cache(larger, make_statistics(spec), "2" * 64)
+    assert "--rename_map" not in str(caught.value)
+
+
+def test_options_of_a_checkpoint_whose_weights_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    trained = draccus.encode(make_config(geom_attention="isolated", num_inference_steps=7)) | {"type": "pi05_geometry"}
+    with caplog.at_level(logging.WARNING, logger="geomcache"):
+        check_options(make_config(geom_attention="isolated", num_inference_steps=7, device="cpu"), trained, "p", never)
+        assert caplog.text == ""
+        with pytest.raises(UserInputError, match=r'policy\.geom_attention: .*"isolated".*--policy\.path=p'):
+            check_options(make_config(num_inference_steps=7), trained, "p", never)
+        assert caplog.text == ""
+        # An option that is given is meant; every difference is listed. Names of a run are no options.
+        check_options(make_config(tags=["a"]), trained, "p", lambda name: name == "policy.geom_attention")
+        check_options(make_config(), trained | {"type": "pi05"}, "p", never)  # no adapter that was trained with them
+    for record in caplog.records:
+        message = record.getMessage()
+        assert 'geom_attention="full" (checkpoint: "isolated")' in message
+        assert "num_inference_steps=2 (checkpoint: 7)" in message
+        assert "tags" not in message
+    assert len(caplog.records) == 2
+
+
+def never(_name: str) -> bool:
+    return False
+
+
+def test_a_lora_folder_is_named_as_one(tmp_path: Path) -> None:
+    saved(make_small_policy(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/base"}))
+    with pytest.raises(ModelError, match=r"found a LoRA adapter of the base checkpoint me/base") as caught:
+        PI05GeometryPolicy.from_pretrained(tmp_path)
+    assert f"--policy.path={tmp_path}" in str(caught.value)
+    for damaged in ("[]", "{"):
+        (tmp_path / "adapter_config.json").write_text(damaged)
+        with pytest.raises(ModelError, match=r"found a LoRA adapter .* adapter_config\.json names"):
+            PI05GeometryPolicy.from_pretrained(tmp_path)
+
+
 # Processors
 
 
@@ -467,7 +540,7 @@ def test_geometry_passes_untouched() -> None:
         assert batch[key].dtype == raw[key].dtype
         assert torch.equal(batch[key], raw[key])
     torch.testing.assert_close(batch["observation.state"], raw["observation.state"] * 2 - 1)
-    text = make_bytes_tokenizer().decode(batch["observation.language.tokens"][0], skip_special_tokens=True)
+    text = str(make_bytes_tokenizer().decode(batch["observation.language.tokens"][0], skip_special_tokens=True))
     assert text.startswith("Task: pick up the pen, State: ")
     policy = make_small_policy(tokenizer_max_length=48)
     assert torch.isfinite(policy.forward(batch)[0])

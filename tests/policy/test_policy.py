@@ -6,8 +6,10 @@ import functools
 import math
 import pickle
 import sys
+import threading
+import time
 import types
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 
 from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import Geometry, GeometrySpec
-from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
-from geomcache.policy.online import to_uint8
+from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy, PrefixInputs
+from geomcache.policy.online import OnlineEncoder, to_uint8
 from tests.support.geometry import example_geometry
 from tests.support.policy import (
     ACTION_DIM,
@@ -201,9 +203,9 @@ def test_the_network_takes_extra_tokens_from_any_caller() -> None:
         batch["observation.language.attention_mask"],
     )
     noise, time = torch.randn(2, CHUNK, ACTION_DIM), torch.tensor([0.3, 0.8])
-    with policy.model.extra_prefix(tokens):
-        expected = policy.model.forward(*prefix, batch["action"], noise, time)
-        expected_actions = policy.model.sample_actions(*prefix, noise=noise)
+    bundled = (PrefixInputs(images, tokens), *prefix[1:])
+    expected = policy.model.forward(*bundled, batch["action"], noise, time)
+    expected_actions = policy.model.sample_actions(*bundled, noise=noise)
     assert torch.equal(policy.model.forward(*prefix, batch["action"], noise, time, **extra), expected)
     assert torch.equal(policy.model.sample_actions(*prefix, noise=noise, **extra), expected_actions)
     # Nothing stays behind.
@@ -246,13 +248,13 @@ def test_training_without_the_right_geometry_is_an_error(change: dict[str, Any],
         make_policy().forward(batch)
 
 
-def training_policy(**options: Any) -> PI05GeometryPolicy:
+def training_policy(**options: Any) -> Any:
     policy = make_policy(**options)
     policy.train()
     return policy
 
 
-def gradients(policy: PI05GeometryPolicy, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+def gradients(policy: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     torch.manual_seed(5)
     policy.forward(batch)[0].backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
@@ -424,9 +426,10 @@ def test_real_time_chunking_sees_geometry() -> None:
 
     def follow(batch: dict[str, Any]) -> torch.Tensor:
         torch.manual_seed(0)
-        return policy.predict_action_chunk(
+        chunk: torch.Tensor = policy.predict_action_chunk(
             batch, inference_delay=1, prev_chunk_left_over=first[:, 1:] + 1.0, execution_horizon=3
         )
+        return chunk
 
     assert not torch.equal(follow(batch), first)  # guided towards the left-over
     assert not torch.equal(follow(batch | make_geometry(1, shift=0.5).to_batch()), follow(batch))
@@ -482,6 +485,7 @@ class FakeEncoder:
     """Geometry that tells which pictures it was made of."""
 
     made: list["FakeEncoder"]
+    network: torch.nn.Module
 
     def __init__(self, spec: GeometrySpec, model: str | None, device: torch.device) -> None:
         self.spec, self.model, self.device = spec, model, device
@@ -500,8 +504,8 @@ class FakeEncoder:
 
 
 @pytest.fixture
-def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeEncoder]]:
-    """In the place of geomcache.da3.encoder, which would import Depth Anything 3."""
+def encoder(monkeypatch: pytest.MonkeyPatch) -> type[FakeEncoder]:
+    """Stand in for geomcache.da3.encoder, which would import Depth Anything 3."""
     monkeypatch.setitem(sys.modules, "geomcache.da3.encoder", types.SimpleNamespace(DA3Encoder=FakeEncoder))
     FakeEncoder.made = []
     return FakeEncoder
@@ -623,6 +627,60 @@ def test_the_encoder_is_no_part_of_the_policy(encoder: type[FakeEncoder]) -> Non
         assert online.spec == policy.online.spec
 
 
+def test_threads_share_a_policy_without_mixing_geometry_up(
+    encoder: type[FakeEncoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LeRobot evaluates tasks in threads: each gets the action of its own geometry, and the encoder is loaded once."""
+    policy = make_policy(n_action_steps=1, geom_init_alpha=1.0)
+    noise = torch.randn(1, CHUNK, ACTION_DIM, generator=torch.Generator().manual_seed(3))
+    policy.model.sample_noise = lambda *_: noise.clone()
+    tasks = 4
+    batches = [
+        make_batch(1, geometry=False)
+        | {key: torch.full((1, 3, SIZE, SIZE), 60 * task, dtype=torch.uint8) for key in CAMERAS}
+        for task in range(tasks)
+    ]
+    expected = [policy.select_action(batch) for batch in batches]
+    assert len({tuple(action.flatten().tolist()) for action in expected}) == tasks
+    policy.online = OnlineEncoder(policy.online.spec, None)
+    encoder.made.clear()
+    load, meeting = encoder.from_spec, threading.Barrier(tasks)
+
+    def load_slowly(*args: Any, **kwargs: Any) -> FakeEncoder:
+        time.sleep(0.2)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(encoder, "from_spec", load_slowly)
+
+    def act(number: int) -> list[torch.Tensor]:
+        policy.reset()
+        meeting.wait()
+        return [policy.select_action(batches[number]) for _ in range(10)]
+
+    with ThreadPoolExecutor(tasks) as threads:
+        acted = list(threads.map(act, range(tasks)))
+    assert len(encoder.made) == 1
+    for actions, right in zip(acted, expected, strict=True):
+        for action in actions:
+            torch.testing.assert_close(action, right, rtol=1e-5, atol=1e-6)
+
+
+def test_one_action_a_chunk_is_lerobots_first_action() -> None:
+    policy, queued = make_policy(n_action_steps=1), make_policy(n_action_steps=2)
+    actions = []
+    for one in (policy, queued):
+        torch.manual_seed(4)
+        actions.append(one.select_action(make_batch()))
+    assert torch.equal(*actions)
+    assert len(policy._action_queue) == 0
+
+
+def test_geometry_that_was_cast_is_refused_in_training() -> None:
+    batch = make_batch() | {key: value.bfloat16() for key, value in make_geometry().to_batch().items()}
+    with pytest.raises(GeometryError, match=r"expected float16 .* got bfloat16.*--policy\.dtype=float32"):
+        make_policy().forward(batch)
+
+
 def test_without_geometry_prefix_nothing_is_encoded(encoder: type[FakeEncoder]) -> None:
     make_policy(use_geom_prefix=False).predict_action_chunk(make_batch(geometry=False))
     assert encoder.made == []
@@ -700,7 +758,7 @@ def test_a_policy_has_all_that_lerobots_constructor_makes(monkeypatch: pytest.Mo
     plain, policy = make_plain_policy(monkeypatch, **options), make_policy(**options)
     assert vars(policy).keys() - vars(plain).keys() == {"allow_resize", "online", "_adapter_grad_norm"}
     assert vars(plain).keys() <= vars(policy).keys()
-    assert vars(policy.model).keys() - vars(plain.model).keys() == {"image_token_norm", "_extra_prefix"}
+    assert vars(policy.model).keys() - vars(plain.model).keys() == {"image_token_norm"}
     assert vars(plain.model).keys() <= vars(policy.model).keys()
     children = dict(policy.model.named_children()).keys()
     assert children - {"geometry_adapter"} == dict(plain.model.named_children()).keys()

@@ -1,4 +1,4 @@
-"""Where LIBERO's assets are, and LIBERO made ready with them: one set-up a session, no question, no download."""
+"""Set LIBERO up with its assets once a session, without a question and without a download."""
 
 import ctypes.util
 import importlib.util
@@ -18,7 +18,7 @@ def _missing() -> str:
     if importlib.util.find_spec("libero") is None:
         return "LIBERO is not installed"
     if not ASSETS.is_dir():
-        return "../shared/libero/assets is not there"
+        return "../shared/libero/assets is missing"
     if ctypes.util.find_library("OSMesa") is None:
         return "libosmesa6 is not installed"
     return ""

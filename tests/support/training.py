@@ -141,19 +141,19 @@ def options(meta: LeRobotDatasetMetadata, output: Path, *more: str, steps: int =
 
 @dataclass(frozen=True)
 class Step:
-    """What LeRobot's trainer did in one step."""
+    """One step of LeRobot's trainer."""
 
     loss: float
     batch: dict[str, Any]
-    """What the policy was given."""
+    """Batch that the policy was given."""
     metrics: dict[str, float]
-    """What the trainer logs, by name."""
+    """Numbers that the trainer logs, by name."""
     shown: str
     """The log line."""
 
 
 def run_training(cache: Path, args: Sequence[str]) -> list[Step]:
-    """`train`, watched step by step. LeRobot takes the root logger over; it is given back."""
+    """Run `train` and record each step. LeRobot takes over the root logger; its handlers are restored."""
     from lerobot.scripts import lerobot_train
 
     steps = []

@@ -80,7 +80,12 @@ def test_depth_comes_where_it_was_cached(meta: LeRobotDatasetMetadata, tmp_path:
 def test_a_batch_is_one_read(meta: LeRobotDatasetMetadata, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
     read = GeometryStore.batch
-    monkeypatch.setattr(GeometryStore, "batch", lambda self, rows: reads.append(list(rows)) or read(self, rows))
+
+    def watched(self: GeometryStore, rows: Any) -> Any:
+        reads.append(list(rows))
+        return read(self, rows)
+
+    monkeypatch.setattr(GeometryStore, "batch", watched)
     dataset = GeometryDataset(lerobot_dataset(meta), GeometryStore.open(cache))
     order = [9, 2, 2, 14, 0, 7]
     loader = DataLoader(dataset, batch_size=3, sampler=order)

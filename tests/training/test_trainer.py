@@ -2,16 +2,23 @@
 
 import inspect
 import json
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import draccus
 import numpy as np
 import pytest
 import torch
 from lerobot.common import train_utils
+from lerobot.configs import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import LeRobotDatasetMetadata, factory
 from lerobot.scripts import lerobot_train
+from lerobot.transforms.transforms import ImageTransformConfig, ImageTransformsConfig, make_transform_from_config
 from lerobot.utils import utils as lerobot_utils
 
 from geomcache.cache.store import GeometryStore
@@ -19,6 +26,7 @@ from geomcache.errors import (
     CacheIncompleteError,
     CacheMismatchError,
     CacheNotFoundError,
+    DatasetError,
     DatasetNotFoundError,
     GeomcacheError,
     MissingFrameError,
@@ -26,6 +34,7 @@ from geomcache.errors import (
     UserInputError,
 )
 from geomcache.geometry import canonical_json
+from geomcache.training import checks
 from geomcache.training import trainer as training
 from tests.support.training import (
     CAMERAS,
@@ -167,7 +176,7 @@ def test_a_cache_of_the_asked_episodes_is_enough(meta: LeRobotDatasetMetadata, t
 def test_a_row_that_is_lost_while_training_ends_the_run_in_one_line(
     meta: LeRobotDatasetMetadata, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker's read fails; the message is the store's, without the worker's traceback."""
+    """A worker's read fails; the error is the store's, without the worker's traceback."""
     part = make_cache(tmp_path / "part.zarr", meta, make_spec(meta), episodes=[0])
     monkeypatch.setattr("geomcache.cache.compatibility.require_episodes", lambda *_: None)
     with pytest.raises(MissingFrameError) as caught:
@@ -185,6 +194,10 @@ def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("a training step was run")
 
     monkeypatch.setattr(lerobot_train, "update_policy", fail)
+
+
+# LIBERO's cameras have the names and, with these options, the size of this file's dataset.
+ENVIRONMENT = ("--env.type=libero", "--env_eval_freq=1", "--env.observation_height=16", "--env.observation_width=16")
 
 
 @pytest.mark.usefixtures("no_step")
@@ -211,6 +224,17 @@ def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dataset.root=/nowhere/pens"], DatasetNotFoundError, "found no meta/info.json"),
         (["--policy.pretrained_path=/nowhere/pi05"], ModelNotFoundError, "/nowhere/pi05"),
         (["--env.type=libero", "--env_eval_freq=1"], CacheMismatchError, "--env.observation_height=16"),
+        ([*ENVIRONMENT, "--policy.geom_model_id=/nowhere/da3"], ModelNotFoundError, "/nowhere/da3"),
+        ([*ENVIRONMENT, "--env.max_parallel_tasks=2"], UserInputError, "policy.n_action_steps=3, got 2"),
+        ([*ENVIRONMENT, "--env.camera_name_mapping={agentview_image: front}"], UserInputError, CAMERAS[0]),
+        (["--steps=0"], UserInputError, "steps: expected at least 1, got 0"),
+        (["--batch_size=0"], UserInputError, "batch_size: expected at least 1, got 0"),
+        (["--num_workers=-1"], UserInputError, "num_workers: expected at least 0, got -1"),
+        (
+            ["--dataset.streaming=true", "--dataset.episodes=[0,1]"],
+            UserInputError,
+            "dataset.streaming=true, got [0, 1]",
+        ),
         (["--discover_packages_path=nowhere"], UserInputError, "Failed to load plugin 'nowhere'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -269,9 +293,9 @@ def test_another_policy_is_refused(meta: LeRobotDatasetMetadata, cache: Path, tm
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "config.json").write_text(json.dumps({"type": "pi05", "device": "cpu"}))
-    with pytest.raises(UserInputError, match="checkpoint goes into --policy.pretrained_path, not"):
-        training.train(cache, [*run, f"--policy.path={plain}"])
-    with pytest.raises(UserInputError, match=r"lerobot-train: .*nowhere"):
+    with pytest.raises(UserInputError, match=r"type"):
+        training.train(cache, [*run, "--policy.type=pi05_geometry", f"--policy.path={plain}"])
+    with pytest.raises(ModelNotFoundError, match=r"nowhere"):
         training.train(cache, [*run, f"--policy.path={tmp_path / 'nowhere'}"])
 
 
@@ -291,6 +315,277 @@ def test_resuming_from_another_cache_is_refused(
 def test_a_run_that_is_there_is_not_overwritten(meta: LeRobotDatasetMetadata, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="already exists and resume is False"):
         training.train(cache, options(meta, tmp_path))
+
+
+def without_statistics(meta: LeRobotDatasetMetadata, root: Path, drop: Callable[[str, str], bool]) -> Path:
+    """Copy a dataset without the statistics (feature, name) that `drop` names; a feature without any is left out."""
+    shutil.copytree(meta.root, root)
+    file = root / "meta" / "stats.json"
+    stats = {
+        feature: {name: value for name, value in of.items() if not drop(feature, name)}
+        for feature, of in json.loads(file.read_text()).items()
+    }
+    file.write_text(json.dumps({feature: of for feature, of in stats.items() if of}))
+    return root
+
+
+@pytest.mark.usefixtures("no_step")
+@pytest.mark.parametrize("geometry", ["true", "false"])
+def test_missing_quantiles_are_refused_with_lerobots_remedy(
+    meta: LeRobotDatasetMetadata, cache: Path, tmp_path: Path, geometry: str
+) -> None:
+    low = ("observation.state", "action")  # the cameras' statistics belong to the identity of the cache's dataset
+    root = without_statistics(meta, tmp_path / "pens", lambda key, name: key in low and name.startswith("q"))
+    run = [f"--dataset.root={root}", f"--policy.use_geom_prefix={geometry}"]
+    with pytest.raises(DatasetError, match=r"q01, q99 of observation\.state, which QUANTILES") as caught:
+        training.train(cache, options(meta, tmp_path / "run", *run))
+    remedy = f"`python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id={REPO_ID} --root={root}`"
+    assert remedy in str(caught.value)
+
+
+def test_features_and_statistics_are_checked(meta: LeRobotDatasetMetadata, tmp_path: Path) -> None:
+    config = training.parse_config(options(meta, tmp_path / "run"))
+
+    def check(features: Sequence[str], stats: dict[str, dict[str, Any]] | None) -> None:
+        checks.check_features(SimpleNamespace(repo_id="me/x", features=features, stats=stats), config)
+
+    both = ["observation.state", "action"]
+    enough = {key: {"q01": 0, "q99": 1} for key in both}
+    check(both, enough)
+    with pytest.raises(DatasetError, match=r"expected observation\.state, the robot's state, found state, action"):
+        check(["state", "action"], enough)
+    with pytest.raises(DatasetError, match=r"expected action, the actions, found observation\.state"):
+        check(["observation.state"], enough)
+    with pytest.raises(DatasetError, match=r"q01, q99 of observation\.state.*found none.*recompute_stats"):
+        check(both, None)
+    with pytest.raises(DatasetError, match=r"dataset me/x: .*q99 of action, .*found q01, mean"):
+        check(both, enough | {"action": {"q01": 0, "mean": 0}})
+    config.policy.normalization_mapping = {"ACTION": "IDENTITY", "STATE": "MEAN_STD", "VISUAL": "IDENTITY"}
+    with pytest.raises(DatasetError, match=r"mean, std of observation\.state, which MEAN_STD"):
+        check(both, enough)
+    check(both, {"observation.state": {"mean": 0, "std": 1}})
+    config.resume = True  # by the checkpoint's statistics
+    check(both, None)
+    config.resume, config.rename_map = False, {"state": "observation.state"}
+    check(["state", "action"], {"state": {"mean": 0, "std": 1}})
+
+
+def test_streaming_is_refused_where_lerobot_would_show_other_frames() -> None:
+    """The second video file starts at 0 s: LeRobot would look for its first frame, of index 6, at 0.6 s."""
+    key = "observation.images.image"
+
+    def check(from_timestamps: list[float], tolerance_s: float = 1e-4) -> None:
+        episodes = {"dataset_from_index": [0, 6, 20], f"videos/{key}/from_timestamp": from_timestamps}
+        meta = SimpleNamespace(episodes=episodes, fps=10, video_keys=[key])
+        checks.check_streaming(meta, tolerance_s)
+
+    check([0.0, 0.6, 2.0])
+    check([0.0, 0.601, 2.0], tolerance_s=2e-3)
+    with pytest.raises(DatasetError, match=rf"episode 1 of {key} at 0\.600 s .* found it at 0\.000 s \(2 of 3"):
+        check([0.0, 0.0, 0.0])
+    with pytest.raises(DatasetError, match="episode 1"):
+        check([0.0, 0.601, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "stays"),
+    [
+        ("Resize", {"size": [8, 12]}, True),
+        ("RandomResize", {"min_size": 8, "max_size": 9}, True),
+        ("ScaleJitter", {"target_size": [16, 16]}, True),
+        ("RandomShortestSize", {"min_size": [8]}, True),
+        ("CenterCrop", {"size": 8}, False),
+        ("Pad", {"padding": 4}, False),
+        ("RandomHorizontalFlip", {"p": 1.0}, False),
+        ("RandomRotation", {"degrees": [90, 90]}, False),
+    ],
+)
+def test_transforms_may_resize_and_not_move(kind: str, kwargs: dict[str, Any], stays: bool) -> None:
+    """A patch in the corner, a quarter of each side, is there afterwards, a quarter of each side."""
+    picture = torch.zeros(3, 16, 16)
+    picture[:, :4, :4] = 1.0
+    config = ImageTransformsConfig(enable=True, tfs={"x": ImageTransformConfig(type=kind, kwargs=kwargs)})
+    changed = make_transform_from_config(config.tfs["x"])(picture)
+    height, width = changed.shape[1:]
+    rows, columns = torch.arange(height) < height / 4, torch.arange(width) < width / 4
+    expected = (rows[:, None] & columns).float().expand(3, -1, -1)
+    assert ((changed - expected).abs().mean().item() < 0.05) == stays  # edges blur
+    if stays:
+        checks.check_image_transforms(config)
+    else:
+        with pytest.raises(UserInputError, match=rf"got x \({kind}\)"):
+            checks.check_image_transforms(config)
+
+
+# ---- which process, and how a run is resumed -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        ({"RANK": "1"}, True),  # a lone process where a shell exports it
+        ({"RANK": "1", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, True),  # a job's variables, no launcher
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "4", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}, False),
+    ],
+)
+def test_the_main_process_is_lerobots(environ: dict[str, str], expected: bool) -> None:
+    assert training.is_main_process(environ) == expected
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_process_verifies_first(cache: Path, monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    """A lone process whose shell exports RANK=1 as well; and none waits for another one that reads alone."""
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    verified: list[Path] = []
+    monkeypatch.setattr(training, "require_intact", verified.append)
+    with pytest.raises(UserInputError, match="nonsense"):
+        training.train(cache, ["--nonsense=3"], verify=True)
+    assert verified == [cache]
+
+
+def test_an_interrupted_run_notes_how_it_is_resumed(
+    meta: LeRobotDatasetMetadata,
+    cache: Path,
+    tmp_path: Path,
+    run: tuple[Path, list[Step]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The command of the note resumes the run from the step that it names."""
+    output = tmp_path / "run"
+    args = options(meta, output, "--save_freq=2", steps=4)
+
+    def interrupted_at(step: int) -> str:
+        seen = iter(range(1, 5))
+        update = lerobot_train.update_policy
+
+        def stopping(*args: Any, **kwargs: Any) -> Any:
+            if next(seen) == step:
+                raise KeyboardInterrupt
+            return update(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lerobot_train, "update_policy", stopping)
+            with pytest.raises(KeyboardInterrupt) as caught:
+                run_training(cache, args)
+        (note,) = caught.value.__notes__
+        return note
+
+    early = interrupted_at(1)
+    assert "no checkpoint" in early
+    assert "geomcache train" not in early
+    shutil.rmtree(output, ignore_errors=True)
+    note = interrupted_at(3)
+    assert "from step 2 " in note
+    command = shlex.split(note.partition("`")[2].rstrip("`"))
+    assert command[:4] == ["geomcache", "train", "--cache", str(cache)]
+    resumed = run_training(cache, command[4:])
+    assert [step.loss for step in resumed] == [step.loss for step in run[1][2:]]
+
+
+# ---- checkpoints to start from ---------------------------------------------------------------------------------------
+
+
+def test_geometry_off_and_on_again_with_another_cache(
+    meta: LeRobotDatasetMetadata, cache: Path, run: tuple[Path, list[Step]], tmp_path: Path
+) -> None:
+    """A fresh adapter standardises by the cache that it is trained from, not by that of an adapter left behind."""
+    trained = run[0] / "last" / "pretrained_model"
+    off = [f"--policy.path={trained}", "--policy.use_geom_prefix=false"]
+    run_training(cache, [*small_run(meta, tmp_path / "off"), *off])
+    last = tmp_path / "off" / "checkpoints" / "last" / "pretrained_model"
+    spec = make_spec(meta)
+    maps = {
+        key: {name: values * 2 + 4 for name, values in of.items()}
+        for key, of in row_maps(spec, np.arange(meta.total_frames)).items()
+    }
+    other = GeometryStore.open(make_cache(tmp_path / "other.zarr", meta, spec, maps=maps))
+    for stale in (False, True):  # checkpoints of older versions keep the first cache's spec and statistics
+        config_file = last / "config.json"
+        saved = json.loads(config_file.read_text())
+        assert saved["geom_spec"] is None or stale
+        if stale:
+            old = json.loads((trained / "config.json").read_text())
+            config_file.write_text(json.dumps(saved | {k: old[k] for k in ("geom_spec", "geom_statistics")}))
+        again = [*small_run(meta, tmp_path / "again"), f"--policy.path={last}", "--policy.use_geom_prefix=true"]
+        config = training.parse_config(again)
+        training.bind(config, other, again)
+        assert config.policy.geometry_statistics == other.statistics
+        assert config.policy.geom_fingerprint == other.fingerprint
+
+
+def small_run(meta: LeRobotDatasetMetadata, output: Path) -> list[str]:
+    """Options of a run that leave the policy's to its checkpoint."""
+    return [option for option in options(meta, output, steps=1) if not option.startswith("--policy.")]
+
+
+def test_weights_of_a_geometry_checkpoint_keep_its_adapters_options(
+    meta: LeRobotDatasetMetadata,
+    cache: Path,
+    run: tuple[Path, list[Step]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trained = run[0] / "last" / "pretrained_model"
+    store = GeometryStore.open(cache)
+    pretrained = [*options(meta, tmp_path / "run"), f"--policy.pretrained_path={trained}"]
+    without_grid = [option for option in pretrained if "geom_target_hw" not in option]
+    with pytest.raises(UserInputError, match=r"policy\.geom_target_hw: expected \[2, 2\], .* default \[14, 14\]"):
+        training.bind(training.parse_config(without_grid), store, without_grid)
+    changed = [*pretrained, "--policy.num_inference_steps=5"]
+    with caplog.at_level("WARNING", logger="geomcache"):
+        training.bind(training.parse_config(changed), store, changed)
+    (record,) = [record for record in caplog.records if record.name.startswith("geomcache")]
+    assert "num_inference_steps=5 (checkpoint: 2)" in record.getMessage()
+    assert record.getMessage().count("(checkpoint:") == 1
+
+
+def test_a_plain_checkpoint_by_path_keeps_its_options_and_gains_geometry(
+    meta: LeRobotDatasetMetadata, cache: Path, tmp_path: Path
+) -> None:
+    from lerobot.policies.pi05.configuration_pi05 import PI05Config
+
+    mapping = {"ACTION": "MEAN_STD", "STATE": "MEAN_STD", "VISUAL": "IDENTITY"}
+    plain = PI05Config(device="cpu", chunk_size=10, n_action_steps=5, num_inference_steps=3, tags=["a"])
+    saved = draccus.encode(plain, PreTrainedConfig) | {"normalization_mapping": mapping}
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(saved))
+    for form in ([f"--policy.path={tmp_path / 'plain'}"], ["--policy.path", str(tmp_path / "plain")]):
+        args = [*small_run(meta, tmp_path / "run"), *form, "--policy.n_action_steps=4", "--policy.device=cpu"]
+        args += ["--policy.geom_target_hw=[3,3]"]
+        config = training.parse_config(args)
+        training.bind(config, GeometryStore.open(cache), args)
+        policy = config.policy
+        assert (policy.type, policy.use_geom_prefix, policy.geom_target_hw) == ("pi05_geometry", True, (3, 3))
+        assert (policy.chunk_size, policy.num_inference_steps, policy.tags) == (10, 3, None)
+        assert policy.n_action_steps == 4  # the command line wins
+        assert draccus.encode(policy)["normalization_mapping"] == mapping
+        assert str(policy.pretrained_path) == str(tmp_path / "plain")
+        assert policy.geometry_spec == GeometryStore.open(cache).spec
+
+
+def test_a_geometry_checkpoint_goes_on_with_other_camera_names(run: tuple[Path, list[Step]], tmp_path: Path) -> None:
+    trained = run[0] / "last" / "pretrained_model"
+    names = ("observation.images.high", "observation.images.wrist")
+    other = make_dataset(tmp_path / "other", (4,), cameras=names)
+    cache = make_cache(tmp_path / "other.zarr", other, make_spec(other, cameras=names))
+    renamed = json.dumps(dict(zip(names, CAMERAS, strict=True)))
+    args = [*small_run(other, tmp_path / "run"), f"--policy.path={trained}"]
+    with pytest.raises(CacheMismatchError) as caught:
+        training.train(cache, args)
+    assert f"--rename_map='{renamed}'" in str(caught.value)
+    (step,) = run_training(cache, [*args, f"--rename_map={renamed}"])
+    maps = row_maps(make_spec(other, cameras=names), step.batch["index"].numpy())
+    assert torch.equal(step.batch[RAY][:, 0], torch.from_numpy(maps[names[0]]["ray"]))
+    config = json.loads((tmp_path / "run" / "checkpoints" / "last" / "pretrained_model" / "config.json").read_text())
+    assert [camera["key"] for camera in config["geom_spec"]["cameras"]] == list(CAMERAS)
+    fresh = [*options(other, tmp_path / "fresh"), f"--policy.pretrained_path={trained}", f"--rename_map={renamed}"]
+    with pytest.raises(UserInputError, match="rename_map: expected none"):
+        training.train(cache, fresh)
 
 
 # ---- options and seams -----------------------------------------------------------------------------------------------

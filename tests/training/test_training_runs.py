@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
-# Found at the start of every Python process, spawned workers included: an import of DA3 leaves a note and fails.
+# Runs at the start of every Python process, spawned workers included: an import of DA3 leaves a file and fails.
 NO_DA3 = """
 import sys
 from pathlib import Path

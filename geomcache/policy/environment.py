@@ -1,0 +1,104 @@
+"""Check that a policy can act in an environment before anything is started: its cameras, its DA3, its threads.
+
+Evaluation and training with an environment ask the same questions. Configurations are LeRobot's, of either command.
+"""
+
+import logging
+from typing import Any
+
+from geomcache.errors import CacheMismatchError, ModelNotFoundError, UserInputError
+from geomcache.geometry import GeometrySpec
+
+logger = logging.getLogger(__name__)
+
+
+def check_cameras(spec: GeometrySpec, config: Any, *, allow_resize: bool | None) -> None:
+    """Check that an environment has the cameras that the policy's cache was made of, in their size.
+
+    Args:
+        spec: the policy's spec.
+        config: LeRobot's `EvalPipelineConfig` or `TrainPipelineConfig`, with an environment.
+        allow_resize: log another size as a warning instead of refusing it; None where the command has no such option.
+
+    Raises:
+        UserInputError: a camera is missing.
+        CacheMismatchError: pictures have another size.
+    """
+    from lerobot.envs.utils import env_to_policy_features
+
+    from geomcache.cache.compatibility import compare_environment
+
+    sizes = {
+        config.rename_map.get(key, key): feature.shape[1:]
+        for key, feature in env_to_policy_features(config.env).items()
+        if len(feature.shape) == 3
+    }
+    missing_keys = [key for key in spec.camera_keys if key not in sizes]
+    if missing_keys:
+        without = ", or train without evaluation (--env_eval_freq=0)" if allow_resize is None else ""
+        raise UserInputError(
+            f"camera {missing_keys[0]}: expected in the environment {config.env.type}, it has"
+            f" {', '.join(sizes) or 'none'}: the policy acts by {', '.join(spec.camera_keys)}: give the environment's"
+            f" cameras these names with --rename_map{without}"
+        )
+    try:
+        compare_environment(spec, sizes)
+    except CacheMismatchError as error:
+        if allow_resize is None:
+            raise
+        if not allow_resize:
+            message = f"{error}, or accept another size with --allow-resize"
+            raise CacheMismatchError(message, error.field, error.cached, error.wanted) from None
+        logger.warning(
+            "allow-resize: %s has %s pictures, the cache was made of %s: DA3 scales both to %d px, but from other"
+            " detail: its geometry is not quite what the policy was trained with, and the success rate not that of the"
+            " original size",
+            error.field.removeprefix("spec.cameras."),
+            error.wanted,
+            error.cached,
+            spec.process_res,
+        )
+
+
+def find_da3(policy: str, spec: GeometrySpec, model: str | None) -> None:
+    """Find or download the DA3 that a policy acts with.
+
+    Args:
+        policy: name of the policy, for the message.
+        spec: the policy's spec.
+        model: `geom_model_id`, where the run sets it.
+
+    Raises:
+        ModelNotFoundError: the model is not available.
+    """
+    from geomcache.da3.catalog import find_model
+
+    try:
+        find_model(model or spec.model_id, None if model else spec.model_revision)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"policy {policy} cannot act without the DA3 that its cache was made with: {error}; name it with"
+            " --policy.geom_model_id=DIR"
+        ) from error
+
+
+def check_parallel_tasks(config: Any) -> None:
+    """Refuse parallel tasks where LeRobot keeps state of a task in what the tasks' threads share.
+
+    With `max_parallel_tasks` over 1 LeRobot evaluates tasks in threads with one policy and one pair of processors. The
+    policy's action queue and the processor for relative actions would mix the tasks up.
+
+    Raises:
+        UserInputError: the policy keeps a queue of actions, or acts by relative actions.
+    """
+    parallel = config.env.max_parallel_tasks
+    if parallel <= 1:
+        return
+    for name, allowed in (("n_action_steps", 1), ("use_relative_actions", False)):
+        value = getattr(config.policy, name)
+        if value != allowed:
+            raise UserInputError(
+                f"env.max_parallel_tasks: expected 1 with policy.{name}={value}, got {parallel}: LeRobot's threads"
+                " would take one another's actions; leave it out (several episodes of a task run at once with"
+                f" --eval.batch_size), or set --policy.{name}={str(allowed).lower()}"
+            )
