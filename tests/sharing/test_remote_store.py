@@ -28,7 +28,7 @@ ROWS = [80, 3, 3, 45, 0, 89]
 def there(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A cache here, which is also there."""
     path = make_small_store(tmp_path / "here.zarr", codec=request.param)
-    push(path, ADDRESS, say=lambda _: None)
+    push(path, ADDRESS)
     yield path
     fsspec.filesystem("memory").store.clear()
 
@@ -54,7 +54,7 @@ def test_frames_are_those_of_the_cache(there: Path) -> None:
 
 def test_over_http(tmp_path: Path, s3_wire: Wire) -> None:
     path = make_small_store(tmp_path / "here.zarr")
-    push(path, "s3://bucket/made-up.zarr", say=lambda _: None)
+    push(path, "s3://bucket/made-up.zarr")
     assert_same(geomcache.open("s3://bucket/made-up.zarr"), path)
 
 
@@ -97,7 +97,7 @@ def test_a_missing_shard_is_no_nan(there: Path) -> None:
 
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
     path = make_store(tmp_path / "part.zarr", [(0, 20)], spec=make_spec())
-    push(path, "memory://part.zarr", say=lambda _: None)
+    push(path, "memory://part.zarr")
     remote = geomcache.open("memory://part.zarr")
     with pytest.raises(MissingFrameError):
         remote.batch([20])
