@@ -7,6 +7,7 @@ into the folder that it sends, and tries again where the Hub refuses.
 """
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from geomcache.sharing.object_store import FsspecRemote
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-_COMMIT_FILES, _COMMIT_NBYTES = 100, 2 << 30
+_COMMIT_FILES = 100
 _DATASET = "dataset"
 
 
@@ -90,13 +91,12 @@ class HubRemote(FsspecRemote):
     def put(self, files: Mapping[str, Content], done: Callable[[int], None]) -> None:
         from huggingface_hub import CommitOperationAdd
 
-        for batch in _batches(files):
-            contents = {
-                name: content if isinstance(content, bytes) else str(content) for name, content in batch.items()
-            }
-            first, more = next(iter(batch)), f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-            self._commit([CommitOperationAdd(*item) for item in contents.items()], f"geomcache push: {first}{more}")
-            done(sum(file_size(content) or 0 for content in batch.values()))
+        for names in itertools.batched(files, _COMMIT_FILES):
+            additions = [CommitOperationAdd(name, files[name]) for name in names]
+            self._commit(
+                additions, f"geomcache push: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+            )
+            done(sum(file_size(files[name]) or 0 for name in names))
 
     @override
     def delete(self, names: Collection[str]) -> None:
@@ -127,17 +127,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if not disabled_before:
             enable_progress_bars()
-
-
-def _batches(files: Mapping[str, Content]) -> Iterator[dict[str, Content]]:
-    batch: dict[str, Content] = {}
-    nbytes = 0
-    for name, content in files.items():
-        size = file_size(content) or 0
-        if batch and (len(batch) == _COMMIT_FILES or nbytes + size > _COMMIT_NBYTES):
-            yield batch
-            batch, nbytes = {}, 0
-        batch[name] = content
-        nbytes += size
-    if batch:
-        yield batch

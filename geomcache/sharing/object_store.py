@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from geomcache.cache import durable
@@ -55,18 +55,17 @@ class FsspecRemote:
                 f"{self.address}: expected an address that fsspec can open ({reason(error, url)}): use one such as"
                 " s3://bucket/name.zarr"
             ) from error
-        self._root, self._has_folders = PurePosixPath(root), scheme not in _OBJECT_STORES
+        self._root, self._has_folders = f"{root.rstrip('/')}/", scheme not in _OBJECT_STORES
 
     def listing(self) -> dict[str, Stored]:
         """Return size and sha256 of every file, by name; the hash is empty where the remote does not know it."""
         with remote_errors(self.address, self.url):
             self._fs.invalidate_cache()
-            entries = self._fs.find(str(self._root), detail=True)
-        paths = {PurePosixPath(path): entry for path, entry in entries.items()}
+            entries = self._fs.find(self._root.rstrip("/"), detail=True)
         return {
-            str(path.relative_to(self._root)): Stored(int(entry["size"]), self._sha256(entry))
-            for path, entry in paths.items()
-            if path != self._root and path.is_relative_to(self._root)
+            path.removeprefix(self._root): Stored(int(entry["size"]), self._sha256(entry))
+            for path, entry in entries.items()
+            if path.startswith(self._root)
         }
 
     @staticmethod
@@ -85,7 +84,7 @@ class FsspecRemote:
         where, target = f"{self.address}/{name}", folder / name
         with remote_errors(where, self.url):
             try:
-                file = self._fs.open(str(self._root / name), "rb", block_size=_BLOCK)
+                file = self._fs.open(self._root + name, "rb", block_size=_BLOCK)
             except FileNotFoundError:
                 return False
         with durable.naming(target), file:
@@ -124,10 +123,10 @@ class FsspecRemote:
         in_parallel(put_one, files)
 
     def _put(self, name: str, content: Content) -> None:
-        path = str(self._root / name)
+        path = self._root + name
         with remote_errors(f"{self.address}/{name}", self.url):
             if self._has_folders:
-                self._fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+                self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             if isinstance(content, bytes):
                 self._fs.pipe_file(path, content)
             else:
@@ -138,6 +137,6 @@ class FsspecRemote:
 
         def delete_one(name: str) -> None:
             with remote_errors(f"{self.address}/{name}", self.url), contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(str(self._root / name))
+                self._fs.rm_file(self._root + name)
 
         in_parallel(delete_one, names)

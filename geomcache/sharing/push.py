@@ -119,7 +119,7 @@ class _Push:
         listing = self._remote.listing()
         manifests = self._manifests(listing)
         stale = self._check_destination(listing, None if overwrite else manifests)
-        hashes = self._known_hashes(manifests)
+        hashes = self._known_hashes(listing, manifests)
         missing = {
             name: stored
             for name, stored in self._files.items()
@@ -129,14 +129,14 @@ class _Push:
         if missing or stale:
             logger.info("%s: %d of %d files to send, %s", address, len(missing), len(self._files), human_bytes(nbytes))
             self._check_local_files(missing)
-            self._remove((listing.keys() & missing.keys()) | stale, sealed=MANIFEST in listing.keys() & missing.keys())
+            self._remove(stale | (listing.keys() & missing.keys()))
             self._send(missing)
         self._check_sizes_sent()
         if verify:
             self._read_back()
         if MANIFEST in missing:
             self._seal()
-        if missing or UNSEALED in listing:
+        if missing or stale or UNSEALED in listing:
             self._remote.delete({UNSEALED})
         return PushReport(address=address, files=len(self._files), sent=len(missing), nbytes_sent=nbytes)
 
@@ -188,14 +188,15 @@ class _Push:
                 )
         return {name for name in others if _belongs(name, remote)} - self._files.keys() - {UNSEALED}
 
-    def _known_hashes(self, manifests: Mapping[bytes, Manifest]) -> dict[str, str]:
+    def _known_hashes(self, listing: Mapping[str, Stored], manifests: Mapping[bytes, Manifest]) -> dict[str, str]:
         """Return what the remote's manifests say of its files. Where there are two, they never differ."""
         hashes: dict[str, str] = {}
         for content, manifest in manifests.items():
             hashes |= {name: digest for name, (_, digest) in files_of(self._inventory.header.layout, manifest).items()}
-            hashes[GROUP] = manifest.files[GROUP][1]
             if content == self._control[MANIFEST]:
                 hashes |= {name: self._files[name].sha256 for name in (JOURNAL, MANIFEST)}
+        if GROUP in listing:  # it is overwritten in place, before the manifest that knows it is there
+            hashes[GROUP] = _stored(self._read(GROUP)).sha256
         return hashes
 
     def _check_local_files(self, missing: Mapping[str, Stored]) -> None:
@@ -206,9 +207,9 @@ class _Push:
                 f" `geomcache verify {self._folder}`"
             )
 
-    def _remove(self, names: set[str], *, sealed: bool) -> None:
+    def _remove(self, names: set[str]) -> None:
         """Remove the seal, then what differs. zarr.json stays: it says that a cache is there."""
-        if sealed:
+        if MANIFEST in names:
             self._put({UNSEALED: self._read(MANIFEST)})
             self._remote.delete({MANIFEST})
         self._remote.delete(names - {GROUP, MANIFEST})
@@ -271,7 +272,7 @@ class _Push:
 
     def _read(self, name: str) -> bytes:
         with tempfile.TemporaryDirectory(prefix="geomcache-") as folder:
-            self._remote.fetch(name, CONTROL_LIMITS[MANIFEST], Path(folder))
+            self._remote.fetch(name, CONTROL_LIMITS.get(name, CONTROL_LIMITS[MANIFEST]), Path(folder))
             return Path(folder, name).read_bytes()
 
 

@@ -1,6 +1,7 @@
 """Caches in a dataset repository, through huggingface_hub's own client and a server that speaks the Hub's protocol."""
 
 import pickle
+from hashlib import sha256
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -41,7 +42,7 @@ def files_there(hub: HubHere, revision: str = "main") -> dict[str, bytes]:
 def test_pushed_and_pulled_with_the_connection_cut_once_each(tmp_path: Path, hub: HubHere, said: list[str]) -> None:
     path, target = make_small_store(tmp_path / "here.zarr"), tmp_path / "there.zarr"
     hub.wire.cut_after(2_500)
-    with pytest.raises(ConnectionFailedError, match="run the same command again to resume"):
+    with pytest.raises(ConnectionFailedError, match=ADDRESS):
         push(path, ADDRESS, private=True)
     hub.wire.mend()
     assert "manifest.json" not in files_there(hub)
@@ -63,7 +64,7 @@ def test_pushed_and_pulled_with_the_connection_cut_once_each(tmp_path: Path, hub
     assert len(repository.branches["main"]) == before
 
     hub.wire.cut_after(40_000)
-    with pytest.raises(ConnectionFailedError, match="run the same command again to resume"):
+    with pytest.raises(ConnectionFailedError, match=ADDRESS):
         pull(ADDRESS, target)
     assert not target.exists()
     hub.wire.mend()
@@ -75,13 +76,13 @@ def test_pushed_and_pulled_with_the_connection_cut_once_each(tmp_path: Path, hub
     assert not any(secret in line for secret in (TOKEN, "secret-of-the-link") for line in said)
 
 
-def test_a_passing_failure_is_tried_again(tmp_path: Path, hub: HubHere, said: list[str]) -> None:
+def test_a_passing_failure_is_tried_again(tmp_path: Path, hub: HubHere) -> None:
     push(make_small_store(tmp_path / "here.zarr"), ADDRESS)
     hub.hub.failing = [503]
     assert pull(ADDRESS, tmp_path / "there.zarr", episodes="0").frames == 32
 
 
-def test_a_revision_is_a_branch_and_is_pinned(tmp_path: Path, hub: HubHere, said: list[str]) -> None:
+def test_a_revision_is_a_branch_and_is_pinned(tmp_path: Path, hub: HubHere) -> None:
     path = make_small_store(tmp_path / "here.zarr")
     push(path, ADDRESS, revision="second")
     assert files_there(hub) == {}
@@ -93,37 +94,39 @@ def test_a_revision_is_a_branch_and_is_pinned(tmp_path: Path, hub: HubHere, said
     hub.hub.repositories["me/made-up"].commit("second", {})
     assert place.fetch("zarr.json", 1 << 20, tmp_path / "copy")
     assert (tmp_path / "copy" / "zarr.json").read_bytes() == (path / "zarr.json").read_bytes()
-    with pytest.raises(RemoteError, match="expected this revision, found that the repository has none such"):
+    with pytest.raises(RemoteError, match=f"{ADDRESS}@third"):
         pull(ADDRESS, tmp_path / "none.zarr", revision="third")
 
 
-def test_a_file_that_is_not_the_manifests_is_refused_by_name(tmp_path: Path, hub: HubHere, said: list[str]) -> None:
+def test_a_file_that_is_not_the_manifests_is_refused_by_name(tmp_path: Path, hub: HubHere) -> None:
     push(make_small_store(tmp_path / "here.zarr"), ADDRESS)
     repository = hub.hub.repositories["me/made-up"]
     name = f"{RAY}/c.1.0.0.0"
     content = repository.files()[name]
     repository.commit("main", repository.files() | {name: content[::-1]})
-    with pytest.raises(CacheCorruptError, match=rf"{ADDRESS}/{name}: expected {len(content)} bytes with sha256"):
+    with pytest.raises(
+        CacheCorruptError, match=rf"{ADDRESS}/{name}: .* {len(content)} .*{sha256(content).hexdigest()}"
+    ):
         pull(ADDRESS, tmp_path / "there.zarr")
     repository.commit("main", repository.files() | {name: content + b"more"})
-    with pytest.raises(CacheCorruptError, match=rf"{ADDRESS}/{name}: expected at most {len(content)} bytes"):
+    with pytest.raises(CacheCorruptError, match=rf"{ADDRESS}/{name}: .* {len(content)} "):
         pull(ADDRESS, tmp_path / "there.zarr")
     assert push(tmp_path / "here.zarr", ADDRESS).sent == 1
     assert files_there(hub) == contents(tmp_path / "here.zarr")
 
 
-def test_another_cache_there_is_replaced_only_when_asked(tmp_path: Path, hub: HubHere, said: list[str]) -> None:
+def test_another_cache_there_is_replaced_only_when_asked(tmp_path: Path, hub: HubHere) -> None:
     whole = make_small_store(tmp_path / "whole.zarr")
     part = make_small_store(tmp_path / "part.zarr", [(0, 20)])
     push(whole, ADDRESS)
-    with pytest.raises(CacheExistsError, match=r"expected no frames that .*part.zarr lacks, found 70"):
+    with pytest.raises(CacheExistsError, match=r"part.zarr .* 70: .*--overwrite"):
         push(part, ADDRESS)
     push(part, ADDRESS, overwrite=True)
     assert files_there(hub) == contents(part)
 
 
 def test_a_private_repository_without_access_names_the_login(
-    tmp_path: Path, hub: HubHere, said: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hub: HubHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_small_store(tmp_path / "here.zarr")
     push(path, ADDRESS, private=True)
@@ -139,24 +142,24 @@ def test_a_private_repository_without_access_names_the_login(
         messages.append(str(raised.value))
     assert not any("\n" in message or "hf_of_somebody_else" in message for message in messages)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RemoteError, match="found HF_HUB_OFFLINE set: unset it"):
+    with pytest.raises(RemoteError, match="HF_HUB_OFFLINE"):
         pull(ADDRESS, tmp_path / "there.zarr")
 
 
-def test_what_is_asked_wrongly_is_told(tmp_path: Path, hub: HubHere, said: list[str]) -> None:
+def test_what_is_asked_wrongly_is_told(tmp_path: Path, hub: HubHere) -> None:
     path = make_small_store(tmp_path / "here.zarr")
     for address in ("hf://name", "hf://models/me/name/more"):
         with pytest.raises(UserInputError, match=address):
             push(path, address)
     with pytest.raises(RemoteError, match=r"hf://datasets/me/\.\.: "):
         push(path, "hf://datasets/me/..")
-    with pytest.raises(UserInputError, match="--revision: expected one, as"):
+    with pytest.raises(UserInputError, match=f"--revision: .*one.*{ADDRESS}@one.*two"):
         pull(f"{ADDRESS}@one", tmp_path / "there.zarr", revision="two")
     push(path, ADDRESS)
-    with pytest.raises(UserInputError, match="--private: expected a private repository, found a public one"):
+    with pytest.raises(UserInputError, match=f"{ADDRESS}: .*--private"):
         push(path, ADDRESS, private=True)
     hub.hub.repositories["me/made-up"].commit("main", {"README.md": b"nothing else"})
-    with pytest.raises(CacheNotFoundError, match=r"expected a cache, found no zarr.json"):
+    with pytest.raises(CacheNotFoundError, match=rf"{ADDRESS}: .*zarr.json"):
         pull(ADDRESS, tmp_path / "there.zarr")
 
 

@@ -63,7 +63,7 @@ def reseal(manifest: Path, change: dict[str, str]) -> None:
     manifest.write_bytes(body + b',\n"sha256":"%s"\n}\n' % hashlib.sha256(body).hexdigest().encode())
 
 
-def test_a_whole_cache_comes_byte_for_byte(there: Path, path: Path, said: list[str]) -> None:
+def test_a_whole_cache_comes_byte_for_byte(there: Path, path: Path) -> None:
     report = pull(address_of(there), path)
     assert (report.files, report.fetched, report.frames, report.episodes) == (FILES, FILES, 90, "0:4")
     assert contents(path) == contents(there)
@@ -75,7 +75,7 @@ def test_a_whole_cache_comes_byte_for_byte(there: Path, path: Path, said: list[s
         assert writer.pending() == ()
 
 
-def test_a_part_says_what_it_has_and_grows(there: Path, path: Path, said: list[str]) -> None:
+def test_a_part_says_what_it_has_and_grows(there: Path, path: Path) -> None:
     report = pull(address_of(there), path, episodes="1")
     # episode 1 has rows 20 to 49, in shards 1 to 3, whose rows are 16 to 63
     assert report.fetched == BEGIN_FILES + 2 * 3
@@ -88,7 +88,7 @@ def test_a_part_says_what_it_has_and_grows(there: Path, path: Path, said: list[s
         assert store.episodes() == ((1, 2),)
         assert store.statistics["ray"].count == 48 * 12
         require_episodes(store, [1])
-        with pytest.raises(CacheIncompleteError, match="lacks 2"):
+        with pytest.raises(CacheIncompleteError, match=r"\b2\b"):
             require_episodes(store, [1, 2])
         with pytest.raises(MissingFrameError):
             store.batch([64])
@@ -107,7 +107,7 @@ def test_a_part_says_what_it_has_and_grows(there: Path, path: Path, said: list[s
     assert [each.name for each in path.parent.iterdir()] == ["cache.zarr"]
 
 
-def test_a_part_is_a_cache_that_extraction_goes_on_with(there: Path, path: Path, said: list[str]) -> None:
+def test_a_part_is_a_cache_that_extraction_goes_on_with(there: Path, path: Path) -> None:
     pull(address_of(there), path, episodes="1")
     with open_writer(path, spec=SPEC) as writer:
         assert fill(writer) == [0, 4, 5]
@@ -120,7 +120,7 @@ def test_what_was_interrupted_goes_on(there: Path, path: Path, said: list[str]) 
     name = f"{RAY}/c.4.0.0.0"
     content = (there / name).read_bytes()
     (there / name).unlink()
-    with pytest.raises(CacheCorruptError, match=rf"{name}: expected {len(content)} bytes .* found none"):
+    with pytest.raises(CacheCorruptError, match=rf"{name}: .* {len(content)} .* none"):
         pull(address_of(there), path)
     draft = path.with_name(".cache.zarr.geomcache-pull")
     assert not path.exists()
@@ -245,7 +245,7 @@ def test_a_size_that_the_header_does_not_allow_is_refused_before_anything_is_rea
     assert not path.parent.exists()
 
 
-def test_a_damaged_copy_is_mended(there: Path, path: Path, said: list[str]) -> None:
+def test_a_damaged_copy_is_mended(there: Path, path: Path) -> None:
     pull(address_of(there), path)
     name = f"{RAY}/c.2.0.0.0"
     (path / name).write_bytes((path / name).read_bytes()[::-1])
@@ -254,9 +254,7 @@ def test_a_damaged_copy_is_mended(there: Path, path: Path, said: list[str]) -> N
 
 
 @pytest.mark.parametrize("name", [f"{RAY}/c.2.0.0.0", "frame_crc32c/c.0.0", "episode_index/c.0", f"{RAY}/zarr.json"])
-def test_a_file_that_is_not_the_manifests_is_refused_by_name(
-    there: Path, path: Path, said: list[str], name: str
-) -> None:
+def test_a_file_that_is_not_the_manifests_is_refused_by_name(there: Path, path: Path, name: str) -> None:
     (there / name).write_bytes((there / name).read_bytes() + b"\n")
     with pytest.raises(CacheCorruptError, match=name) as raised:
         pull(address_of(there), path)
@@ -265,15 +263,13 @@ def test_a_file_that_is_not_the_manifests_is_refused_by_name(
     assert not path.exists()
 
 
-def test_control_files_that_contradict_each_other_are_refused(
-    there: Path, path: Path, tmp_path: Path, said: list[str]
-) -> None:
+def test_control_files_that_contradict_each_other_are_refused(there: Path, path: Path, tmp_path: Path) -> None:
     part = make_small_store(tmp_path / "part", [(0, 20)])
     other = make_store(tmp_path / "other")
     for source, name, message in (
-        (part, "zarr.json", r"zarr.json: expected the content that manifest.json has a hash of"),
-        (part, "journal.jsonl", r"journal.jsonl: expected the shards, hashes and files of manifest.json"),
-        (other, "manifest.json", "expected fingerprint"),
+        (part, "zarr.json", "zarr.json: .*manifest.json"),
+        (part, "journal.jsonl", "journal.jsonl: .*manifest.json"),
+        (other, "manifest.json", "manifest.json: .*fingerprint"),
     ):
         content = (there / name).read_bytes()
         shutil.copy(source / name, there / name)
@@ -288,9 +284,9 @@ def test_control_files_that_contradict_each_other_are_refused(
     assert not path.parent.exists()
 
 
-def test_names_that_lead_outside_are_refused(there: Path, path: Path, said: list[str]) -> None:
+def test_names_that_lead_outside_are_refused(there: Path, path: Path) -> None:
     reseal(there / "manifest.json", {'"frame_crc32c/zarr.json"': '"../outside/zarr.json"'})
-    with pytest.raises(CacheCorruptError, match=r"manifest.json: expected the files of such a cache, found other"):
+    with pytest.raises(CacheCorruptError, match=f"{address_of(there)}/manifest.json: "):
         pull(address_of(there), path)
     group = json.loads((there / "zarr.json").read_text())
     group["attributes"]["geomcache"]["spec"]["cameras"][0]["key"] = "../outside"
@@ -301,38 +297,34 @@ def test_names_that_lead_outside_are_refused(there: Path, path: Path, said: list
 
 
 def test_what_cannot_be_had_is_told_before_anything_is_made(
-    there: Path, path: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    there: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = make_small_store(tmp_path / "part", [(0, 20), (75, 90)])
-    with pytest.raises(CacheIncompleteError, match=r"expected episodes 0:4, lacks 1:3: ask for others"):
+    with pytest.raises(CacheIncompleteError, match=rf"{address_of(part)}: .* 0:4, .* 1:3: "):
         pull(address_of(part), path, episodes="0:4")
-    with pytest.raises(UserInputError, match="expected a part of 0:4"):
+    with pytest.raises(UserInputError, match="0:4"):
         pull(address_of(there), path, episodes="2:9")
-    with pytest.raises(CacheNotFoundError, match=r"expected a cache, found no zarr.json: check the address"):
+    with pytest.raises(CacheNotFoundError, match=rf"{address_of(tmp_path)}/none: .*zarr.json"):
         pull(address_of(tmp_path / "none"), path)
     (part / "manifest.json").unlink()
-    with pytest.raises(CacheIncompleteError, match="it was not pushed to its end"):
+    with pytest.raises(CacheIncompleteError, match=f"{address_of(part)}: .*manifest.json.*geomcache push"):
         pull(address_of(part), path)
     assert not path.parent.exists()
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(OutOfSpaceError, match=r"expected room for .* found 1.0 kB"):
+    with pytest.raises(OutOfSpaceError, match=rf"{path}: .* 20.0 kB, .* 1.0 kB: .*--episodes"):
         pull(address_of(there), path)
 
 
-def test_what_is_at_the_path_is_not_lost(there: Path, path: Path, tmp_path: Path, said: list[str]) -> None:
+def test_what_is_at_the_path_is_not_lost(there: Path, path: Path, tmp_path: Path) -> None:
     path.mkdir(parents=True)
     (path / "thesis.tex").write_text("mine")
-    with pytest.raises(CacheExistsError, match="found something else: choose another path"):
+    with pytest.raises(CacheExistsError, match=f"{path}: .*{address_of(there)}"):
         pull(address_of(there), path)
     assert contents(path) == {"thesis.tex": b"mine"}
     for name, other, message in (
-        ("other", make_store(tmp_path / "other"), "found a cache with"),
-        (
-            "shifted",
-            make_small_store(tmp_path / "shifted", shift=1000),
-            "found 6 shards with other content",
-        ),
+        ("other", make_store(tmp_path / "other"), "fingerprint [0-9a-f]{64}.*[0-9a-f]{64}"),
+        ("shifted", make_small_store(tmp_path / "shifted", shift=1000), " 6 shards"),
     ):
         before = contents(other)
         with pytest.raises(CacheExistsError, match=message):
@@ -340,7 +332,7 @@ def test_what_is_at_the_path_is_not_lost(there: Path, path: Path, tmp_path: Path
         assert contents(other) == before
 
 
-def test_a_compressed_cache_comes_in_part_and_whole(tmp_path: Path, path: Path, said: list[str]) -> None:
+def test_a_compressed_cache_comes_in_part_and_whole(tmp_path: Path, path: Path) -> None:
     there = make_small_store(tmp_path / "there", codec="zstd")
     (there / "lock").unlink()
     part = pull(address_of(there), path, episodes="1")

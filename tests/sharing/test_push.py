@@ -1,6 +1,7 @@
 """What `push` does to a place: nothing half sent is whole, nothing of another's is lost, nothing is sent twice."""
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,8 @@ from geomcache.sharing.limits import check_hub_folders
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.pull import pull
 from geomcache.sharing.push import UNSEALED, push
-from tests.support.sharing import CONTROL, FILES, RAY, SPEC, contents, make_small_store, said
+from tests.support.sharing import CONTROL, FILES, RAY, SPEC, contents, make_small_store
 from tests.support.stores import fill, make_dataset_spec, make_spec, make_store, open_writer
-
-__all__ = ["said"]
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, stop: Callable[[str], bool]) ->
     return sent
 
 
-def test_all_files_are_sent_and_none_twice(here: Path, there: Path, said: list[str]) -> None:
+def test_all_files_are_sent_and_none_twice(here: Path, there: Path) -> None:
     report = push(here, address_of(there))
     assert (report.files, report.sent) == (FILES + CONTROL, FILES + CONTROL)
     assert report.nbytes_sent == sum(map(len, contents(here).values()))
@@ -69,7 +68,7 @@ def test_all_files_are_sent_and_none_twice(here: Path, there: Path, said: list[s
 
 @pytest.mark.parametrize("last", ["journal.jsonl", "manifest.json", UNSEALED, f"{RAY}/zarr.json", "zarr.json"])
 def test_what_is_half_sent_is_no_cache_and_is_finished(
-    here: Path, there: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, last: str
+    here: Path, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     with monkeypatch.context() as patch:
         sent = stop_before(patch, lambda name: name == last)
@@ -78,13 +77,12 @@ def test_what_is_half_sent_is_no_cache_and_is_finished(
     with pytest.raises(CacheIncompleteError if sent else CacheNotFoundError):
         pull(address_of(there), tmp_path / "copy.zarr")
     report = push(here, address_of(there))
-    known = {*sent} - {UNSEALED} if UNSEALED in sent else {}  # before it arrives, nothing tells the files' hashes
-    assert report.sent == FILES + CONTROL - len(known)
+    assert report.sent == FILES + CONTROL - len({*sent} - {UNSEALED})
     assert contents(there) == contents(here)
 
 
 def test_half_of_one_extraction_is_not_mixed_with_half_of_another(
-    here: Path, there: Path, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal settings, equal sizes, other numbers: only hashes tell the two apart, and the place tells none."""
     other = make_small_store(tmp_path / "other.zarr", shift=1000)
@@ -99,7 +97,7 @@ def test_half_of_one_extraction_is_not_mixed_with_half_of_another(
     assert contents(there) == contents(here)
 
 
-def test_a_cache_that_has_grown_sends_what_is_new(tmp_path: Path, there: Path, said: list[str]) -> None:
+def test_a_cache_that_has_grown_sends_what_is_new(tmp_path: Path, there: Path) -> None:
     path = make_small_store(tmp_path / "cache.zarr", [(0, 50)])
     push(path, address_of(there))
     with open_writer(path, [(50, 90)], spec=SPEC) as writer:
@@ -111,65 +109,65 @@ def test_a_cache_that_has_grown_sends_what_is_new(tmp_path: Path, there: Path, s
     assert contents(there) == contents(path)
 
 
-def test_another_cache_is_replaced_only_when_asked(here: Path, there: Path, tmp_path: Path, said: list[str]) -> None:
+def test_another_cache_is_replaced_only_when_asked(here: Path, there: Path, tmp_path: Path) -> None:
     other = make_store(tmp_path / "other.zarr")
     push(other, address_of(there))
     (there / "mine.txt").write_text("mine")
-    with pytest.raises(CacheExistsError, match="found the one with .* replace it with --overwrite"):
+    with pytest.raises(CacheExistsError, match=f"{address_of(there)}: .*made-up.*--overwrite"):
         push(here, address_of(there))
     assert contents(there) == contents(other) | {"mine.txt": b"mine"}
     push(here, address_of(there), overwrite=True)
     assert contents(there) == contents(here) | {"mine.txt": b"mine"}
 
 
-def test_frames_that_only_the_place_has_are_not_lost(here: Path, there: Path, tmp_path: Path, said: list[str]) -> None:
+def test_frames_that_only_the_place_has_are_not_lost(here: Path, there: Path, tmp_path: Path) -> None:
     push(here, address_of(there))
     part = make_small_store(tmp_path / "part.zarr", [(0, 50)])
-    with pytest.raises(CacheExistsError, match=r"expected no frames that .* lacks, found 40"):
+    with pytest.raises(CacheExistsError, match=rf"{address_of(there)}: .*{part} .* 40: .*--overwrite"):
         push(part, address_of(there))
     push(part, address_of(there), overwrite=True)
     assert contents(there) == contents(part)
 
 
-def test_something_else_is_never_replaced(here: Path, there: Path, said: list[str]) -> None:
+def test_something_else_is_never_replaced(here: Path, there: Path) -> None:
     there.mkdir(parents=True)
     (there / "thesis.tex").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(CacheExistsError, match=r"found 1 files without a cache's zarr.json, such as thesis.tex"):
+        with pytest.raises(CacheExistsError, match=rf"{address_of(there)}: .* 1 .*zarr.json.*thesis.tex"):
             push(here, address_of(there), overwrite=overwrite)
     assert contents(there) == {"thesis.tex": b"mine"}
 
 
-def test_reading_back_finds_what_sizes_do_not_tell(here: Path, there: Path, said: list[str]) -> None:
+def test_reading_back_finds_what_sizes_do_not_tell(here: Path, there: Path) -> None:
     push(here, address_of(there))
     name = f"{RAY}/c.3.0.0.0"
     content = (there / name).read_bytes()
     (there / name).write_bytes(content[::-1])
     assert push(here, address_of(there)).sent == 0
-    with pytest.raises(CacheCorruptError, match=rf"{name}: expected sha256 [0-9a-f]+, found [0-9a-f]+: removed"):
+    with pytest.raises(
+        CacheCorruptError, match=rf"{name}: .*{sha256(content).hexdigest()}.*{sha256(content[::-1]).hexdigest()}"
+    ):
         push(here, address_of(there), verify=True)
     assert push(here, address_of(there), verify=True).sent == 1
     assert contents(there) == contents(here)
 
 
-def test_what_is_not_whole_here_is_not_sent(here: Path, there: Path, tmp_path: Path, said: list[str]) -> None:
+def test_what_is_not_whole_here_is_not_sent(here: Path, there: Path, tmp_path: Path) -> None:
     unfinished = tmp_path / "unfinished.zarr"
     with open_writer(unfinished, spec=SPEC) as writer:
         fill(writer, 2)
-    with pytest.raises(CacheIncompleteError, match=r"expected a sealed cache, found no manifest.json"):
+    with pytest.raises(CacheIncompleteError, match=rf"{unfinished}: .*manifest.json.*geomcache extract"):
         push(unfinished, address_of(there))
-    with pytest.raises(CacheNotFoundError, match="expected a cache, found nothing"):
+    with pytest.raises(CacheNotFoundError, match=f"{tmp_path}/none.zarr: "):
         push(tmp_path / "none.zarr", address_of(there))
     name = f"{RAY}/c.3.0.0.0"
     (here / name).write_bytes((here / name).read_bytes()[::-1])
-    with pytest.raises(CacheCorruptError, match=rf"{name}: expected the content that manifest.json has a hash of"):
+    with pytest.raises(CacheCorruptError, match=rf"{here}/{name}: .*manifest.json.*geomcache verify {here}"):
         push(here, address_of(there))
     assert not there.exists()
 
 
-def test_a_cache_that_is_written_meanwhile_is_told(
-    here: Path, there: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_is_written_meanwhile_is_told(here: Path, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put = FsspecRemote._put
 
     def growing(self: FsspecRemote, name: str, source: Path | bytes) -> None:
@@ -178,17 +176,17 @@ def test_a_cache_that_is_written_meanwhile_is_told(
             durable.replace_file(here / "manifest.json", b"another")
 
     monkeypatch.setattr(FsspecRemote, "_put", growing)
-    with pytest.raises(CacheLockedError, match="its manifest has changed meanwhile"):
+    with pytest.raises(CacheLockedError, match=f"{here}: "):
         push(here, address_of(there))
     assert "manifest.json" not in contents(there)
 
 
-def test_an_address_is_no_path_and_a_bucket_has_no_privacy(here: Path, tmp_path: Path, said: list[str]) -> None:
-    with pytest.raises(UserInputError, match="got a path: to copy a cache on this machine, copy its folder"):
+def test_an_address_is_no_path_and_a_bucket_has_no_privacy(here: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match=f"{tmp_path}/copy.zarr: "):
         push(here, str(tmp_path / "copy.zarr"))
-    with pytest.raises(UserInputError, match="--revision: expected none"):
+    with pytest.raises(UserInputError, match="--revision: .*memory://cache.zarr.*'main'"):
         push(here, "memory://cache.zarr", revision="main")
-    with pytest.raises(RemoteError, match="--private: expected a repository of the Hub"):
+    with pytest.raises(RemoteError, match="memory://cache.zarr: --private"):
         push(here, "memory://cache.zarr", private=True)
 
 
