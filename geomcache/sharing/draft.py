@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 _SUFFIX = ".geomcache-pull"
 _CLAIM = 1 << 41  # a byte of its lock file, far behind those that writers use
 _LOCK_POLL_S = 1.0
-_HUB_NOTES = ".cache"  # huggingface_hub's own folder, for downloads that it has begun
 _CONTROL = {name + suffix for name in (GROUP, JOURNAL, MANIFEST) for suffix in ("", durable.TEMPORARY)}
 
 sleep = time.sleep
@@ -82,7 +81,7 @@ def _check_own(draft: Path) -> None:
 
 
 def files_in(draft: Path, known: Set[str]) -> set[str]:
-    """Return the names of the shards, metadata and coordinates that an interrupted pull left.
+    """Return the names of the files that an interrupted pull left.
 
     Args:
         draft: the folder, claimed.
@@ -97,24 +96,13 @@ def files_in(draft: Path, known: Set[str]) -> set[str]:
         prefix = Path(parent).relative_to(draft)
         links |= {str(prefix / name) for name in (*folders, *files) if Path(parent, name).is_symlink()}
         names |= {str(prefix / name) for name in files}
-        if prefix == Path() and _HUB_NOTES in folders:
-            folders.remove(_HUB_NOTES)
-    names -= {LOCK, *_CONTROL}
-    if unknown := sorted(links | (names - known)):
+    names.discard(LOCK)
+    if unknown := sorted(links | (names - known - _CONTROL)):
         raise CacheExistsError(
             f"{draft}: expected only files of this cache, found {unknown[0]}: a pull of another cache was interrupted,"
             " or something else wrote here; remove the folder, or choose another path"
         )
     return names
-
-
-def remove_notes(draft: Path) -> None:
-    """Remove what is no part of a cache: huggingface_hub's notes, and control files that an interruption left."""
-    if (draft / _HUB_NOTES).is_dir():
-        durable.remove_tree(draft / _HUB_NOTES)
-    for name in _CONTROL:
-        if (draft / name).exists():
-            durable.unlink(draft / name)
 
 
 def remove_empty(draft: Path) -> None:

@@ -59,24 +59,18 @@ class PullReport:
     """Of the cache, without control files."""
     fetched: int
     """How many of them were downloaded now."""
-    nbytes_fetched: int
-    nbytes_kept: int
-    """Of the files that were on this machine already, undamaged."""
+    nbytes: int
+    """Of these."""
     frames: int
     """That the copy has now."""
-    episodes: str
-    """That it has from end to end, such as ``0:10``."""
     frames_extra: int
-    """How many of its frames were not asked for now: they share a shard with those that were, or were there before."""
+    """How many of them were not asked for now: they share a shard with those that were, or were there before."""
+    episodes: str
+    """That the copy has from end to end, such as ``0:10``."""
 
     def lines(self) -> list[str]:
         """Return the report for the user."""
-        if not self.fetched:
-            files = f"all {self.files} files were there already ({human_bytes(self.nbytes_kept)})"
-        else:
-            files = f"{self.fetched} of {self.files} files downloaded, {human_bytes(self.nbytes_fetched)}"
-            if self.nbytes_kept:
-                files += f"; {human_bytes(self.nbytes_kept)} were there already"
+        files = f"{self.fetched} of {self.files} files downloaded, {human_bytes(self.nbytes)}"
         lines = [f"{self.path}: {self.frames} frames, complete episodes: {self.episodes}; {files}"]
         if self.frames_extra:
             lines.append(
@@ -245,7 +239,6 @@ class _Pull:
             )
         with TransferBar("pull", nbytes) as bar:
             in_parallel(lambda name: self._fetch(name, missing[name], bar), missing)
-        drafts.remove_notes(self._draft)
         self._finish(shards)
         return self._report(shards, wanted, fetched=missing)
 
@@ -314,14 +307,13 @@ class _Pull:
 
     def _report(self, shards: set[int], wanted: Ranges, *, fetched: Collection[str]) -> PullReport:
         files, rows = self._inventory.files(shards), self._inventory.rows(shards)
-        nbytes, stops = sum(files[name].size for name in fetched), np.cumsum(self._lengths)
+        stops = np.cumsum(self._lengths)
         return PullReport(
             path=self._target,
             files=len(files),
             fetched=len(fetched),
-            nbytes_fetched=nbytes,
-            nbytes_kept=sum(stored.size for stored in files.values()) - nbytes,
+            nbytes=sum(files[name].size for name in fetched),
             frames=count_rows(rows),
-            episodes=format_ranges(np.flatnonzero(RowSet(rows).covers(stops - self._lengths, stops))) or "none",
             frames_extra=count_rows(rows) - count_rows(common_ranges(rows, wanted)),
+            episodes=format_ranges(np.flatnonzero(RowSet(rows).covers(stops - self._lengths, stops))) or "none",
         )

@@ -227,13 +227,12 @@ class _Push:
         self._put({name: content for name, content in contents.items() if name == JOURNAL})
 
     def _check_sizes_sent(self) -> None:
-        listing = self._remote.listing()
+        sizes = {name: stored.size for name, stored in self._remote.listing().items()}
         for name, stored in self._files.items():
-            size = listing[name].size if name in listing else None
-            if name != MANIFEST and size != stored.size:
+            if name != MANIFEST and sizes.get(name) != stored.size:
                 raise CacheCorruptError(
-                    f"{self._remote.address}/{name}: expected {stored.size} bytes, found {size or 'none'} after it was"
-                    " sent: run the same command again"
+                    f"{self._remote.address}/{name}: expected {stored.size} bytes, found {sizes.get(name, 'none')}"
+                    " after it was sent: run the same command again"
                 )
 
     def _read_back(self) -> None:

@@ -1,5 +1,7 @@
 """What `push` does to a place: nothing half sent is whole, nothing of another's is lost, nothing is sent twice."""
 
+import functools
+import operator
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -88,7 +90,7 @@ def test_half_of_one_extraction_is_not_mixed_with_half_of_another(
     other = make_small_store(tmp_path / "other.zarr", shift=1000)
     for path, last in ((here, f"{RAY}/c.4.0.0.0"), (other, f"{RAY}/c.2.0.0.0"), (here, f"{RAY}/c.1.0.0.0")):
         with monkeypatch.context() as patch:
-            stop_before(patch, lambda name, last=last: name == last)  # type: ignore[misc]
+            stop_before(patch, functools.partial(operator.eq, last))
             with pytest.raises(RemoteError, match="stopped"):
                 push(path, address_of(there))
     push(other, address_of(there))
@@ -231,3 +233,28 @@ def test_more_files_in_a_folder_than_the_hub_takes_are_counted_before_anything_i
     check_hub_folders(tmp_path / "cache.zarr", folders)
     with pytest.raises(UserInputError, match="10001"):
         check_hub_folders(tmp_path / "cache.zarr", [*folders, "zarr.json"])
+
+
+def test_files_that_have_no_place_in_the_cache_are_removed(here: Path, there: Path) -> None:
+    push(here, address_of(there))
+    stale = there / RAY / "c.99.0.0.0"
+    stale.write_bytes(b"of a cache that was replaced")
+    (there / "mine.txt").write_text("mine")
+    assert push(here, address_of(there)).sent == 0
+    assert contents(there) == contents(here) | {"mine.txt": b"mine"}
+
+
+def test_zarr_json_of_another_push_is_not_taken_for_this_ones(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is overwritten before the manifest that has its hash: after a kill in between only its content tells."""
+    here, other = (make_small_store(tmp_path / f"{shift}.zarr", shift=shift) for shift in (500, 700))
+    assert (here / "zarr.json").stat().st_size == (other / "zarr.json").stat().st_size
+    for path, last in ((here, f"{RAY}/c.4.0.0.0"), (other, UNSEALED)):
+        with monkeypatch.context() as patch:
+            stop_before(patch, functools.partial(operator.eq, last))
+            with pytest.raises(RemoteError, match="stopped"):
+                push(path, address_of(there))
+    assert (there / "zarr.json").read_bytes() == (other / "zarr.json").read_bytes()
+    push(here, address_of(there))
+    assert contents(there) == contents(here)
