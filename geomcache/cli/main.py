@@ -210,18 +210,18 @@ def info(
 def probe(
     model: Annotated[str, typer.Option(help="A DA3 name such as DA3-LARGE, a Hub id, or a folder.")],
     image: Annotated[
-        list[Path], typer.Option(help="A picture; several are views of one scene, the first the reference.")
+        list[Path],
+        typer.Option(help="A picture. Repeat it for several views of one scene; the first is the reference."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the picture.", metavar="DIR")] = Path("outputs/probe"),
     process_res: Annotated[int, typer.Option(help="Longest side of what the network sees, pixels.")] = 504,
     grid: Annotated[str, typer.Option(help="patch, native, or cells such as 14x14.")] = "patch",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT)] = None,
 ) -> None:
-    """Run DA3 on pictures: print shapes and ranges, save what it sees. A check that a model loads and works."""
+    """Run DA3 on pictures: print shapes and ranges, and save a picture of the maps. Checks that a model works."""
     from geomcache.look.probe import probe as run
 
-    for line in run(model, image, output, process_res=process_res, grid=grid, device=device):
-        typer.echo(line)
+    run(model, image, output, process_res=process_res, grid=grid, device=device)
 
 
 @app.command(context_settings=PASS_THROUGH, epilog=cli_help.TRAIN, rich_help_panel=cli_help.STAGES)
