@@ -38,7 +38,7 @@ def open(path: "str | Path") -> "GeometryStore":  # noqa: A001 - as in zarr.open
         CacheCorruptError: a file is damaged or missing.
         RemoteError: the place refuses, or cannot be reached.
     """
-    from geomcache.sharing.base import is_remote
+    from geomcache.sharing.address import is_remote
 
     if is_remote(str(path)):
         from geomcache.sharing.remote_store import RemoteGeometryStore

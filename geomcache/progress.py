@@ -116,21 +116,21 @@ class Progress:
 
 
 class TransferBar:
-    """Bytes on their way: a bar on a terminal, a plain line now and then elsewhere. Threads may share it."""
+    """Bytes of a transfer: a bar on a terminal, otherwise a log line now and then. Threads may share it."""
 
-    def __init__(self, verb: str, total: int, say: Say) -> None:
-        self._verb, self._total, self._say = verb, total, say
-        self._done, self._said, self._guard = 0, time.monotonic(), Lock()
+    def __init__(self, verb: str, total: int) -> None:
+        self._verb, self._total = verb, total
+        self._done, self._logged, self._guard = 0, time.monotonic(), Lock()
         self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=verb, disable=not sys.stderr.isatty())
 
     def __call__(self, nbytes: int) -> None:
-        """So many bytes more."""
+        """Count bytes that have been transferred."""
         with self._guard:
             self._done += nbytes
             self._bar.update(nbytes)
-            if self._bar.disable and time.monotonic() - self._said >= LINE_EVERY_S:
-                self._said = time.monotonic()
-                self._say(f"{self._verb}: {human_bytes(self._done)} of {human_bytes(self._total)}")
+            if self._bar.disable and time.monotonic() - self._logged >= LINE_EVERY_S:
+                self._logged = time.monotonic()
+                logger.info("%s: %s of %s", self._verb, human_bytes(self._done), human_bytes(self._total))
 
     def __enter__(self) -> "TransferBar":
         return self

@@ -109,7 +109,7 @@ def train(
     from geomcache.sharing.pull import local_copy
     from geomcache.training.trainer import train as run
 
-    run(local_copy(cache, say=typer.echo), context.args, verify=verify)
+    run(local_copy(cache), context.args, verify=verify)
 
 
 @app.command(name="eval", context_settings=PASS_THROUGH, epilog=cli_help.EVAL, rich_help_panel=cli_help.STAGES)

@@ -1,4 +1,4 @@
-"""``geomcache push``, ``pull`` and ``models``: caches from and to elsewhere. Imports stay inside, as in `cli`."""
+"""``geomcache push``, ``pull`` and ``models``. Imports stay inside the commands, as in `main`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +8,9 @@ import typer
 from geomcache.cli.help import CACHES, MODELS, epilog
 
 PUSH = epilog("""
-    What is there already is not sent again: after a broken connection give the same command once more. The manifest
-    goes last, so that half a cache is never taken for a whole one. On the Hub a card says model, licence, dataset and
-    how to train. S3 needs the extra `s3`: pip install 'geomcache\\[s3]'.
+    Files that the remote has already are not sent again: after a broken connection run the same command again to
+    resume. The manifest goes last, so that an incomplete cache is never taken for a complete one. On the Hub a card
+    tells model, licence, dataset and how to train. S3 needs the extra `s3`: pip install 'geomcache\\[s3]'.
 
     [bold]Example[/bold]
       geomcache push libero.zarr hf://datasets/me/libero-da3-large --private
@@ -20,8 +20,8 @@ PUSH = epilog("""
 """)
 
 PULL = epilog("""
-    PATH appears when everything is there and every file as its sha256 says. After a broken connection give the same
-    command once more: it goes on with what it has. More episodes later go into the same PATH.
+    PATH appears when every file has arrived and has its sha256. After a broken connection run the same command again
+    to resume. More episodes can be pulled into the same PATH later.
 
     [bold]Example[/bold]
       geomcache pull hf://datasets/me/libero-da3-large libero.zarr
@@ -39,46 +39,44 @@ TABLE = epilog("""
       geomcache models --json | jq '.\\[] | select(.ray_head) | .name'
 """)
 
-PLACES = "hf://datasets/owner/name, s3://bucket/name.zarr, or another that fsspec opens."
+ADDRESSES = "hf://datasets/owner/name, s3://bucket/name.zarr, or another that fsspec opens."
 
 
 def push(
     path: Annotated[Path, typer.Argument(help="A sealed cache.", metavar="PATH")],
-    destination: Annotated[str, typer.Argument(help=PLACES, metavar="DEST")],
+    destination: Annotated[str, typer.Argument(help=ADDRESSES, metavar="DEST")],
     revision: Annotated[
         str | None, typer.Option(help="A branch of the Hub's repository.", metavar="REV", show_default="main")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the Hub's repository a private one.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything back before the manifest is sent.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another cache that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another cache at DEST.")] = False,
 ) -> None:
-    """Send a cache to the Hugging Face Hub or an object store. The same command again continues."""
+    """Send a cache to the Hugging Face Hub or an object store. Run it again to resume."""
     from geomcache.sharing.push import push as run
 
-    report = run(
-        path, destination, revision=revision, overwrite=overwrite, verify=verify, private=private, say=typer.echo
-    )
+    report = run(path, destination, revision=revision, overwrite=overwrite, verify=verify, private=private)
     for line in report.lines():
         typer.echo(line)
 
 
 def pull(
-    source: Annotated[str, typer.Argument(help=PLACES, metavar="SRC")],
-    path: Annotated[Path, typer.Argument(help="Where the cache is to be.", metavar="PATH")],
+    source: Annotated[str, typer.Argument(help=ADDRESSES, metavar="SRC")],
+    path: Annotated[Path, typer.Argument(help="The cache to make, or to add to.", metavar="PATH")],
     episodes: Annotated[str | None, typer.Option(help="Such as 0:100 or 0,3,5:8.", show_default="all")] = None,
     revision: Annotated[
         str | None, typer.Option(help="The Hub's branch, tag or commit.", metavar="REV", show_default="main")
     ] = None,
 ) -> None:
-    """Bring a cache, or some episodes of it, and compare every file with its hash. The same command again continues."""
+    """Download a cache, or some episodes of it, and compare every file with its hash. Run it again to resume."""
     from geomcache.sharing.pull import pull as run
 
-    for line in run(source, path, revision=revision, episodes=episodes, say=typer.echo).lines():
+    for line in run(source, path, revision=revision, episodes=episodes).lines():
         typer.echo(line)
 
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="A JSON list, for scripts.")] = False) -> None:
-    """List the published DA3 models: size, licence, rays, bytes a frame, and which are on this machine."""
+    """List the published DA3 models: size, licence, rays, bytes per frame, and which are on this machine."""
     import json
 
     from geomcache.cli.models import describe_models, table_lines

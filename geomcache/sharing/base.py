@@ -1,172 +1,149 @@
-"""Places elsewhere that a cache can be pushed to and pulled from: what all have in common.
+"""What pushing and pulling share: transfers in parallel, hashes of files, and errors as one line.
 
-    hf://datasets/owner/name[@revision]   a dataset repository of the Hugging Face Hub: `remote_hub`
-    s3://  gs://  memory://  file://  ... any address that fsspec has a driver for: `remote_fsspec`
+    hf://datasets/owner/name[@revision]   a dataset repository of the Hugging Face Hub: `hub`
+    s3://  gs://  memory://  file://  ... any address that fsspec has a driver for: `object_store`
 
-A place holds files under the names that they have in the cache. Nothing here trusts it: names come from the cache's own
-layout, sizes are known before a byte is asked for, and content is compared with hashes by whoever asked.
+A remote holds files under the names that they have in the cache. Nothing here trusts it: names follow from the cache's
+own layout, sizes are known before a byte is asked for, and content is compared with hashes (see `limits`). Passing
+failures are tried again by the drivers themselves; what remains of them ends the command, which can be run again.
 """
 
-import re
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from hashlib import file_digest, sha256
+import contextlib
+import errno
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from hashlib import file_digest
 from pathlib import Path
-from threading import Event, Lock
-from typing import Protocol
 
-from geomcache.errors import ConnectionFailedError, one_line
-from geomcache.progress import Say
+from geomcache.cache.inventory import Stored
+from geomcache.errors import CacheError, ConnectionFailedError, GeomcacheError, RemoteError
+from geomcache.progress import TransferBar
+from geomcache.sharing.address import reason
 
-ATTEMPTS = 5
-FIRST_WAIT_S = 1.0  # doubled after each attempt
-IN_PARALLEL = 8  # transfers at a time: shards are small, and a store far away answers slowly
-HUB_SCHEME = "hf://"
+PARALLEL_TRANSFERS = 8  # shards are small, and a distant store answers slowly
+Content = Path | bytes
+"""A file to be sent: its path, or what is in it."""
 
-sleep = time.sleep
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalFile:
-    """A file of a cache that is here, to be pushed."""
-
-    source: Path | bytes
-    """Where it lies, or its content."""
-    size: int
-    sha256: str
-
-    @classmethod
-    def of(cls, content: bytes) -> "LocalFile":
-        """Of content in memory."""
-        return cls(source=content, size=len(content), sha256=sha256(content).hexdigest())
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemoteFile:
-    """What a place says of one of its files."""
-
-    size: int
-    sha256: str | None = None
-    """None where the place does not know."""
-    git_oid: str | None = None
-    """sha1 of git's blob, of files that the Hub keeps in git itself."""
+_HF_LOGIN = "run `hf auth login` with an account that may use it"
+_DRIVER_LOGIN = (
+    "log in as the driver wants it (S3: aws configure, or AWS_PROFILE; Google: gcloud auth application-default login)"
+)
+# By name of the class, so that no driver is imported for it.
+_MEANINGS = {
+    "OfflineModeIsEnabled": "expected the Hub, found HF_HUB_OFFLINE set: unset it",
+    "GatedRepoError": "expected access, found that the Hub wants consent first: agree on the repository's page there,"
+    f" and {_HF_LOGIN}",
+    "RevisionNotFoundError": "expected this revision, found that the repository has none such: check its name",
+    "RepositoryNotFoundError": "expected a dataset repository, found none that you may see: check the name; for a"
+    f" private one {_HF_LOGIN}",
+    "HFValidationError": "expected owner/name of a repository, found a name that the Hub does not take: check it",
+    "NoCredentialsError": f"expected access, found no credentials: {_DRIVER_LOGIN}",
+    "PartialCredentialsError": f"expected access, found incomplete credentials: {_DRIVER_LOGIN}",
+    "GoogleAuthError": f"expected access, found none: {_DRIVER_LOGIN}",
+    "PermissionError": f"expected access, found none: {_DRIVER_LOGIN}",
+}
+_PASSING_STATUS = {408, 429, 500, 502, 503, 504}
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_LASTING_NUMBERS = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.EINVAL}
+_BUGS = (TypeError, AttributeError, LookupError, NameError, AssertionError)  # nothing that a driver means to raise
 
 
-class Remote(Protocol):
-    """A place elsewhere. Its methods may be called from several threads.
+@contextlib.contextmanager
+def remote_errors(where: str, url: str = "") -> Iterator[None]:
+    """Turn whatever a driver raises into one line without secrets, which says whether to try again.
 
-    All raise `RemoteError` where the place refuses, and `ConnectionFailedError` where trying again may help.
+    Args:
+        where: the file or folder, for the message.
+        url: the address that the driver was opened with.
+
+    Raises:
+        RemoteError: the remote refuses.
+        ConnectionFailedError: the same may succeed later.
     """
-
-    address: str
-    """For messages: without credentials, and with the revision where there are any."""
-    has_card: bool
-    """Whether people look at the place in a browser, and a README.md belongs there."""
-
-    def listing(self) -> dict[str, RemoteFile]:
-        """Every file there, by name. Empty where there is none, or no such place yet."""
-
-    def read(self, name: str, limit: int) -> bytes | None:
-        """Content of a small file; None where it is not there. More than `limit` bytes are refused."""
-
-    def fetch(self, name: str, size: int, folder: Path) -> Path | None:
-        """Bring a file into a folder on this machine; where it lies, or None where the place has none.
-
-        At most one byte more than `size` is taken.
-        """
-
-    def prepare(self, *, private: bool) -> None:
-        """See that the place can be written to, and make it where that is usual."""
-
-    def put(self, files: Mapping[str, LocalFile], insist: "Patience", done: Callable[[int], None]) -> None:
-        """Write files, in any order; `done` hears of bytes that are there."""
-
-    def delete(self, names: Collection[str]) -> None:
-        """Remove files."""
+    try:
+        yield
+    except (GeomcacheError, *_BUGS):
+        raise
+    except Exception as error:
+        causes = [*_causes(error)]
+        names = [base.__name__ for cause in causes for base in type(cause).__mro__]
+        meaning = next((_MEANINGS[name] for name in names if name in _MEANINGS), None)
+        status = next((status for cause in causes if (status := _status(cause)) is not None), None)
+        why = reason(error, url)
+        if meaning is not None:
+            raise RemoteError(f"{where}: {meaning} ({why})") from error
+        if status in (401, 403):
+            raise RemoteError(f"{where}: expected access, found none: {_HF_LOGIN} ({why})") from error
+        refused = status is not None and status >= 400 and status not in _PASSING_STATUS
+        lasting = error.errno in _LASTING_NUMBERS if isinstance(error, OSError) else isinstance(error, ValueError)
+        if refused or lasting or isinstance(error, _LASTING):
+            raise RemoteError(f"{where}: expected to use it, found a refusal ({why})") from error
+        raise ConnectionFailedError(
+            f"{where}: expected an answer, found the connection failing ({why}): run the same command again to resume"
+        ) from error
 
 
-def is_remote(address: str) -> bool:
-    """Whether this names a place elsewhere, and not a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", address) is not None
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
-class Patience:
-    """Tries again after connection errors: five times, with longer waits. The threads of a transfer share one.
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
-    Each attempt is told, and an outage that many threads meet is told once.
-    """
 
-    def __init__(self, say: Say) -> None:
-        self.say = say
-        self._told, self._guard = 0, Lock()
-
-    def __call__[T](self, operation: Callable[[], T]) -> T:
-        """What an operation gives in the end.
-
-        Raises:
-            ConnectionFailedError: all attempts failed.
-        """
-        for attempt in range(1, ATTEMPTS):
-            try:
-                result = operation()
-            except ConnectionFailedError as error:
-                pause = FIRST_WAIT_S * 2 ** (attempt - 1)
-                self._tell(attempt, f"{error}; attempt {attempt} of {ATTEMPTS}, again in {pause:.0f} s")
-                sleep(pause)
-            else:
-                self._told = 0
-                return result
-        try:
-            return operation()
-        except ConnectionFailedError as error:
-            raise ConnectionFailedError(
-                f"{error}; gave up after {ATTEMPTS} attempts: the same command, given again, goes on from here"
-            ) from error
-
-    def _tell(self, attempt: int, line: str) -> None:
-        with self._guard:
-            if attempt > self._told:
-                self._told = attempt
-                self.say(line)
+@contextlib.contextmanager
+def errors_name(address: str, folder: Path) -> Iterator[None]:
+    """Let errors about the temporary copy in `folder` name the address that it was made from."""
+    try:
+        yield
+    except CacheError as error:
+        error.args = (str(error).replace(str(folder), address), *error.args[1:])
+        raise
 
 
 def in_parallel[T](operation: Callable[[T], object], items: Iterable[T]) -> None:
-    """Do it for all items, several at a time. The first that fails stops those that have not begun."""
-    failed = Event()
-
-    def unless_failed(item: T) -> None:
-        if failed.is_set():
-            return
+    """Do it for all items, several at a time. The first failure cancels those that have not begun."""
+    with ThreadPoolExecutor(PARALLEL_TRANSFERS, thread_name_prefix="transfer") as executor:
         try:
-            operation(item)
+            for future in as_completed([executor.submit(operation, item) for item in items]):
+                future.result()
         except BaseException:
-            failed.set()
+            executor.shutdown(wait=False, cancel_futures=True)
             raise
 
-    executor = ThreadPoolExecutor(IN_PARALLEL, thread_name_prefix="transfer")
+
+def hash_file(path: Path) -> Stored | None:
+    """Return bytes and sha256 of a file; None where there is none."""
     try:
-        futures = [executor.submit(unless_failed, item) for item in items]
-        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-            future.result()
-    finally:
-        executor.shutdown(cancel_futures=True)
+        with path.open("rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+            return Stored(file.tell(), digest)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
-def hash_file(path: Path) -> tuple[int, str]:
-    """Bytes and sha256, hexadecimal, of a file."""
-    with path.open("rb") as file:
-        digest = file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+def damaged(folder: Path, files: Mapping[str, Stored]) -> set[str]:
+    """Return the names of the files that are missing in a folder, or differ in size or sha256."""
+    names = {name for name, stored in files.items() if file_size(folder / name) != stored.size}
+    with TransferBar("check", sum(files[name].size for name in files.keys() - names)) as bar:
+
+        def check(name: str) -> None:
+            if hash_file(folder / name) != files[name]:
+                names.add(name)
+            bar(files[name].size)
+
+        in_parallel(check, files.keys() - names)
+    return names
 
 
-def without_secrets(text: str) -> str:
-    """A message without what may let others in: user names and passwords, and the queries of signed addresses."""
-    text = re.sub(r"://[^/@\s]*@", "://", text)
-    return re.sub(r"(://[^\s?]+)\?[^\s'\")]+", r"\1", text)
-
-
-def reason(error: BaseException) -> str:
-    """Why a driver failed, as part of a one-line message."""
-    return without_secrets(one_line(error.__cause__ or error))
+def file_size(content: Content) -> int | None:
+    """Return the bytes of a file; None where there is none."""
+    if isinstance(content, bytes):
+        return len(content)
+    try:
+        return content.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None

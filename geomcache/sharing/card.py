@@ -1,9 +1,12 @@
-"""The README.md that the Hub shows of a pushed cache: its model and dataset, the weights' licence, how to use it."""
+"""What is published of a cache besides its arrays: the labels in ``zarr.json``, and the card that the Hub shows."""
 
+import dataclasses
 import json
+import re
 import shlex
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
+from geomcache.cache.header import Header
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.catalog import MODELS, published
 from geomcache.geometry import GeometrySpec
@@ -11,7 +14,7 @@ from geomcache.progress import human_bytes
 from geomcache.ranges import format_ranges, rows_of
 
 _HUB_LICENSES = {"Apache-2.0": "apache-2.0", "CC BY-NC 4.0": "cc-by-nc-4.0"}  # the Hub's names of them
-_LOCAL = "not known: a local folder"
+_LOCAL = "unknown: a local folder"
 
 _TEXT = """\
 ---
@@ -20,8 +23,8 @@ _TEXT = """\
 
 # {title}
 
-What [Depth Anything 3](https://github.com/ByteDance-Seed/Depth-Anything-3) says of every frame of a LeRobot dataset,
-computed once, as a Zarr v3 cache that geomcache trains Pi0.5 from.
+The geometry that [Depth Anything 3](https://github.com/ByteDance-Seed/Depth-Anything-3) predicts for every frame of a
+LeRobot dataset, computed once and stored as a Zarr v3 cache that geomcache trains Pi0.5 from.
 
 | | |
 | --- | --- |
@@ -35,8 +38,8 @@ computed once, as a Zarr v3 cache that geomcache trains Pi0.5 from.
   --steps=2000 --batch_size=8 --output_dir=outputs/pi05_geometry
 ```
 
-The cache is copied to the machine first, and every file compared with its sha256. To have a copy in a place of one's
-own, or with `--episodes 0:10` a part of it:
+This downloads the cache first and compares every file with its sha256. To choose where the copy lies, or to download a
+part with `--episodes 0:10`:
 
 ```bash
 {pull}
@@ -44,14 +47,36 @@ own, or with `--episodes 0:10` a part of it:
 """
 
 
-def write_card(path: Path, address: str) -> str:
-    """The card of the cache at `path`, which is to be had at `address`.
+def published_header(header: Header) -> Header:
+    """Return the header with labels that tell nothing of this machine: of a path, its last name alone.
+
+    Labels are no part of the fingerprint. A model or dataset that was given as a folder has its path as a label.
+    """
+    spec = dataclasses.replace(header.spec, model_id=_published_label(header.spec.model_id))
+    dataset = dataclasses.replace(header.dataset, repo_id=_published_label(header.dataset.repo_id))
+    return dataclasses.replace(header, spec=spec, dataset=dataset)
+
+
+def _published_label(label: str) -> str:
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", label):  # a published name, or an id of the Hub
+        return label
+    return PureWindowsPath(label).name or "local"  # takes both / and \ for separators
+
+
+def write_card(path: Path, address: str, header: Header) -> str:
+    """Return the card of the cache at `path`, which can be pulled from `address`.
+
+    Args:
+        path: the cache on this machine.
+        address: of the remote.
+        header: as it is published.
 
     Raises:
         CacheError: the cache cannot be opened.
     """
+    spec, dataset = header.spec, header.dataset
     with GeometryStore.open(path) as store:
-        spec, dataset, episodes = store.spec, store.dataset, store.episodes()
+        episodes = store.episodes()
     license_name, license_text = _license(spec)
     title = f"{spec.model_id} geometry of {dataset.repo_id}"
     front = {
@@ -68,9 +93,9 @@ def write_card(path: Path, address: str) -> str:
         "model": f"{spec.model_id} ({spec.model_name}, {spec.compute_dtype}), revision {spec.model_revision or _LOCAL}",
         "weights": f"sha256 `{spec.weights_sha256}`",
         "licence of the weights": license_text,
-        "dataset": f"{dataset.repo_id}, revision {dataset.revision or _LOCAL}; its own licence applies beside",
+        "dataset": f"{dataset.repo_id}, revision {dataset.revision or _LOCAL}; its own licence applies as well",
         "frames": f"{store.frames_present} of {dataset.frames}, at {dataset.fps} fps",
-        "episodes": f"{format_ranges(rows_of(episodes)) if episodes else 'none whole'} of {dataset.episodes}",
+        "episodes": f"{format_ranges(rows_of(episodes)) if episodes else 'none complete'} of {dataset.episodes}",
         "cameras": ", ".join(f"{camera.key} ({camera.height}x{camera.width})" for camera in spec.cameras),
         "maps": f"{', '.join(spec.outputs)}, {spec.grid_hw[0]}x{spec.grid_hw[1]} cells a view, {spec.storage_dtype},"
         f" {spec.views} views",
@@ -87,14 +112,14 @@ def write_card(path: Path, address: str) -> str:
 
 
 def _license(spec: GeometrySpec) -> tuple[str | None, str]:
-    """Name of the weights' licence, where it is known, and what to say of it."""
+    """Return the name of the weights' licence, None where it is unknown, and what the card says of it."""
     model = published(spec.model_id)
     if model is not None and spec.model_revision is not None:
         return model.license, f"{model.license}, as upstream's README says"
     of_preset = sorted({each.license for each in MODELS.values() if each.preset == spec.model_name})
     return None, (
-        f"not known: the weights were not had from upstream's own repository; upstream's {spec.model_name} is under"
-        f" {' or '.join(of_preset) or 'no licence that is known here'}"
+        f"unknown: the weights did not come from upstream's own repository; upstream's {spec.model_name} is under"
+        f" {' or '.join(of_preset) or 'no known licence'}"
     )
 
 

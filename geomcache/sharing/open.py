@@ -1,35 +1,22 @@
 """Open the remote that an address names."""
 
-import contextlib
-from collections.abc import Iterator
-
 from geomcache.errors import UserInputError
-from geomcache.sharing.base import HUB_SCHEME, Remote, is_remote, without_secrets
+from geomcache.sharing.address import HUB_SCHEME, check_address, public_address
+from geomcache.sharing.object_store import FsspecRemote
 
 
-@contextlib.contextmanager
-def open_remote(address: str, revision: str | None = None) -> Iterator[Remote]:
-    """The place of this address. Nothing is asked of it yet.
+def open_remote(address: str, revision: str | None = None) -> FsspecRemote:
+    """Open a remote. It is not contacted yet.
 
     Raises:
-        UserInputError: the address is none, or cannot have a revision.
-        RemoteError: the package that speaks to such places is missing.
+        UserInputError: the address cannot be used, or cannot have a revision.
+        RemoteError: the package that speaks to such remotes is missing.
     """
-    if not is_remote(address):
-        raise UserInputError(
-            f"{address}: expected an address such as hf://datasets/owner/name or s3://bucket/name.zarr, got a path: to"
-            " copy a cache on this machine, copy its folder"
-        )
+    check_address(address)
     if address.startswith(HUB_SCHEME):
         from geomcache.sharing.hub import HubRemote
 
-        with HubRemote.open(address, revision) as hub:
-            yield hub
-        return
+        return HubRemote(address, revision)
     if revision is not None:
-        raise UserInputError(
-            f"--revision: expected none for {without_secrets(address)}, got {revision!r}: leave it out"
-        )
-    from geomcache.sharing.object_store import FsspecRemote
-
-    yield FsspecRemote(address)
+        raise UserInputError(f"--revision: expected none for {public_address(address)}, got {revision!r}: leave it out")
+    return FsspecRemote(address.rstrip("/"))

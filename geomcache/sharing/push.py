@@ -1,43 +1,51 @@
-"""A sealed cache to a place elsewhere, so that nothing half sent is ever taken for whole.
+"""Send a sealed cache to a remote, so that nothing incomplete is ever taken for a cache.
 
-    1. what is there is looked at: nothing, this cache or a part of it, another one, or something else
-    2. the manifest there is taken away, and whatever is not as this cache has it
-    3. zarr.json, then metadata and shards, several at a time
-    4. the journal, and last the manifest: from here on the cache exists
+    1. what the remote holds is examined: nothing, this cache or a part of it, another one, or something else
+    2. its manifest is removed, and then every file that differs from this cache's
+    3. zarr.json is sent, then metadata and shards, several at a time
+    4. the journal is sent, and last the manifest: from here on the cache exists
 
-Giving the same command again sends what is missing or differs. The Hub tells hashes of its files. Other places tell
-sizes only, so a note of what is being sent lies there meanwhile: the manifest, under a temporary name. It is right
-about every file of the right size, because what it would be wrong about is removed before it is written.
+The same command again sends what is missing or differs. Remotes tell sizes, and the Hub hashes of large files. For all
+others the manifest lies there under a temporary name meanwhile: it is right about every file of the right size, because
+files that it would be wrong about are removed before it is written.
 """
 
+import contextlib
+import dataclasses
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha1, sha256
+from hashlib import sha256
 from pathlib import Path
 
 from geomcache.cache import durable
 from geomcache.cache.create import is_cache
 from geomcache.cache.header import COORDINATES, EPISODE_TABLE, GROUP, Header
-from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, files_of, named_as
+from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, Stored, files_of
 from geomcache.cache.layout import CHECKSUMS
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
-from geomcache.errors import CacheCorruptError, CacheError, CacheExistsError, CacheLockedError
-from geomcache.progress import Say, TransferBar, human_bytes
+from geomcache.errors import CacheCorruptError, CacheExistsError, CacheFormatError, CacheLockedError
+from geomcache.progress import TransferBar, human_bytes
 from geomcache.ranges import common_ranges, count_rows
-from geomcache.sharing.base import LocalFile, Patience, Remote, RemoteFile, hash_file, in_parallel
-from geomcache.sharing.card import write_card
+from geomcache.sharing.base import Content, damaged, errors_name, file_size, hash_file, in_parallel
+from geomcache.sharing.card import published_header, write_card
+from geomcache.sharing.limits import check_hub_folders
+from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.open import open_remote
 
-NOTE = MANIFEST + durable.TEMPORARY
+logger = logging.getLogger(__name__)
+
+UNSEALED = MANIFEST + durable.TEMPORARY
+"""On a remote: the manifest of a push that has not ended."""
 CARD = "README.md"
-_NOT_OURS = {CARD, ".gitattributes"}  # the Hub makes them with a repository
+_OF_THE_HUB = {CARD, ".gitattributes"}  # made with a repository
 _CONTROL = (GROUP, JOURNAL, MANIFEST)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushReport:
-    """What `push` sent."""
+    """What `push` did."""
 
     address: str
     files: int
@@ -47,11 +55,11 @@ class PushReport:
     nbytes_sent: int
 
     def lines(self) -> list[str]:
-        """For the user."""
+        """Return the report for the user."""
         if not self.sent:
-            return [f"{self.address}: whole; all {self.files} files were there already"]
+            return [f"{self.address}: complete; all {self.files} files were there already"]
         sent = f"{self.sent} of {self.files} files sent, {human_bytes(self.nbytes_sent)}"
-        return [f"{self.address}: whole; {sent}", f"to have it elsewhere: geomcache pull {self.address} PATH"]
+        return [f"{self.address}: complete; {sent}", f"download it with: geomcache pull {self.address} PATH"]
 
 
 def push(
@@ -62,217 +70,216 @@ def push(
     overwrite: bool = False,
     verify: bool = False,
     private: bool = False,
-    say: Say,
 ) -> PushReport:
-    """Send a sealed cache. Nobody should write it meanwhile.
+    """Send a sealed cache. No process should write to it meanwhile.
 
     Args:
-        path: of the cache.
+        path: the cache.
         destination: ``hf://datasets/owner/name``, or an address that fsspec knows.
         revision: a branch of the Hub's repository.
-        overwrite: replace another cache that is there.
-        verify: read everything back before the manifest is sent, also what was there already.
+        overwrite: replace another cache at the destination.
+        verify: read everything back before the manifest is sent, also files that were there already.
         private: make the Hub's repository a private one.
-        say: takes lines for the user.
 
     Raises:
         CacheIncompleteError: the cache is not sealed.
-        CacheCorruptError: a file here, or one read back from there, is not as it was written.
+        CacheCorruptError: a file of the cache, or one read back from the remote, is not the one that was written.
         CacheExistsError: something else is at the destination.
+        UserInputError: the Hub would refuse the cache.
         RemoteError: the destination cannot be used.
     """
     folder = Path(path).absolute()
     inventory = Inventory.read(folder)
-    with open_remote(destination, revision) as remote:
-        insist = Patience(say)
-        insist(lambda: remote.prepare(private=private))
-        return _Push(folder, inventory, remote, insist).run(overwrite=overwrite, verify=verify)
+    remote = open_remote(destination, revision)
+    if remote.on_hub:
+        check_hub_folders(folder, (*inventory.files(), *_CONTROL, CARD))
+    remote.prepare(private=private)
+    return _Push(folder, inventory, remote).run(overwrite=overwrite, verify=verify)
+
+
+def _published_control(inventory: Inventory) -> dict[str, bytes]:
+    """Return the control files as they are sent: without paths of this machine in the labels."""
+    header, manifest = published_header(inventory.header), inventory.manifest
+    if header == inventory.header:
+        return inventory.control
+    group = header.encode(manifest.statistics)
+    files = manifest.files | {GROUP: (len(group), sha256(group).hexdigest())}
+    sealed = dataclasses.replace(manifest, files=files).encode(header.layout, header.fingerprint)
+    return inventory.control | {GROUP: group, MANIFEST: sealed}
 
 
 class _Push:
-    def __init__(self, folder: Path, inventory: Inventory, remote: Remote, insist: Patience) -> None:
+    def __init__(self, folder: Path, inventory: Inventory, remote: FsspecRemote) -> None:
         self._folder, self._inventory, self._remote = folder, inventory, remote
-        self._insist, self._say = insist, insist.say
-        self._files = {name: LocalFile.of(inventory.control[name]) for name in _CONTROL}
-        for name, stored in inventory.files().items():
-            self._files[name] = LocalFile(source=folder / name, size=stored.size, sha256=stored.sha256)
-        self._stale: set[str] = set()
+        self._control = _published_control(inventory)
+        self._files = inventory.files() | {name: _stored(content) for name, content in self._control.items()}
 
     def run(self, *, overwrite: bool, verify: bool) -> PushReport:
-        """Send what is not there."""
-        listing = self._insist(self._remote.listing)
-        self._look(listing, overwrite=overwrite)
-        known = {} if self._tells_hashes(listing) else self._known_hashes(listing)
-        same = {name for name, file in self._files.items() if self._is_there(name, file, listing, known)}
-        missing = {name: file for name, file in self._files.items() if name not in same}
-        nbytes = sum(file.size for file in missing.values())
-        if missing or self._stale:
-            self._say(
-                f"{self._remote.address}: {len(missing)} of {len(self._files)} files to send, {human_bytes(nbytes)}"
-            )
-            with TransferBar("check", nbytes, self._say) as bar:
-                in_parallel(lambda name: self._check_here(name, bar), missing)
-            self._clear(listing, same)
-        if missing:
-            self._send(missing, listing)
-        self._check_there(verify=verify)
+        """Send what the remote lacks."""
+        listing = self._remote.listing()
+        manifests = self._manifests(listing)
+        stale = self._check_destination(listing, None if overwrite else manifests)
+        hashes = self._known_hashes(listing, manifests)
+        missing = {
+            name: stored
+            for name, stored in self._files.items()
+            if name not in listing or stored != (listing[name].size, listing[name].sha256 or hashes.get(name))
+        }
+        address, nbytes = self._remote.address, sum(stored.size for stored in missing.values())
+        if missing or stale:
+            logger.info("%s: %d of %d files to send, %s", address, len(missing), len(self._files), human_bytes(nbytes))
+            self._check_local_files(missing)
+            self._remove(stale | (listing.keys() & missing.keys()))
+            self._send(missing)
+        self._check_sizes_sent()
+        if verify:
+            self._read_back()
         if MANIFEST in missing:
-            self._send_manifest()
-        if not self._remote.has_card and (missing or NOTE in listing):
-            self._delete({NOTE})
-        return PushReport(address=self._remote.address, files=len(self._files), sent=len(missing), nbytes_sent=nbytes)
+            self._seal()
+        if missing or stale or UNSEALED in listing:
+            self._remote.delete({UNSEALED})
+        return PushReport(address=address, files=len(self._files), sent=len(missing), nbytes_sent=nbytes)
 
-    def _look(self, listing: Mapping[str, RemoteFile], *, overwrite: bool) -> None:
-        """See that what is there may be written to; note which of its files would have no place in this cache."""
-        others = sorted(listing.keys() - _NOT_OURS)
+    def _manifests(self, listing: Mapping[str, Stored]) -> dict[bytes, Manifest]:
+        """Return the remote's manifests of this fingerprint, by content: an incomplete or other one tells nothing."""
+        header, manifests = self._inventory.header, {}
+        for name in {MANIFEST, UNSEALED} & listing.keys():
+            content = self._read(name)
+            with contextlib.suppress(CacheFormatError, CacheCorruptError):
+                manifests[content] = Manifest.parse(content, Path(name), header.layout, header.fingerprint)
+        return manifests
+
+    def _check_destination(self, listing: Mapping[str, Stored], manifests: Mapping[bytes, Manifest] | None) -> set[str]:
+        """Refuse to write to what is no cache, or, unless it may be replaced, holds what this one lacks.
+
+        Args:
+            listing: the remote's files.
+            manifests: its manifests; None where another cache may be replaced.
+
+        Returns:
+            Names of the remote's files that belong to a cache and have no place in this one.
+        """
+        others = sorted(listing.keys() - _OF_THE_HUB)
         if not others:
-            return
-        address, mine = self._remote.address, self._inventory.header
-        with tempfile.TemporaryDirectory(prefix="geomcache-") as name, named_as(Path(name), address):
-            group = self._read(GROUP)
-            if group is not None:
-                Path(name, GROUP).write_bytes(group)
+            return set()
+        address, local = self._remote.address, self._inventory.header
+        with tempfile.TemporaryDirectory(prefix="geomcache-") as name, errors_name(address, Path(name)):
+            if GROUP in listing:
+                self._remote.fetch(GROUP, CONTROL_LIMITS[GROUP], Path(name))
             if not is_cache(Path(name)):
                 raise CacheExistsError(
                     f"{address}: expected nothing, or a cache, found {len(others)} files without a cache's {GROUP},"
                     f" such as {others[0]}: choose another address"
                 )
-            there = Header.read(Path(name))
-        self._stale = {each for each in others if _belongs(each, there)} - self._files.keys() - {NOTE}
-        if overwrite:
-            return
-        if there.fingerprint != mine.fingerprint:
+            remote = Header.read(Path(name))
+        if manifests is not None and remote.fingerprint != local.fingerprint:
             raise CacheExistsError(
-                f"{address}: expected nothing, or the cache with fingerprint {mine.fingerprint}, found the one with"
-                f" {there.fingerprint} ({there.spec.model_id} on {there.dataset.repo_id}): choose another address, or"
-                " replace it with --overwrite"
+                f"{address}: expected nothing, or the cache with fingerprint {local.fingerprint}, found the one with"
+                f" {remote.fingerprint} ({remote.spec.model_id} on {remote.dataset.repo_id}): choose another address,"
+                " or replace it with --overwrite"
             )
-        for manifest in (self._manifest(MANIFEST), self._manifest(NOTE)):
-            rows = manifest.rows if manifest else ()
-            lost = count_rows(rows) - count_rows(common_ranges(rows, self._inventory.manifest.rows))
+        for manifest in (manifests or {}).values():
+            common = common_ranges(manifest.rows, self._inventory.manifest.rows)
+            lost = count_rows(manifest.rows) - count_rows(common)
             if lost:
                 raise CacheExistsError(
                     f"{address}: expected no frames that {self._folder} lacks, found {lost}: choose another address, or"
                     " replace what is there with --overwrite"
                 )
+        return {name for name in others if _belongs(name, remote)} - self._files.keys() - {UNSEALED}
 
-    def _tells_hashes(self, listing: Mapping[str, RemoteFile]) -> bool:
-        return any(found.sha256 or found.git_oid for found in listing.values())
+    def _known_hashes(self, listing: Mapping[str, Stored], manifests: Mapping[bytes, Manifest]) -> dict[str, str]:
+        """Return what the remote's manifests say of its files. Where there are two, they never differ."""
+        hashes: dict[str, str] = {}
+        for content, manifest in manifests.items():
+            hashes |= {name: digest for name, (_, digest) in files_of(self._inventory.header.layout, manifest).items()}
+            if content == self._control[MANIFEST]:
+                hashes |= {name: self._files[name].sha256 for name in (JOURNAL, MANIFEST)}
+        if GROUP in listing:  # it is overwritten in place, before the manifest that knows it is there
+            hashes[GROUP] = _stored(self._read(GROUP)).sha256
+        return hashes
 
-    def _known_hashes(self, listing: Mapping[str, RemoteFile]) -> dict[str, str]:
-        """sha256 of files there whose size is right: what manifest and note say, and of control files their content."""
-        known: dict[str, str] = {}
-        for manifest in (self._manifest(NOTE), self._manifest(MANIFEST)):
-            if manifest is not None:
-                files = files_of(self._inventory.header.layout, manifest)
-                known |= {name: stored.sha256 for name, stored in files.items()}
-        for name in _CONTROL:
-            if name in listing and listing[name].size == self._files[name].size:
-                known[name] = sha256(self._read(name) or b"").hexdigest()
-        return known
-
-    def _is_there(
-        self, name: str, file: LocalFile, listing: Mapping[str, RemoteFile], known: Mapping[str, str]
-    ) -> bool:
-        found = listing.get(name)
-        if found is None or found.size != file.size:
-            return False
-        if found.git_oid is not None:
-            content = file.source if isinstance(file.source, bytes) else file.source.read_bytes()
-            return found.git_oid == sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-        return (found.sha256 or known.get(name)) == file.sha256
-
-    def _check_here(self, name: str, bar: TransferBar) -> None:
-        file = self._files[name]
-        if isinstance(file.source, Path) and hash_file(file.source) != (file.size, file.sha256):
+    def _check_local_files(self, missing: Mapping[str, Stored]) -> None:
+        names = damaged(self._folder, {name: stored for name, stored in missing.items() if name not in self._control})
+        if names:
             raise CacheCorruptError(
-                f"{file.source}: expected the content that {MANIFEST} has a hash of, found other: see `geomcache verify"
-                f" {self._folder}`"
+                f"{self._folder / min(names)}: expected the content that {MANIFEST} has a hash of, found other: see"
+                f" `geomcache verify {self._folder}`"
             )
-        bar(file.size)
 
-    def _clear(self, listing: Mapping[str, RemoteFile], same: set[str]) -> None:
-        """Take away the seal, then what is not as it is to be. zarr.json stays: it says that a cache is there."""
-        if MANIFEST in listing and MANIFEST not in same:
-            if not self._tells_hashes(listing):
-                self._put({NOTE: LocalFile.of(self._read(MANIFEST) or b"")})
-            self._delete({MANIFEST})
-        self._delete((self._files.keys() & listing.keys() - same - {GROUP, MANIFEST}) | self._stale)
+    def _remove(self, names: set[str]) -> None:
+        """Remove the seal, then what differs. zarr.json stays: it says that a cache is there."""
+        if MANIFEST in names:
+            self._put({UNSEALED: self._read(MANIFEST)})
+            self._remote.delete({MANIFEST})
+        self._remote.delete(names - {GROUP, MANIFEST})
 
-    def _send(self, missing: Mapping[str, LocalFile], listing: Mapping[str, RemoteFile]) -> None:
-        first = {name: missing[name] for name in missing if name == GROUP}
-        if self._remote.has_card:
-            card = LocalFile.of(write_card(self._folder, self._remote.address).encode())
-            if not self._is_there(CARD, card, listing, {}):
-                first[CARD] = card
+    def _send(self, missing: Mapping[str, Stored]) -> None:
+        """Send everything but the manifest."""
+        contents = {name: self._control.get(name, self._folder / name) for name in missing}
+        first: dict[str, Content] = {name: contents[name] for name in missing if name == GROUP}
+        if self._remote.on_hub:
+            header = published_header(self._inventory.header)
+            first[CARD] = write_card(self._folder, self._remote.address, header).encode()
         self._put(first)
-        if not self._remote.has_card:
-            self._put({NOTE: self._files[MANIFEST]})
-        self._put({name: file for name, file in missing.items() if name not in _CONTROL})
-        self._put({name: file for name, file in missing.items() if name == JOURNAL})
+        self._put({UNSEALED: self._control[MANIFEST]})
+        self._put({name: content for name, content in contents.items() if name not in _CONTROL})
+        self._put({name: content for name, content in contents.items() if name == JOURNAL})
 
-    def _send_manifest(self) -> None:
+    def _check_sizes_sent(self) -> None:
+        sizes = {name: stored.size for name, stored in self._remote.listing().items()}
+        for name, stored in self._files.items():
+            if name != MANIFEST and sizes.get(name) != stored.size:
+                raise CacheCorruptError(
+                    f"{self._remote.address}/{name}: expected {stored.size} bytes, found {sizes.get(name, 'none')}"
+                    " after it was sent: run the same command again"
+                )
+
+    def _read_back(self) -> None:
+        files = {name: stored for name, stored in self._files.items() if name != MANIFEST}
+        with (
+            tempfile.TemporaryDirectory(prefix="geomcache-") as folder,
+            TransferBar("read back", sum(stored.size for stored in files.values())) as bar,
+        ):
+
+            def check(name: str) -> None:
+                copy, stored = Path(folder, name), files[name]
+                self._remote.fetch(name, stored.size, Path(folder))
+                found = hash_file(copy)
+                if found != stored:
+                    self._remote.delete({name})  # so that the same command sends it again
+                    raise CacheCorruptError(
+                        f"{self._remote.address}/{name}: expected sha256 {stored.sha256}, found"
+                        f" {found.sha256 if found else 'none'}: removed; run the same command again"
+                    )
+                copy.unlink()
+                bar(stored.size)
+
+            in_parallel(check, files)
+
+    def _seal(self) -> None:
         if (self._folder / MANIFEST).read_bytes() != self._inventory.control[MANIFEST]:
             raise CacheLockedError(
-                f"{self._folder}: expected a cache that nobody writes, found that its manifest has changed meanwhile:"
-                " give the same command again"
+                f"{self._folder}: expected a cache that no process writes to, found that its manifest has changed"
+                " meanwhile: run the same command again"
             )
-        self._put({MANIFEST: self._files[MANIFEST]})
+        self._put({MANIFEST: self._control[MANIFEST]})
 
-    def _check_there(self, *, verify: bool) -> None:
-        """See that everything but the manifest is there, and with `verify` that it reads as it should."""
-        listing = self._insist(self._remote.listing)
-        names = [name for name in self._files if name != MANIFEST]
-        for name in names:
-            found = listing.get(name)
-            if found is None or found.size != self._files[name].size:
-                raise CacheCorruptError(
-                    f"{self._remote.address}/{name}: expected {self._files[name].size} bytes, found"
-                    f" {'none' if found is None else found.size} after it was sent: give the same command again"
-                )
-        if verify:
-            with (
-                tempfile.TemporaryDirectory(prefix="geomcache-") as folder,
-                TransferBar("read back", sum(self._files[name].size for name in names), self._say) as bar,
-            ):
-                in_parallel(lambda name: self._read_back(name, Path(folder), bar), names)
+    def _put(self, contents: Mapping[str, Content]) -> None:
+        with TransferBar("push", sum(file_size(content) or 0 for content in contents.values())) as bar:
+            self._remote.put(contents, bar)
 
-    def _read_back(self, name: str, folder: Path, bar: TransferBar) -> None:
-        file = self._files[name]
-        path = self._insist(lambda: self._remote.fetch(name, file.size, folder))
-        found = None if path is None else hash_file(path)
-        if found != (file.size, file.sha256):
-            self._delete({name})  # so that the same command sends it again
-            raise CacheCorruptError(
-                f"{self._remote.address}/{name}: expected sha256 {file.sha256}, found {found and found[1]}: removed;"
-                " give the same command again"
-            )
-        assert path is not None
-        path.unlink()
-        bar(file.size)
+    def _read(self, name: str) -> bytes:
+        with tempfile.TemporaryDirectory(prefix="geomcache-") as folder:
+            self._remote.fetch(name, CONTROL_LIMITS.get(name, CONTROL_LIMITS[MANIFEST]), Path(folder))
+            return Path(folder, name).read_bytes()
 
-    def _put(self, files: Mapping[str, LocalFile]) -> None:
-        with TransferBar("push", sum(file.size for file in files.values()), self._say) as bar:
-            self._remote.put(files, self._insist, bar)
 
-    def _delete(self, names: set[str]) -> None:
-        self._insist(lambda: self._remote.delete(names))
-
-    def _read(self, name: str) -> bytes | None:
-        return self._insist(lambda: self._remote.read(name, CONTROL_LIMITS[name.removesuffix(durable.TEMPORARY)]))
-
-    def _manifest(self, name: str) -> Manifest | None:
-        """A manifest there, if it is a good one of this fingerprint: a note that was cut off tells nothing."""
-        header, content = self._inventory.header, self._read(name)
-        if content is None:
-            return None
-        try:
-            return Manifest.parse(content, Path(name), header.layout, header.fingerprint)
-        except CacheError:
-            return None
+def _stored(content: bytes) -> Stored:
+    return Stored(len(content), sha256(content).hexdigest())
 
 
 def _belongs(name: str, header: Header) -> bool:
-    """Whether a file is a part of the cache with this header, which other readers would take for data."""
+    """Return whether a file is a part of the cache with this header, which other readers would take for data."""
     folders = {*header.spec.camera_keys, CHECKSUMS, *COORDINATES, EPISODE_TABLE[0].partition("/")[0]}
-    return name in (*_CONTROL, NOTE) or name.partition("/")[0] in folders
+    return name in (*_CONTROL, UNSEALED) or name.partition("/")[0] in folders

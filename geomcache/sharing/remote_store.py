@@ -1,4 +1,4 @@
-"""A sealed cache that stays where it is: frames are read over the network, through zarr-python alone.
+"""A sealed cache that stays remote: frames are read over the network, through zarr-python alone.
 
 For a look at some frames. Training pulls the cache first: it reads every frame, in any order, again and again.
 """
@@ -13,57 +13,49 @@ from typing import Any, Self, override
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.inventory import named_as
 from geomcache.cache.layout import CHECKSUMS, crc32c
 from geomcache.cache.store import GeometryStore
-from geomcache.errors import CacheCorruptError, GeomcacheError, RemoteError, one_line
+from geomcache.errors import CacheCorruptError, GeomcacheError, RemoteError
 from geomcache.geometry import Geometry
-from geomcache.progress import Say, silent
-from geomcache.sharing.base import HUB_SCHEME, Patience, without_secrets
+from geomcache.sharing.address import public_address, reason
+from geomcache.sharing.base import errors_name
+from geomcache.sharing.limits import fetch_description
 from geomcache.sharing.open import open_remote
-from geomcache.sharing.pull import look
-
-METADATA_LIMIT = 16 << 20  # bytes of a metadata file
 
 
 class RemoteGeometryStore(GeometryStore):
-    """A cache elsewhere, for reading. As `GeometryStore`, but slow: each read asks the place for what it needs.
+    """A remote cache, for reading. As `GeometryStore`, but slow: each read asks the remote for what it needs.
 
     Control files, metadata and episode table are copied to a temporary folder and compared with their hashes. Maps are
-    compared with the table of checksums, as local ones are.
+    compared with the table of checksums, as local ones are. A repository of the Hub is read, and pickled, at the commit
+    that it had when it was opened.
 
     Attributes:
-        address: where it is.
+        address: of the remote, without credentials; on the Hub with the commit.
     """
 
     address: str
+    _url: str
 
     @classmethod
     @override
-    def open(cls, path: str | Path, *, say: Say = silent) -> Self:
+    def open(cls, path: str | Path) -> Self:
         """Open the sealed cache at an address.
 
         Args:
             path: ``hf://datasets/owner/name``, or an address that fsspec knows.
-            say: hears of attempts that failed.
 
         Raises:
-            CacheNotFoundError, CacheIncompleteError, CacheFormatError, CacheCorruptError: there is no whole cache.
-            RemoteError: the place refuses, or the connection fails again and again.
+            CacheNotFoundError, CacheIncompleteError, CacheFormatError, CacheCorruptError: there is no sealed cache.
+            RemoteError: the remote refuses, or the connection fails again and again.
         """
         folder = Path(tempfile.mkdtemp(prefix="geomcache-"))
         try:
-            with open_remote(str(path)) as remote, named_as(folder, remote.address):
-                insist = Patience(say)
-                inventory, _ = look(remote, folder, insist)
-                for name in inventory.header.metadata():
-                    content = insist(lambda name=name: remote.read(name, METADATA_LIMIT))  # type: ignore[misc]
-                    if content is not None:  # a file that is missing is named by the check below
-                        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                        (folder / name).write_bytes(content)
+            remote = open_remote(str(path))
+            fetch_description(remote, folder, metadata=True)
+            with errors_name(remote.address, folder):
                 store = cls._read(folder)
-                # The Hub's has its revision resolved; another may have credentials in it, which are not for messages.
-                store.address = remote.address if str(path).startswith(HUB_SCHEME) else str(path)
+            store._url, store.address = remote.url, public_address(remote.url)
         except BaseException:
             shutil.rmtree(folder)
             raise
@@ -77,7 +69,7 @@ class RemoteGeometryStore(GeometryStore):
         except (OSError, ValueError) as error:  # drivers' and zarr's
             if isinstance(error, GeomcacheError):
                 raise
-            raise RemoteError(f"{without_secrets(self.address)}: cannot be read: {one_line(error)}") from error
+            raise RemoteError(f"{self.address}: cannot be read: {reason(error, self._url)}") from error
 
     @override
     def _zarr_store(self) -> Any:
@@ -86,7 +78,7 @@ class RemoteGeometryStore(GeometryStore):
         from zarr.storage import FsspecStore
 
         # Drivers that are asynchronous themselves would leave their connections open in zarr's event loop.
-        driver, folder = url_to_fs(self.address)
+        driver, folder = url_to_fs(self._url)
         return FsspecStore(AsyncFileSystemWrapper(driver, asynchronous=True), path=folder, read_only=True)
 
     @override
@@ -94,13 +86,14 @@ class RemoteGeometryStore(GeometryStore):
         table = arrays[CHECKSUMS]
         checksums = table.oindex[rows]  # [n, arrays]
         for column, name in enumerate(table.attrs["columns"]):
-            for row, map_, checksum in zip(rows.tolist(), maps[name], checksums[:, column].tolist(), strict=True):
-                if (found := crc32c(map_.astype("<f2").tobytes())) != checksum:
+            for row, map_, expected in zip(rows.tolist(), maps[name], checksums[:, column].tolist(), strict=True):
+                checksum = crc32c(map_.astype("<f2").tobytes())
+                if checksum != expected:
                     raise CacheCorruptError(
-                        f"{without_secrets(self.address)}/{name}: {self._name(row)}: expected checksum {checksum:08x},"
-                        f" found {found:08x}: the file is damaged, or of another cache; push the cache again"
+                        f"{self.address}/{name}: {self._name(row)}: expected checksum {expected:08x}, found"
+                        f" {checksum:08x}: the file is damaged, or of another cache; push the cache again"
                     )
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).open, (self.address,)
+        return type(self).open, (self._url,)

@@ -41,8 +41,8 @@ def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = Fals
     Args:
         cache: path of a sealed cache.
         lerobot_args: options of `lerobot-train`, as on its command line.
-        verify: read the whole cache first, and stop if it is damaged. The processes of a machine share the work, and none
-            waits for another.
+        verify: read the whole cache first, and stop if it is damaged. The processes of a machine share the work, and
+            none waits for another.
 
     Raises:
         UserInputError: LeRobot does not know an option or refuses its value, or it does not go with a cache.

@@ -17,7 +17,7 @@ def test_push_pull_and_a_mistake(
     assert call(monkeypatch, "push", path, address, "--verify") == 0
     assert f"geomcache pull {address} PATH" in capsys.readouterr().out
     assert call(monkeypatch, "pull", address, tmp_path / "copy.zarr", "--episodes", "0:2") == 0
-    assert "whole episodes: 0:2" in capsys.readouterr().out
+    assert "complete episodes: 0:2" in capsys.readouterr().out
     assert call(monkeypatch, "pull", address, tmp_path / "copy.zarr") == 0
     assert contents(tmp_path / "copy.zarr") == contents(path)
     capsys.readouterr()

@@ -1,57 +1,13 @@
-"""Trying again, doing many things at a time, and messages without secrets."""
+"""Many transfers at a time: what one failure does to the others."""
 
-import threading
-from collections.abc import Callable
+import time
+from pathlib import Path
 
 import pytest
 
-from geomcache.errors import ConnectionFailedError, RemoteError
-from geomcache.sharing import base as remote
-from geomcache.sharing.base import IN_PARALLEL, Patience, in_parallel, is_remote, without_secrets
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    pauses: list[float] = []
-    monkeypatch.setattr(remote, "sleep", pauses.append)
-    return pauses
-
-
-def failing(times: int, error: Exception) -> Callable[[], int]:
-    left = [times]
-
-    def operation() -> int:
-        if left[0]:
-            left[0] -= 1
-            raise error
-        return 7
-
-    return operation
-
-
-def test_a_connection_error_is_tried_again_with_longer_waits(waits: list[float]) -> None:
-    said: list[str] = []
-    assert Patience(said.append)(failing(4, ConnectionFailedError("cut"))) == 7
-    assert waits == [1, 2, 4, 8]
-    assert said == [f"cut; attempt {n} of 5, again in {wait} s" for n, wait in ((1, 1), (2, 2), (3, 4), (4, 8))]
-    with pytest.raises(ConnectionFailedError, match="cut; gave up after 5 attempts: the same command"):
-        Patience(said.append)(failing(5, ConnectionFailedError("cut")))
-
-
-def test_what_stays_is_not_tried_again(waits: list[float]) -> None:
-    with pytest.raises(RemoteError, match="no such bucket"):
-        Patience(print)(failing(1, RemoteError("no such bucket")))
-    assert waits == []
-
-
-def test_an_outage_that_threads_share_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    insist = Patience(said.append)
-    together = threading.Barrier(IN_PARALLEL, timeout=30)
-    monkeypatch.setattr(remote, "sleep", lambda _seconds: together.wait())  # until all have failed
-    in_parallel(lambda number: insist(failing(1, ConnectionFailedError(f"cut {number}"))), range(IN_PARALLEL))
-    assert len(said) == 1
-    assert "attempt 1 of 5" in said[0]
+from geomcache.cache.inventory import Stored
+from geomcache.errors import CacheMismatchError, RemoteError
+from geomcache.sharing.base import damaged, errors_name, hash_file, in_parallel
 
 
 def test_the_first_failure_stops_what_has_not_begun() -> None:
@@ -59,6 +15,7 @@ def test_the_first_failure_stops_what_has_not_begun() -> None:
 
     def operation(number: int) -> None:
         begun.append(number)
+        time.sleep(0.001)
         raise RemoteError(f"{number}")
 
     with pytest.raises(RemoteError):
@@ -66,18 +23,29 @@ def test_the_first_failure_stops_what_has_not_begun() -> None:
     assert len(begun) < 10_000
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("s3://id:secret@host/bucket: no", "s3://host/bucket: no"),
-        ("(GET https://host/file?X-Signature=secret&b=1)", "(GET https://host/file)"),
-        ("s3://bucket/a@b: what? no", "s3://bucket/a@b: what? no"),
-    ],
-)
-def test_messages_have_no_secrets(text: str, expected: str) -> None:
-    assert without_secrets(text) == expected
+def test_damaged_files_are_those_of_other_size_or_content(tmp_path: Path) -> None:
+    files = {}
+    for name in ("good", "changed", "short", "none"):
+        (tmp_path / name).write_bytes(name.encode() * 100)
+        stored = hash_file(tmp_path / name)
+        assert stored is not None
+        files[name] = stored
+    (tmp_path / "changed").write_bytes(b"CHANGED" * 100)
+    (tmp_path / "short").write_bytes(b"short")
+    (tmp_path / "none").unlink()
+    assert damaged(tmp_path, files) == {"changed", "short", "none"}
+    assert hash_file(tmp_path / "none") is None
+    assert hash_file(tmp_path / "short") == Stored(
+        5, "f9b0078b5df596d2ea19010c001bbd009e651de2c57e8fb7e355f31eb9d3f739"
+    )
 
 
-def test_an_address_is_told_from_a_path() -> None:
-    assert [is_remote(text) for text in ("s3://b/c", "hf://a/b", "gs+x://b")] == [True] * 3
-    assert not any(is_remote(text) for text in ("cache.zarr", "/data/a:b", "C:\\caches", "./s3:/b", "9://b"))
+def test_errors_about_a_copy_name_the_address(tmp_path: Path) -> None:
+    error = CacheMismatchError(f"{tmp_path}/zarr.json: views: 1, 2", "views", 1, 2)
+    with pytest.raises(CacheMismatchError) as raised, errors_name("s3://bucket/name", tmp_path):
+        raise error
+    assert str(raised.value) == "s3://bucket/name/zarr.json: views: 1, 2"
+    assert (raised.value.field, raised.value.cached, raised.value.wanted) == ("views", 1, 2)
+    with pytest.raises(RemoteError) as remote, errors_name("s3://bucket/name", tmp_path):
+        raise RemoteError(f"{tmp_path}/a: no")
+    assert str(remote.value) == "s3://bucket/name/a: no"

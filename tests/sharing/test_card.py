@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from geomcache.cache.header import Header
 from geomcache.cache.store import GeometryStore
-from geomcache.sharing.card import write_card
+from geomcache.sharing.card import published_header, write_card
 from tests.support.stores import fill, make_dataset_spec, make_spec, open_writer
 
 ADDRESS = "hf://datasets/me/made-up"
@@ -18,7 +19,7 @@ def card_of(path: Path, *, revision: str | None = None, **fields: Any) -> tuple[
     with open_writer(path, [(0, 20)], spec=make_spec(**fields), dataset=make_dataset_spec(revision=revision)) as writer:
         fill(writer)
         assert writer.seal()
-    _, front, text = write_card(path, ADDRESS).split("---\n", 2)
+    _, front, text = write_card(path, ADDRESS, published_header(Header.read(path))).split("---\n", 2)
     return yaml.safe_load(front), text
 
 
@@ -48,11 +49,30 @@ def test_a_published_models_licence(
 
 
 def test_weights_of_a_folder_have_no_licence_that_is_known(tmp_path: Path) -> None:
-    front, text = card_of(tmp_path / "cache", model_id="models/a: b | c", model_name="da3-giant")
+    front, text = card_of(tmp_path / "cache", model_id="/home/me/models/a: b | c", model_name="da3-giant")
     assert "license" not in front
-    assert front["pretty_name"] == "models/a: b | c geometry of tests/made-up"
-    assert "| model | models/a: b \\| c (da3-giant, fp32), revision not known: a local folder |" in text
-    assert (
-        "not known: the weights were not had from upstream's own repository; upstream's da3-giant is under CC" in text
-    )
+    assert front["pretty_name"] == "a: b | c geometry of tests/made-up"
+    assert "| model | a: b \\| c (da3-giant, fp32), revision unknown: a local folder |" in text
+    assert "upstream's da3-giant is under CC" in text
     assert "--dataset.revision" not in text
+    assert "/home" not in text
+
+
+@pytest.mark.parametrize(
+    ("label", "published"),
+    [
+        ("DA3-LARGE-1.1", "DA3-LARGE-1.1"),
+        ("depth-anything/DA3-SMALL", "depth-anything/DA3-SMALL"),
+        ("/home/me/da3", "da3"),
+        ("../../me/da3/", "da3"),
+        ("~/da3", "da3"),
+        ("./da3", "da3"),
+        ("C:\\Users\\me\\da3", "da3"),
+        ("/", "local"),
+    ],
+)
+def test_paths_are_published_by_their_last_name_alone(label: str, published: str) -> None:
+    header = Header.new(make_spec(model_id=label), make_dataset_spec(repo_id=label))
+    shown = published_header(header)
+    assert (shown.spec.model_id, shown.dataset.repo_id) == (published, published)
+    assert shown.fingerprint == header.fingerprint

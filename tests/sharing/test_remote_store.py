@@ -28,7 +28,7 @@ ROWS = [80, 3, 3, 45, 0, 89]
 def there(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A cache here, which is also there."""
     path = make_small_store(tmp_path / "here.zarr", codec=request.param)
-    push(path, ADDRESS, say=lambda _: None)
+    push(path, ADDRESS)
     yield path
     fsspec.filesystem("memory").store.clear()
 
@@ -54,7 +54,7 @@ def test_frames_are_those_of_the_cache(there: Path) -> None:
 
 def test_over_http(tmp_path: Path, s3_wire: Wire) -> None:
     path = make_small_store(tmp_path / "here.zarr")
-    push(path, "s3://bucket/made-up.zarr", say=lambda _: None)
+    push(path, "s3://bucket/made-up.zarr")
     assert_same(geomcache.open("s3://bucket/made-up.zarr"), path)
 
 
@@ -71,7 +71,7 @@ def test_the_copy_of_the_metadata_goes_with_the_object(there: Path) -> None:
 def test_a_damaged_map_is_named(there: Path) -> None:
     remote = geomcache.open(ADDRESS)
     flip(f"{RAY}/c.0.0.0.0", 7)
-    with pytest.raises(RemoteError, match=r"memory://made-up\.zarr: cannot be read"):
+    with pytest.raises(RemoteError, match=rf"{ADDRESS}: "):
         remote.batch([0])
     assert remote.batch([20]).ray.shape[0] == 1
 
@@ -84,7 +84,7 @@ def test_two_maps_that_changed_places_are_found(there: Path) -> None:
     contents = memory.cat_file(first), memory.cat_file(second)
     memory.pipe_file(first, contents[1])
     memory.pipe_file(second, contents[0])
-    with pytest.raises(CacheCorruptError, match=rf"{RAY}: episode 0 frame 3: expected checksum"):
+    with pytest.raises(CacheCorruptError, match=rf"{ADDRESS}/{RAY}: episode 0 frame 3: .*[0-9a-f]{{8}}.*[0-9a-f]{{8}}"):
         remote.batch([3])
 
 
@@ -97,7 +97,7 @@ def test_a_missing_shard_is_no_nan(there: Path) -> None:
 
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
     path = make_store(tmp_path / "part.zarr", [(0, 20)], spec=make_spec())
-    push(path, "memory://part.zarr", say=lambda _: None)
+    push(path, "memory://part.zarr")
     remote = geomcache.open("memory://part.zarr")
     with pytest.raises(MissingFrameError):
         remote.batch([20])
@@ -108,13 +108,13 @@ def test_rows_that_are_not_there(tmp_path: Path) -> None:
 
 def test_no_whole_cache(there: Path) -> None:
     fsspec.filesystem("memory").rm_file("/made-up.zarr/manifest.json")
-    with pytest.raises(CacheIncompleteError, match="it was not pushed to its end"):
+    with pytest.raises(CacheIncompleteError, match=f"{ADDRESS}: .*manifest.json.*geomcache push"):
         geomcache.open(ADDRESS)
 
 
 def test_metadata_that_was_changed(there: Path) -> None:
     flip(f"{RAY}/zarr.json", 20)
-    with pytest.raises(CacheCorruptError, match=r"memory://made-up\.zarr/.+zarr\.json"):
+    with pytest.raises(CacheCorruptError, match=rf"{ADDRESS}/{RAY}/zarr\.json"):
         geomcache.open(ADDRESS)
 
 

@@ -247,6 +247,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if asked and status == 200 and self.command == "GET":
+            status, data = 206, data[int(asked[1]) : int(asked[2]) + 1]
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)

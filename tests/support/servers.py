@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 
@@ -87,10 +88,11 @@ class Wire:
 @pytest.fixture
 def s3_wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     """An S3 server with the bucket ``bucket``, which s3fs finds by its environment, behind a wire."""
-    import botocore.session
     import fsspec.config
-    import s3fs
     from moto.server import ThreadedMotoServer
+
+    s3fs = import_module("s3fs").S3FileSystem  # neither has types
+    new_session = import_module("botocore.session").get_session
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -105,14 +107,14 @@ def s3_wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
         "AWS_SHARED_CREDENTIALS_FILE": "nowhere",
     }.items():
         monkeypatch.setenv(name, value)
-    # geomcache's own attempts are what is tested: botocore and s3fs make one of their own
+    # one attempt each of botocore and s3fs, so that a connection that was cut for good is told at once
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"retries": {"max_attempts": 0}}})
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    s3fs.S3FileSystem.clear_instance_cache()
-    client = botocore.session.get_session().create_client("s3", endpoint_url=f"http://127.0.0.1:{wire.port}")
+    monkeypatch.setattr(s3fs, "retries", 1)
+    s3fs.clear_instance_cache()
+    client = new_session().create_client("s3", endpoint_url=f"http://127.0.0.1:{wire.port}")
     client.create_bucket(Bucket="bucket")
     client.close()
     yield wire
-    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.clear_instance_cache()
     wire.close()
     server.stop()

@@ -1,6 +1,7 @@
 """What the tests of pushing and pulling share: a cache of few files, and comparisons of folders."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import StoreWriter
-from geomcache.sharing import base as remote
 from tests.support.stores import claim_rows, expected, fill, make_maps, make_spec, open_writer
 
 SPEC = make_spec(cameras=("observation.images.front",), outputs=("ray",))
@@ -48,8 +48,22 @@ def assert_reads(path: Path, rows: list[int]) -> None:
         np.testing.assert_array_equal(store.batch(rows).ray, expected(SPEC, rows)["ray"])
 
 
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the user is told; nobody waits between attempts."""
-    monkeypatch.setattr(remote, "sleep", lambda _seconds: None)
-    return []
+def said() -> Iterator[list[str]]:
+    """What the log tells the user."""
+    package, handler = logging.getLogger("geomcache"), _Lines()
+    level = package.level
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    yield handler.lines
+    package.removeHandler(handler)
+    package.setLevel(level)
