@@ -52,11 +52,20 @@ def test_the_source_distribution_has_what_building_and_testing_need(tmp_path: Pa
     assert archive.stat().st_size < LARGEST_SDIST
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    needed = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "uv.lock", "PKG-INFO"}
+    needed = {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "Makefile",
+        "uv.lock",
+        "PKG-INFO",
+        "CITATION.cff",
+    }
     needed |= {"examples/libero_object_demo/meta/info.json", "tests/support/stores.py", "pipelines/demo.sh"}
     assert needed | sources() <= names
     places = {name.partition("/")[0] for name in names if "/" in name}
-    assert places <= {".ci", "benchmarks", "docs", "examples", "geomcache", "pipelines", "tests"}
+    assert places <= {".ci", ".github", "benchmarks", "docs", "examples", "geomcache", "pipelines", "tests"}
     assert not [name for name in names if name.endswith((".safetensors", ".pyc", ".log"))]
 
 
@@ -65,7 +74,16 @@ def test_the_wheel_runs_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> 
     """In an environment of its own, which finds the dependencies, and not the checkout, in this one's packages."""
     place = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
-    install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--disable-pip-version-check", wheel]
+    install: list[str | Path] = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--disable-pip-version-check",
+        wheel,
+    ]
     subprocess.run([place / "bin" / "python", *install], check=True)
     (packages,) = place.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read
