@@ -1,9 +1,9 @@
-"""Success of a checkpoint with its geometry, without it, and with its views swapped: does it use what it is given?
+"""Compare a checkpoint's success with its geometry, without it, and with its views swapped: does it use geometry?
 
     python pipelines/evaluate_ablations.py --policy DIR --output DIR [--seeds 1000,1001] [options of geomcache eval]
 
-The same weights in all three. Each seed is an evaluation of its own: it draws the noise that actions are denoised from.
-Leaves with 1 where the policy fails more often than not with its geometry.
+All three use the same weights. Each seed is one evaluation: it draws the noise that actions are denoised from. The exit
+code is 1 if the policy fails in half of the episodes or more with its geometry.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from geomcache.evaluation.run import Evaluation, SuccessRate, evaluate
 from geomcache.geometry import Geometry
@@ -53,13 +54,13 @@ def main() -> None:
         say(found.line(22))
     if 2 * rates[0].successes <= rates[0].episodes:
         sys.exit(
-            "the policy does not solve the task it was trained on: look for what differs between training and here"
+            "the policy does not solve the task that it was trained on: look for what differs between training and inference"
         )
 
 
 @contextmanager
 def swapped_views() -> Iterator[None]:
-    """While this lasts, policies get each view's geometry in the place of the other's; the pictures stay."""
+    """Give policies each view's geometry in the place of the other's; the pictures stay."""
     from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 
     geometry_of: Callable[..., Geometry] = PI05GeometryPolicy.geometry_of
@@ -67,11 +68,8 @@ def swapped_views() -> Iterator[None]:
     def swapped(self: PI05GeometryPolicy, batch: Any) -> Geometry:
         return Geometry(**{name: values.flip(1) for name, values in geometry_of(self, batch).items()})  # [B, V, ...]
 
-    PI05GeometryPolicy.geometry_of = swapped
-    try:
+    with mock.patch.object(PI05GeometryPolicy, "geometry_of", swapped):
         yield
-    finally:
-        PI05GeometryPolicy.geometry_of = geometry_of
 
 
 if __name__ == "__main__":

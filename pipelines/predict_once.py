@@ -1,4 +1,4 @@
-"""One prediction of a checkpoint, with DA3 online, beside the same with the frame's cached geometry.
+"""Compare a checkpoint's prediction with DA3 online with the prediction from the frame's cached geometry.
 
 python pipelines/predict_once.py --policy CHECKPOINT --cache PATH --root DATASET [--index 60]
 """
@@ -33,7 +33,8 @@ def main() -> None:
 
     def predict(extra: dict[str, torch.Tensor]) -> torch.Tensor:  # [chunk, action]
         torch.manual_seed(0)  # of the noise that the flow starts from
-        return postprocess(policy.predict_action_chunk(batch | extra))[0]
+        actions: torch.Tensor = postprocess(policy.predict_action_chunk(batch | extra))[0]
+        return actions
 
     online, given = predict({}), predict(cached.to_batch())
     adapter = policy.model.geometry_adapter
@@ -42,8 +43,8 @@ def main() -> None:
     difference = (tokens[0] - tokens[1]).abs().max() / tokens[1].abs().max()
     print(f"frame {arguments.index}: a chunk of {len(online)} actions, DA3 online; the first:")
     print("  " + "  ".join(f"{value:+.3f}" for value in online[0].tolist()))
-    print(f"tokens online beside tokens of the cache: largest difference {difference:.1e} of the largest value")
-    print(f"actions online beside actions of the cache: largest difference {(online - given).abs().max():.1e}")
+    print(f"tokens online compared with tokens of the cache: largest difference {difference:.1e} of the largest value")
+    print(f"actions online compared with actions of the cache: largest difference {(online - given).abs().max():.1e}")
 
 
 if __name__ == "__main__":

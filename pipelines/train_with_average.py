@@ -1,9 +1,9 @@
-"""`geomcache train`, and an exponential average of the weights beside its checkpoints: what LeRobot's trainer lacks.
+"""Run `geomcache train` and keep an exponential average of the weights, which LeRobot's trainer lacks.
 
     python pipelines/train_with_average.py --cache PATH --average DIR [every other option of geomcache train]
 
-A policy trained from scratch on few frames jumps about from step to step; the average of its last hundred steps does
-not. DIR becomes a checkpoint as LeRobot writes one: `geomcache eval --policy DIR`.
+A policy trained from scratch on few frames changes a lot from step to step; the average of its last hundred steps does
+not. DIR becomes a checkpoint like those of LeRobot: `geomcache eval --policy DIR`.
 """
 
 import argparse
@@ -26,14 +26,14 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.99, help="share that each step keeps (%(default)s)")
     arguments, lerobot_args = parser.parse_known_args()
     if not given("output_dir", lerobot_args):
-        parser.error("--output_dir is needed: its last checkpoint has the processors")
+        parser.error("--output_dir: expected a folder, got none: its last checkpoint has the processors")
 
     averages: list[AveragedModel] = []
     make_policy = lerobot_train.make_policy
 
     def make(*args: Any, **kwargs: Any) -> Any:
         policy = make_policy(*args, **kwargs)
-        average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(arguments.decay))
+        average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(arguments.decay))  # type: ignore[no-untyped-call]
         register_optimizer_step_post_hook(lambda *_: average.update_parameters(policy))
         averages.append(average)
         return policy
@@ -44,14 +44,14 @@ def main() -> None:
 
 
 def processors_of(lerobot_args: list[str]) -> Path:
-    """Folder of the run's last checkpoint."""
+    """Return the folder of the run's last checkpoint."""
     from lerobot.configs.parser import parse_arg
 
     return Path(str(parse_arg("output_dir", lerobot_args))) / "checkpoints" / "last" / "pretrained_model"
 
 
 def save(policy: Any, folder: Path, checkpoint: Path) -> None:
-    """Write a checkpoint: the policy's weights, all else from another checkpoint of the run."""
+    """Write a checkpoint: the policy's weights, and everything else from another checkpoint of the run."""
     shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
     policy.save_pretrained(folder)
 

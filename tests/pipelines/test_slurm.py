@@ -1,4 +1,4 @@
-"""The recipes for a cluster, run by a Slurm that is played here: the scripts themselves, with many processes."""
+"""Run the recipes for a cluster, the scripts themselves, with a simulated Slurm and many processes."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from tests.support.slurm import add_command, sbatch
 SLURM = Path("pipelines/slurm")
 SCRIPTS = sorted(ROOT.glob("pipelines/**/*.sh"))
 LENGTHS = (30, 27, 33)  # six shards
-# Says with which arguments it was called.
+# Writes down the arguments that it was called with.
 ACCELERATE = 'printf "%s\\0" "$@" >"accelerate-$SLURM_NODEID"\n'
 
 
@@ -53,11 +53,11 @@ def test_the_jobs_of_an_array_share_one_cache(random_da3_folder: Path, tmp_path:
         output=tmp_path / "alone.zarr",
     )
     extract(alone, say=lambda _line: None)
-    here, there = GeometryStore.open(tmp_path / "shared.zarr"), GeometryStore.open(tmp_path / "alone.zarr")
-    assert here.sealed
-    assert here.fingerprint == there.fingerprint
+    shared, single = GeometryStore.open(tmp_path / "shared.zarr"), GeometryStore.open(tmp_path / "alone.zarr")
+    assert shared.sealed
+    assert shared.fingerprint == single.fingerprint
     rows = range(sum(LENGTHS))
-    for (_, ours), (_, theirs) in zip(here.batch([*rows]).items(), there.batch([*rows]).items(), strict=True):
+    for (_, ours), (_, theirs) in zip(shared.batch([*rows]).items(), single.batch([*rows]).items(), strict=True):
         assert_one_step(ours, theirs)
 
     # Submitted again, by what the first run kept beside its cache.
