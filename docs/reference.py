@@ -92,7 +92,7 @@ def _default(option: Any) -> str:
 
 
 def _examples(epilog: str) -> str:
-    """Turn the text below a command's help from rich's markup into Markdown; indented lines become a block of commands."""
+    """Turn the text below a command's help into Markdown; indented lines become a block of commands."""
     blocks: list[str] = []
     for paragraph in epilog.strip().split("\n\n"):
         lines = paragraph.replace("[bold]", "**").replace("[/bold]", "**").replace("\\[", "[").splitlines()

@@ -54,7 +54,7 @@ def main() -> None:
         say(found.line(22))
     if 2 * rates[0].successes <= rates[0].episodes:
         sys.exit(
-            "the policy does not solve the task that it was trained on: look for what differs between training and inference"
+            "the policy does not solve the task that it was trained on: look for a difference between training and here"
         )
 
 

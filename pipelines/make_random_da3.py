@@ -2,13 +2,13 @@
 
     python pipelines/make_random_da3.py --output FOLDER [--name da3-small] [--seed 0]
 
-The published weights cannot ship with this repository. A random model runs the same code as a real one, but its geometry
-has no meaning. The script builds upstream's own class and calls its `save_pretrained`; one more file in the folder,
-RANDOM_WEIGHTS.txt, says that the weights are random. The same name and seed give the same bytes.
+The published weights cannot ship with this repository. A random model runs the same code as a real one, but its
+geometry has no meaning. The script builds upstream's own class and calls its `save_pretrained`; one more file in the
+folder, RANDOM_WEIGHTS.txt, says that the weights are random. The same name and seed give the same bytes.
 
-With upstream's initialisation, maps hardly depend on the picture: over a frame of LIBERO depth varies by half a percent,
-and the rays of two frames differ by less than 0.01, so comparing such maps proves little. Larger gains make them differ
-by a tenth of their range and more; depth and confidences stay far from float16's limit.
+With upstream's initialisation, maps hardly depend on the picture: over a frame of LIBERO depth varies by half a
+percent, and the rays of two frames differ by less than 0.01, so comparing such maps proves little. Larger gains make
+them differ by a tenth of their range and more; depth and confidences stay far from float16's limit.
 """
 
 import argparse

@@ -12,13 +12,13 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
-from tests.cli.test_main import call
 
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import Problem, VerifyReport, require_intact, verify
 from geomcache.cli import main as cli
 from geomcache.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UserInputError
 from geomcache.training.trainer import train
+from tests.cli.test_main import call
 from tests.support.stores import CAMERAS, expected, fill, make_maps, make_spec, make_store, open_writer
 
 SPEC = make_spec()

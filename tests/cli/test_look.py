@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.cli.test_main import call
 
 from geomcache.cli import main as cli
+from tests.cli.test_main import call
 from tests.support.scene import Scene, make_scene
 
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.cli.test_main import call
 
 from geomcache.cli import main as cli
+from tests.cli.test_main import call
 from tests.support.sharing import contents, make_small_store
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from tests.cli.test_main import call
 
 from geomcache.cli import main as cli
 from geomcache.errors import UserInputError
@@ -16,6 +15,7 @@ from geomcache.extraction import run as extract
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.run import ExtractReport
 from geomcache.extraction.run_config import HEADER, read_run_config, resolve, run_config_path, write_run_config
+from tests.cli.test_main import call
 from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store
 
 KNOWN = tuple(field.name for field in fields(ExtractOptions) if field.name not in ("dry_run", "overwrite"))
