@@ -25,9 +25,11 @@ setup: $(READY) ## Make .venv with everything that uv.lock names
 	@python3 -m venv .tools || { echo "make: python3 has no venv module: install it (Debian: apt-get install python3-venv), or uv itself" >&2; exit 1; }
 	@.tools/bin/pip install --quiet --disable-pip-version-check uv
 
+# A short command spends its time on imports: without compiled bytecode `extract` compiles 4,400 modules, each time that
+# it runs where Python may not write them (a read-only venv, PYTHONDONTWRITEBYTECODE, which many images set).
 $(READY): pyproject.toml uv.lock | $(filter .tools/bin/uv,$(UV))
 	@echo "installing what uv.lock names into .venv"
-	@$(UV) sync --locked --quiet --all-extras
+	@$(UV) sync --locked --quiet --all-extras --compile-bytecode
 	@touch $@
 
 system-libraries:

@@ -1,4 +1,4 @@
-"""The documents: texts made from the code are whole, messages that they quote exist, their links lead somewhere."""
+"""Test the documents: texts made from the code are complete, quoted messages exist, links lead somewhere."""
 
 import ast
 import dataclasses
@@ -28,7 +28,7 @@ UPSTREAM = {"LeRobot": "lerobot", "LIBERO": "libero", "MuJoCo": "mujoco"}
 
 
 def sections(markdown: str) -> dict[str, str]:
-    """Text below each third-level heading."""
+    """Return the text below each third-level heading."""
     parts = re.split(r"^### (.+)\n", markdown, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -102,7 +102,7 @@ def test_the_format_page_names_every_field_of_spec_and_dataset() -> None:
 
 
 def shown_commands(page: Path) -> Iterator[list[str]]:
-    """Words of each `geomcache COMMAND ...` in a page's blocks of commands, from COMMAND on."""
+    """Yield the words of each `geomcache COMMAND ...` in a page's blocks of commands, from COMMAND on."""
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             match = re.search(r"(?:^|-m )geomcache (\w+.*)", line.partition("  #")[0])
@@ -119,13 +119,13 @@ def test_options_of_the_commands_on_the_pages_exist() -> None:
             seen.add(name)
             known = {spelling for param in command.params for spelling in (*param.opts, *param.secondary_opts)}
             options = {word.partition("=")[0] for word in words if word.startswith("-")}
-            if not command.context_settings.get("ignore_unknown_options"):  # else the others are LeRobot's
+            if not command.context_settings.get("ignore_unknown_options"):  # otherwise the others are LeRobot's
                 assert options <= known, f"{page.name}: geomcache {name} {' '.join(words)}"
     assert seen == set(group.commands)
 
 
 def quoted_messages() -> Iterator[tuple[str, str]]:
-    """(package, message) of the code at the beginning of each row of the page on troubles."""
+    """Yield package and message of each row of the troubleshooting page that begins with a message."""
     for line in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines():
         match = re.match(r"\| (?:(\w+): )?`([^`]+)`", line)
         if match and match[2] not in ("xformers", "HuggingFaceVLA/libero", "ModuleNotFoundError: addict"):
@@ -142,7 +142,7 @@ def test_messages_on_the_page_of_troubles_are_in_the_code(package: str) -> None:
     missing = set(messages)
     for file in Path(next(iter(spec.submodule_search_locations))).rglob("*.py"):
         source = file.read_text(encoding="utf-8", errors="replace")
-        # Only files that can have one are parsed: a message may be cut into literals of several lines.
+        # Parse only files that may have one: a message can be split into literals of several lines.
         if any(message.split()[0] in source for message in missing):
             literals = "\n".join(_literals(source))
             missing -= {message for message in missing if message in literals}
@@ -178,7 +178,7 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
         cells = re.findall(r"^\|[^|]+\|([^|]+)\|", table.partition("\n\n")[0], re.MULTILINE)[1:]
         figures = [figure for cell in cells for figure in re.findall(r"\d+(?:\.\d+)?", cell.replace(",", ""))]
         assert len(figures) > 5
-        for figure in figures:  # rounded there or here
+        for figure in figures:  # rounded in one of them
             assert re.search(rf"(?<![\d.]){re.escape(figure)}\d*(?!\d)", results) or _rounds_to(figure, results), figure
 
 

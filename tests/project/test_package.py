@@ -1,4 +1,4 @@
-"""The package as it is shipped: wheel and source distribution, built, looked into, and run outside of the checkout."""
+"""Test the package as shipped: build wheel and source distribution, inspect them, and run outside of the checkout."""
 
 import os
 import subprocess
@@ -18,14 +18,14 @@ LARGEST_SDIST = 5_000_000
 
 
 def build(kind: str, folder: Path) -> Path:
-    """What ``build_wheel`` or ``build_sdist`` of pyproject.toml's build system makes of the checkout."""
+    """Build the checkout with ``build_wheel`` or ``build_sdist`` of pyproject.toml's build system."""
     subprocess.run([sys.executable, "-c", BUILD, kind, str(folder)], cwd=ROOT, check=True, capture_output=True)
     (made,) = folder.glob("geomcache-*")
     return made
 
 
 def sources() -> set[str]:
-    """What git would keep of geomcache/."""
+    """List the files of geomcache/ that git keeps."""
     asked = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "geomcache"]
     return set(subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split())
 
@@ -71,7 +71,7 @@ def test_the_source_distribution_has_what_building_and_testing_need(tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_wheel_runs_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    """In an environment of its own, which finds the dependencies, and not the checkout, in this one's packages."""
+    """Run in a new environment, which finds the dependencies in this one's packages, and not the checkout."""
     place = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     install: list[str | Path] = [
@@ -86,7 +86,7 @@ def test_the_wheel_runs_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> 
     ]
     subprocess.run([place / "bin" / "python", *install], check=True)
     (packages,) = place.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its .pth files are not read
     cache = make_store(tmp_path / "cache.zarr")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
