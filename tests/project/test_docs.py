@@ -200,8 +200,16 @@ def test_continuous_integration_calls_targets_of_the_makefile() -> None:
     called = set(re.findall(r"^make ([\w-]+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE))
     assert called == {"test", "lint", "demo"}
     assert called <= set(matrix.split(", ")) <= targets
-    named = set(re.findall(r"(?<=`make )[a-z0-9-]+(?=`)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
-    assert named <= targets
+
+
+def test_contributing_names_targets_rooms_and_tests_that_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?<=`make )[a-z0-9-]+(?=`)", page)) <= targets
+    rooms = {f"geomcache/{path.parent.name}/" for path in ROOT.glob("geomcache/*/__init__.py")}
+    assert rooms <= set(re.findall(r"`(geomcache/\w+/)`", page))
+    for path in re.findall(r"\btests/[\w/.]*\w", page):
+        assert (ROOT / path).exists(), path
 
 
 def _rounds_to(figure: str, text: str) -> bool:
