@@ -60,7 +60,7 @@ os.sched_setaffinity(0, {options.pop("core")})
 from geomcache.extraction.run import extract
 from geomcache.extraction.options import ExtractOptions
 options.update(root=Path(options["root"]), output=Path(options["output"]))
-report = extract(ExtractOptions(**options), say=lambda line: None)
+report = extract(ExtractOptions(**options))
 print(json.dumps([report.frames, time.time() - report.seconds, time.time()]))
 """
 

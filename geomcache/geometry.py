@@ -198,7 +198,8 @@ class DatasetSpec:
     """N: all frames of the dataset, also when only some episodes are cached."""
     episodes: int
     """All episodes of the dataset."""
-    fps: int
+    fps: int | float
+    """An int if it is whole, so that the canonical JSON of such datasets stays what it was."""
     episodes_sha256: str
     """Of the episodes' lengths, little-endian int64, in order."""
     images_sha256: str
@@ -375,6 +376,7 @@ def _json_object(value: Any) -> dict[str, Any]:
 _PLAIN: dict[Any, tuple[type, ...]] = {
     str: (str,),
     int: (int,),
+    int | float: (int, float),
     str | None: (str, type(None)),
     Views: (str,),
     ComputeDtype: (str,),

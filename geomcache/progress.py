@@ -1,5 +1,6 @@
 """What a long run shows: one bar on a terminal, a plain line now and then elsewhere."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 LINE_EVERY_S = 30.0
@@ -40,20 +43,22 @@ def silent(_line: str) -> None:
 
 
 class Progress:
-    """Frames done by all processes together, shown by one of them.
+    """The frames that all processes together have done, shown by one of them.
+
+    Its clock starts with the first update, so that the rate is that of the steady state.
 
     Args:
         total: frames that were asked for.
-        views: views a frame: the bar counts views.
-        frames_done: frames that are durable, by whoever wrote them; asked at most twice a second.
+        views: views per frame: the bar counts views.
+        frames_done: counts the frames that are durable, no matter who wrote them; called at most twice a second.
         show: whether this process shows anything.
-        say: takes a plain line where standard error is no terminal.
     """
 
-    def __init__(self, total: int, views: int, frames_done: Callable[[], int], *, show: bool, say: Say) -> None:
-        self._total, self._views, self._frames_done, self._say = total, views, frames_done, say
+    def __init__(self, total: int, views: int, frames_done: Callable[[], int], *, show: bool) -> None:
+        self._total, self._views, self._frames_done = total, views, frames_done
         self._show = show
-        self._began = self._polled = self._said = time.monotonic()
+        self._began: float | None = None
+        self._polled = self._logged = time.monotonic()
         self._first = self._durable = frames_done()
         self._bar: tqdm | None = None
         if show and sys.stderr.isatty():
@@ -79,15 +84,23 @@ class Progress:
         if now - self._polled >= POLL_EVERY_S:
             self._polled, self._durable = now, self._frames_done()
         frames = min(self._durable + unwritten, self._total)
+        if self._began is None:
+            self._began, self._first = now, frames
+            if self._bar is not None:
+                self._bar.unpause()  # its rate, too
         if self._bar is not None:
             self._bar.set_postfix_str(human_bytes(nbytes), refresh=False)
             self._bar.update(max(0, frames * self._views - self._bar.n))
-        elif now - self._said >= LINE_EVERY_S:
-            self._said = now
-            rate = max(1, frames - self._first) / (now - self._began)
-            self._say(
-                f"{frames} of {self._total} frames, {rate * self._views:.1f} views/s, {human_bytes(nbytes)} written,"
-                f" {human_time((self._total - frames) / rate)} left"
+        elif now - self._logged >= LINE_EVERY_S:
+            self._logged = now
+            rate = max(1, frames - self._first) / (now - self._began) if now > self._began else 1.0
+            logger.info(
+                "%d of %d frames, %.1f views/s, %s written, %s left",
+                frames,
+                self._total,
+                rate * self._views,
+                human_bytes(nbytes),
+                human_time((self._total - frames) / rate),
             )
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""``geomcache view`` and ``geomcache report``: looking into a cache. Imports stay inside, as in `cli`."""
+"""The commands ``geomcache view`` and ``geomcache report``. Heavy imports stay inside them, as in `main`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,14 +29,16 @@ REPORT = epilog("""
 
 CacheArgument = Annotated[Path, typer.Argument(help="A cache.")]
 DatasetOption = Annotated[str | None, typer.Option(help="The dataset's name.", show_default="as in the cache")]
-RootOption = Annotated[Path | None, typer.Option(help="The dataset's folder, where it is local.", metavar="DIR")]
+RootOption = Annotated[Path | None, typer.Option(help="The folder of a local dataset.", metavar="DIR")]
 RevisionOption = Annotated[str | None, typer.Option(help="The dataset's branch, tag or commit.", metavar="REV")]
 
 
 def view(
     path: CacheArgument,
-    episode: Annotated[int, typer.Option(help="Which episode.")],
-    frame: Annotated[int | None, typer.Option(help="Which frame of it, for a picture.", show_default="0")] = None,
+    episode: Annotated[int, typer.Option(help="Number of the episode.")],
+    frame: Annotated[
+        int | None, typer.Option(help="Number of the frame within the episode, for a picture.", show_default="0")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -44,15 +46,17 @@ def view(
             "-o",
             help="FILE.png: one frame. FILE.mp4: the episode. FILE.rrd: the episode for rerun, in 3D.",
             metavar="FILE",
-            show_default="a .png in this folder",
+            show_default="a .png in the current folder",
         ),
     ] = None,
     dataset: DatasetOption = None,
     root: RootOption = None,
     revision: RevisionOption = None,
-    rgb: Annotated[bool, typer.Option("--rgb/--no-rgb", help="Show the dataset's pictures beside it.")] = True,
+    rgb: Annotated[
+        bool, typer.Option("--rgb/--no-rgb", help="Show the dataset's pictures next to the geometry.")
+    ] = True,
 ) -> None:
-    """Show what DA3 saw, beside what the camera saw: rays, confidence, depth and the cameras' paths."""
+    """Draw cached geometry next to the cameras' pictures: rays, confidence, depth and the cameras' paths."""
     from geomcache.look.view import ViewOptions
     from geomcache.look.view import view as run
 
@@ -66,8 +70,7 @@ def view(
         revision=revision,
         rgb=rgb,
     )
-    for line in run(options):
-        typer.echo(line)
+    run(options)
 
 
 def report(
@@ -77,13 +80,11 @@ def report(
     root: RootOption = None,
     revision: RevisionOption = None,
     rgb: Annotated[
-        bool, typer.Option("--rgb/--no-rgb", help="Show the dataset's pictures, where it is at hand.")
+        bool, typer.Option("--rgb/--no-rgb", help="Show the dataset's pictures, if it is available.")
     ] = True,
-    max_frames: Annotated[
-        int, typer.Option(help="Of a cache with more, so many are looked at, evenly spaced.")
-    ] = 20_000,
+    max_frames: Annotated[int, typer.Option(help="Read at most this many frames, evenly spaced.")] = 20_000,
 ) -> None:
-    """Write one page about a cache: facts, histograms, confidence over time, sample frames, outliers, disk use."""
+    """Write an HTML page about a cache: facts, histograms, confidence over time, sample frames, outliers, disk use."""
     from geomcache.look.gather import ReportOptions
     from geomcache.look.report import report as run
 
@@ -96,11 +97,10 @@ def report(
         rgb=rgb,
         max_frames=max_frames,
     )
-    for line in run(options):
-        typer.echo(line)
+    run(options)
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands."""
+    """Add the commands to the app."""
     app.command(epilog=VIEW, rich_help_panel=CACHES)(view)
     app.command(epilog=REPORT, rich_help_panel=CACHES)(report)

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
+from geomcache.cli import extract as cli_extract
 from geomcache.cli import help as cli_help
 from geomcache.cli import look as cli_look
 from geomcache.cli import share as cli_share
@@ -26,10 +27,6 @@ EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128  # plus the signal's number, as a shell reports it
 
 DEVICE_HELP, DEVICE_DEFAULT = "Such as cuda:1 or cpu.", "the GPU where there is one"
-DATASET_PANEL = "Dataset: which part of it, and where it is"
-GEOMETRY_PANEL = "Geometry: what the cache's numbers depend on"
-MACHINE_PANEL = "Machine: the numbers do not depend on these"
-NOT_KEPT = {"config", "dry_run", "overwrite", "help"}  # options of extract that a --config file cannot have
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -57,135 +54,7 @@ def _root(
     """Take the options before the command."""
 
 
-def _read_config(context: typer.Context, file: Path | None) -> Path | None:
-    """Options of a file take the defaults' place, before the others are parsed; the command line comes first."""
-    if file is not None:
-        from geomcache.extraction.run_config import read_run_config
-
-        known = [str(option.name) for option in context.command.params if option.name not in NOT_KEPT]
-        context.default_map = dict(read_run_config(file, known))
-    return file
-
-
-@app.command(epilog=cli_help.EXTRACT, rich_help_panel=cli_help.STAGES)
-def extract(
-    model: Annotated[str, typer.Option(help="A DA3 name such as DA3-LARGE, a Hub id, or a folder.")],
-    dataset: Annotated[str, typer.Option(help="A LeRobotDataset on the Hub; with --root, the name of that folder.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The cache.", show_default="the dataset's name + .zarr")
-    ] = None,
-    config: Annotated[  # noqa: ARG001 - its callback reads it
-        Path | None,
-        typer.Option(
-            help="Options out of a file, such as the .run.yaml beside a cache; those given here come first.",
-            metavar="FILE",
-            callback=_read_config,
-            is_eager=True,
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print frames, bytes and time, write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the cache that is there.")] = False,
-    root: Annotated[
-        Path | None,
-        typer.Option(help="The dataset's folder, where it is local.", metavar="DIR", rich_help_panel=DATASET_PANEL),
-    ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="The dataset's branch, tag or commit.", metavar="REV", rich_help_panel=DATASET_PANEL),
-    ] = None,
-    episodes: Annotated[
-        str | None, typer.Option(help="Such as 0:100 or 0,3,5:8.", show_default="all", rich_help_panel=DATASET_PANEL)
-    ] = None,
-    cameras: Annotated[
-        str | None,
-        typer.Option(
-            help="Keys in the order of the views; the first is the reference.",
-            show_default="all",
-            rich_help_panel=DATASET_PANEL,
-        ),
-    ] = None,
-    views: Annotated[
-        Literal["joint", "independent"],
-        typer.Option(
-            help="A frame's cameras as views of one scene, or each camera alone.", rich_help_panel=GEOMETRY_PANEL
-        ),
-    ] = "joint",
-    process_res: Annotated[
-        int, typer.Option(help="Longest side of what the network sees, pixels.", rich_help_panel=GEOMETRY_PANEL)
-    ] = 504,
-    grid: Annotated[
-        str, typer.Option(help="patch, native, or cells such as 14x14.", rich_help_panel=GEOMETRY_PANEL)
-    ] = "patch",
-    outputs: Annotated[
-        str, typer.Option(help="Any of ray, ray_conf, depth, depth_conf.", rich_help_panel=GEOMETRY_PANEL)
-    ] = "ray,ray_conf",
-    codec: Annotated[
-        Literal["raw", "zstd"],
-        typer.Option(
-            help="How maps are stored. zstd: the same numbers in fewer bytes, slower to read.",
-            rich_help_panel=GEOMETRY_PANEL,
-        ),
-    ] = "raw",
-    dtype: Annotated[
-        Literal["bf16", "fp32"] | None,
-        typer.Option(
-            help="Of the backbone.", show_default="bf16 on CUDA, fp32 elsewhere", rich_help_panel=GEOMETRY_PANEL
-        ),
-    ] = None,
-    model_revision: Annotated[
-        str | None,
-        typer.Option(help="The model's branch, tag or commit.", metavar="REV", rich_help_panel=GEOMETRY_PANEL),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT, rich_help_panel=MACHINE_PANEL)
-    ] = None,
-    batch_size: Annotated[
-        str | None,
-        typer.Option(
-            help="Frames a forward, or auto: as many as fit and help.",
-            metavar="N|auto",
-            show_default="16 on a GPU, 4 on a CPU",
-            rich_help_panel=MACHINE_PANEL,
-        ),
-    ] = None,
-    num_workers: Annotated[
-        int | None,
-        typer.Option(
-            help="Decoding processes.", show_default="the spare cores, up to 8", rich_help_panel=MACHINE_PANEL
-        ),
-    ] = None,
-) -> None:
-    """Run DA3 once over every frame of a dataset and write a cache. The same command again continues."""
-    from geomcache.extraction.options import ExtractOptions
-    from geomcache.extraction.run import extract as run
-
-    report = run(
-        ExtractOptions(
-            model=model,
-            dataset=dataset,
-            root=root,
-            revision=revision,
-            model_revision=model_revision,
-            output=output,
-            episodes=episodes,
-            cameras=_split(cameras),
-            views=views,
-            process_res=process_res,
-            grid=grid,
-            outputs=_split(outputs) or (),
-            codec=codec,
-            batch_size=_batch_size(batch_size),
-            num_workers=num_workers,
-            device=device,
-            dtype=dtype,
-            dry_run=dry_run,
-            overwrite=overwrite,
-        ),
-        say=typer.echo,
-    )
-    if not dry_run:
-        for line in report.lines():
-            typer.echo(line)
+cli_extract.register(app)
 
 
 @app.command(epilog=cli_help.INFO, rich_help_panel=cli_help.CACHES)
@@ -210,18 +79,18 @@ def info(
 def probe(
     model: Annotated[str, typer.Option(help="A DA3 name such as DA3-LARGE, a Hub id, or a folder.")],
     image: Annotated[
-        list[Path], typer.Option(help="A picture; several are views of one scene, the first the reference.")
+        list[Path],
+        typer.Option(help="A picture. Repeat it for several views of one scene; the first is the reference."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the picture.", metavar="DIR")] = Path("outputs/probe"),
     process_res: Annotated[int, typer.Option(help="Longest side of what the network sees, pixels.")] = 504,
     grid: Annotated[str, typer.Option(help="patch, native, or cells such as 14x14.")] = "patch",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT)] = None,
 ) -> None:
-    """Run DA3 on pictures: print shapes and ranges, save what it sees. A check that a model loads and works."""
+    """Run DA3 on pictures: print shapes and ranges, and save a picture of the maps. Checks that a model works."""
     from geomcache.look.probe import probe as run
 
-    for line in run(model, image, output, process_res=process_res, grid=grid, device=device):
-        typer.echo(line)
+    run(model, image, output, process_res=process_res, grid=grid, device=device)
 
 
 @app.command(context_settings=PASS_THROUGH, epilog=cli_help.TRAIN, rich_help_panel=cli_help.STAGES)
@@ -324,21 +193,6 @@ def _refuse(when: str, options: dict[str, object]) -> None:
     for name, value in options.items():
         if value is not None:
             raise UserInputError(f"--{name}: expected none {when}, got one: leave it out")
-
-
-def _batch_size(text: str | None) -> int | Literal["auto"] | None:
-    if text is None:
-        return None
-    if text == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise UserInputError(f"batch-size: expected a number of frames, or auto, got {text!r}") from None
-
-
-def _split(text: str | None) -> tuple[str, ...] | None:
-    return tuple(part.strip() for part in text.split(",") if part.strip()) if text is not None else None
 
 
 class _Stopped(BaseException):

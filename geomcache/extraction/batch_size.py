@@ -1,4 +1,4 @@
-"""How many frames a forward can take: what memory allows, and what still makes it faster."""
+"""How many frames a forward pass should take: as many as fit into memory, as long as more are faster."""
 
 import resource
 import time
@@ -9,64 +9,64 @@ import torch
 
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import EncoderMemoryError
-from geomcache.progress import Say
 
 MOST_FRAMES = 256
 GAIN = 1.02  # views/s that doubling a batch must gain: beyond, it costs memory and brings nothing
-HEADROOM = 0.8  # share of the memory there is that may be used: decoding, writing and other programs need some
+HEADROOM = 0.8  # share of the available memory that may be used: decoding, writing and other programs need some
 
 
-def find_batch_size(encoder: DA3Encoder, say: Say, *, most: int = MOST_FRAMES) -> int:
-    """The largest power of two of frames that fits into memory, as far as larger ones are faster.
+def find_batch_size(encoder: DA3Encoder, *, most: int = MOST_FRAMES) -> tuple[int, str]:
+    """Find the largest power of two of frames that fits into memory, as long as doubling makes it faster.
 
-    Sizes are tried, doubling from 1, with black pictures: what a forward takes does not depend on its input.
+    Sizes are tried, doubling from 1, with black images: the cost of a forward pass does not depend on its input.
 
     Args:
         encoder: on its device.
-        say: takes a line with what was found.
         most: frames, at most.
+
+    Returns:
+        The batch size, in frames, and a text that says how fast it is and why it is no larger.
 
     Raises:
         EncoderMemoryError: not even one frame fits.
     """
-    rate = _try(encoder, 1)
+    rate = _views_per_s(encoder, 1)
     if rate is None:
         raise memory_error(encoder)
-    size, why = 1, f"at most {most} frames are tried"
+    size, reason = 1, f"at most {most} frames are tried"
     while 2 * size <= most:
-        doubled = _try(encoder, 2 * size) if _fits_twice(encoder.device) else None
+        doubled = _views_per_s(encoder, 2 * size) if _fits_twice(encoder.device) else None
         if doubled is None:
-            why = f"{2 * size} do not fit into the memory of {encoder.device}"
+            reason = f"{2 * size} do not fit into the memory of {encoder.device}"
             break
         if doubled < GAIN * rate:
-            why = f"{2 * size} are no faster"
+            reason = f"{2 * size} are no faster"
             break
         size, rate = 2 * size, doubled
-    say(f"batch size {size}: {rate:.1f} views/s; {why}")
-    return size
+    return size, f"{rate:.1f} views/s; {reason}"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """There is a class for accelerators' memory alone; the CPU's allocator says it in words."""
+    """Tell torch's out-of-memory errors: a class for accelerators, a plain RuntimeError for the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def memory_error(encoder: DA3Encoder) -> EncoderMemoryError:
-    """For the user: one frame is too many."""
+    """Return the error for the user that even one frame is too many."""
     return EncoderMemoryError(
         f"{encoder.device}: expected memory for one frame of {encoder.spec.model_name} at"
         f" {encoder.spec.process_res} px, found too little: free some, or take a smaller --model or"
-        " --process-res; shards written before are kept"
+        " --process-res; shards that were already written are kept"
     )
 
 
-def _try(encoder: DA3Encoder, frames: int) -> float | None:
-    """Views/s of batches of so many frames; None where memory does not suffice."""
+def _views_per_s(encoder: DA3Encoder, frames: int) -> float | None:
+    """Time a batch of so many frames; None if memory does not suffice."""
     inputs = encoder.preprocess(
         [np.zeros((frames, camera.height, camera.width, 3), np.uint8) for camera in encoder.spec.cameras]
     )
     try:
-        encoder.launch(inputs).result()  # the first of a size warms up
+        encoder.launch(inputs).result()  # the first pass at a size warms up
         began = time.perf_counter()
         encoder.launch(inputs).result()
     except RuntimeError as error:
@@ -74,27 +74,27 @@ def _try(encoder: DA3Encoder, frames: int) -> float | None:
             raise
     else:
         return frames * len(encoder.spec.cameras) / (time.perf_counter() - began)
-    torch.cuda.empty_cache()  # outside of the handler, whose traceback holds memory; nothing happens without CUDA
+    torch.cuda.empty_cache()  # outside the handler, whose traceback keeps memory alive; does nothing without CUDA
     return None
 
 
 def _fits_twice(device: torch.device) -> bool:
-    """Whether a forward will likely fit that takes twice what the largest took.
+    """Estimate whether a forward pass fits that needs twice the memory of the largest so far.
 
-    A CPU has to be asked before: Linux gives out more memory than there is, and kills who uses it.
+    On a CPU this must be known beforehand: Linux grants more memory than exists and kills the process that uses it.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        held, most = torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
-        return 2 * most <= HEADROOM * (free + held)
+        reserved, peak = torch.cuda.memory_reserved(device), torch.cuda.max_memory_allocated(device)
+        return 2 * peak <= HEADROOM * (free + reserved)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return peak <= HEADROOM * _available_bytes()
 
 
 def _available_bytes() -> int:
-    """Memory that programs can get without swapping, by Linux's own estimate."""
+    """Return Linux's estimate of the memory that programs can get without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":
             return int(value.split()[0]) * 1024
-    raise OSError("/proc/meminfo: expected MemAvailable, found none: give --batch-size a number")
+    raise OSError("/proc/meminfo: expected MemAvailable, found none: pass a number to --batch-size")

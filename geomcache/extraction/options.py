@@ -1,66 +1,135 @@
-"""The options of stage one."""
+"""The options of stage one: one dataclass, from which the command line and the run.yaml file are made.
 
-from dataclasses import dataclass
+Each field is annotated with its option of `geomcache extract`: help text, panel, and what is shown for a default that
+depends on the machine. A new option is a new field here and nothing else. `geomcache extract --help` imports this
+module, which therefore imports neither NumPy nor torch.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from geomcache.cache.codecs import CodecName
-from geomcache.errors import (
-    UserInputError,
-)
-from geomcache.geometry import DEFAULT_OUTPUTS, ComputeDtype, Views
+from typer import Option
+
+from geomcache.errors import UserInputError
+
+# The panels of `--help`.
+_dataset = partial(Option, rich_help_panel="Dataset: which part of it, and where it is")
+_geometry = partial(Option, rich_help_panel="Geometry: what the cache's numbers depend on")
+_machine = partial(Option, rich_help_panel="Machine: the numbers do not depend on these")
+
+NOT_RECORDED = frozenset({"dry_run", "overwrite"})  # how one call behaves, not what is in the cache
+
+
+@dataclass(frozen=True)
+class FromText:
+    """Marks a field whose type the command line does not know: how to parse what was typed."""
+
+    parse: Callable[[str], object]
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _parse_batch_size(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise UserInputError(f"batch-size: expected a number of frames, or auto, got {text!r}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions:
-    """What `geomcache extract` is asked for."""
+    """What `geomcache extract` is asked to do.
 
-    model: str
-    """A DA3 name, a Hub id, or a folder."""
-    dataset: str
-    """A LeRobotDataset's name."""
-    root: Path | None = None
-    """Its folder, where it is local."""
-    revision: str | None = None
-    """Its branch, tag or commit on the Hub."""
-    model_revision: str | None = None
-    """The model's branch, tag or commit on the Hub."""
-    output: Path | None = None
-    """The cache; named after the dataset, in the current folder, where None."""
-    episodes: str | None = None
-    """Such as ``0:100`` or ``0,3,5:8``; all where None."""
-    cameras: tuple[str, ...] | None = None
-    """Keys in the order of the views; all of the dataset's where None."""
-    views: Views = "joint"
-    """Whether a frame's cameras are views of one scene."""
-    process_res: int = 504
-    """Longest side of what the network sees, pixels."""
-    grid: str = "patch"
-    """``patch``, ``native`` or ``HxW``."""
-    outputs: tuple[str, ...] = DEFAULT_OUTPUTS
-    """What is cached."""
-    codec: CodecName = "raw"
-    """How it is stored: as it is, or compressed without loss."""
-    batch_size: int | Literal["auto"] | None = None
-    """Frames a forward; ``auto`` finds out; 16 on an accelerator and 4 on a CPU where None."""
-    num_workers: int | None = None
-    """Processes that decode and preprocess; as many as there are cores to spare, at most 8, where None."""
-    device: str | None = None
-    """Such as ``cuda:1`` or ``cpu``; the process's own accelerator where None."""
-    dtype: ComputeDtype | None = None
-    """Of the backbone; ``bf16`` on CUDA and ``fp32`` elsewhere where None."""
-    dry_run: bool = False
-    """Print the plan, write nothing."""
-    overwrite: bool = False
-    """Replace a cache that is there."""
+    Raises:
+        UserInputError: a number is out of range, or a list is empty.
+    """
+
+    model: Annotated[str, Option(help="A DA3 name such as DA3-LARGE, a Hub id, or a folder.")]
+    dataset: Annotated[str, Option(help="A LeRobotDataset on the Hub; with --root, the name of that folder.")]
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="The cache.", show_default="the dataset's name + .zarr")
+    ] = None
+    dry_run: Annotated[bool, Option("--dry-run", help="Print frames, bytes and time; write nothing.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing cache.")] = False
+
+    root: Annotated[
+        Path | None,
+        _dataset(help="The dataset's folder, if it is on this machine.", metavar="DIR"),
+    ] = None
+    revision: Annotated[str | None, _dataset(help="The dataset's branch, tag or commit.", metavar="REV")] = None
+    episodes: Annotated[str | None, _dataset(help="Such as 0:100 or 0,3,5:8.", show_default="all")] = None
+    cameras: Annotated[
+        tuple[str, ...] | None,
+        _dataset(help="Keys in the order of the views; the first is the reference.", show_default="all"),
+        FromText(_parse_names),
+    ] = None
+    tolerance_s: Annotated[
+        float, _dataset(help="How far the time stamp of a video's frame may be off, as in lerobot-train.", metavar="S")
+    ] = 1e-4
+
+    views: Annotated[
+        Literal["joint", "independent"],
+        _geometry(help="Encode a frame's cameras as views of one scene, or each camera alone."),
+    ] = "joint"
+    process_res: Annotated[int, _geometry(help="Longest side of what the network sees, in pixels.")] = 504
+    grid: Annotated[str, _geometry(help="patch, native, or cells such as 14x14.")] = "patch"
+    outputs: Annotated[
+        tuple[str, ...],
+        _geometry(help="Any of ray, ray_conf, depth, depth_conf."),
+        FromText(_parse_names),
+    ] = ("ray", "ray_conf")
+    codec: Annotated[
+        Literal["raw", "zstd"],
+        _geometry(help="How maps are stored. zstd: the same numbers in fewer bytes, slower to read."),
+    ] = "raw"
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None,
+        _geometry(help="Precision of the backbone.", show_default="bf16 on CUDA, fp32 otherwise"),
+    ] = None
+    model_revision: Annotated[str | None, _geometry(help="The model's branch, tag or commit.", metavar="REV")] = None
+
+    device: Annotated[
+        str | None,
+        _machine(help="Such as cuda:1 or cpu.", show_default="the GPU if there is one"),
+    ] = None
+    batch_size: Annotated[
+        int | Literal["auto"] | None,
+        _machine(
+            help="Frames per forward pass, or auto: as many as fit and help.",
+            metavar="N|auto",
+            show_default="16 on a GPU, 4 on a CPU",
+        ),
+        FromText(_parse_batch_size),
+    ] = None
+    num_workers: Annotated[
+        int | None,
+        _machine(help="Decoding processes.", show_default="the spare cores, up to 8"),
+    ] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise UserInputError(f"batch-size: expected at least 1, or auto, got {self.batch_size}")
         if self.num_workers is not None and self.num_workers < 0:
             raise UserInputError(f"num-workers: expected at least 0, got {self.num_workers}")
+        if not 0 < self.tolerance_s < math.inf:
+            raise UserInputError(f"tolerance-s: expected a positive number of seconds, got {self.tolerance_s}")
+        if self.cameras == ():
+            raise UserInputError("cameras: expected at least one key, got none: leave the option out to use all")
 
     @property
     def output_path(self) -> Path:
         """The cache's path."""
         return self.output or Path(self.dataset.rstrip("/").rpartition("/")[2] + ".zarr")
+
+
+def recorded_options() -> tuple[str, ...]:
+    """Return the names of the options that a run.yaml file may hold, in the order of the fields."""
+    return tuple(field.name for field in fields(ExtractOptions) if field.name not in NOT_RECORDED)

@@ -1,4 +1,4 @@
-"""What an extraction will take: rows, bytes, and, measured on a few batches, time."""
+"""What an extraction will cost: rows, bytes, and time, which is measured on a few batches."""
 
 import shutil
 import time
@@ -11,7 +11,7 @@ from geomcache.cache.codecs import Codec
 from geomcache.cache.layout import shards_nbytes
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import GeomcacheError, OutOfSpaceError
-from geomcache.extraction.decoding import Decoder
+from geomcache.extraction.decoding import BatchDecoder
 from geomcache.frames.source import FrameDataset
 from geomcache.geometry import GeometrySpec
 from geomcache.progress import human_bytes, human_time
@@ -23,7 +23,11 @@ TIMED_BATCHES = 3
 def describe_plan(
     path: Path, dataset: FrameDataset, encoder: DA3Encoder, rows: list[tuple[int, int]], batch_size: int, codec: Codec
 ) -> Iterator[str]:
-    """Lines on what a run would do. A few batches are decoded and encoded, one after the other, for the time."""
+    """Yield lines about what a run would do; a few batches are decoded and encoded, one by one, to estimate the time.
+
+    Raises:
+        GeomcacheError: a frame cannot be decoded, or the encoder fails on it.
+    """
     spec, frames = encoder.spec, count_rows(rows)
     yield f"dataset   {dataset.spec.repo_id}: {dataset.spec.episodes} episodes, {dataset.spec.frames} frames"
     yield f"frames    {frames}"
@@ -33,32 +37,39 @@ def describe_plan(
     yield f"grid      {cells} ({spec.grid} at {spec.process_res} px), {', '.join(spec.outputs)}, {spec.storage_dtype}"
     size = human_bytes(shards_nbytes(spec, frames)) + (f", less what {codec.name} saves" if codec.compresses else "")
     yield f"output    {path}: {size}; free {human_bytes(_free_bytes(path))}"
-    start, stop = rows[0]
-    count = min(batch_size, stop - start)
-    decoder = Decoder(dataset.reader, encoder.preprocessor)
-    decode_s, encode_s = [], []
-    for number in range(1 + TIMED_BATCHES):
-        first = start + number * count % (stop - start - count + 1)
-        work = decoder[first, first + count]
-        if isinstance(work, GeomcacheError):
-            raise work
-        began = time.perf_counter()
-        encoder.forward(work.inputs).ray.cpu()  # the copy waits for the device
-        if number:  # the first warms up
-            encode_s.append((time.perf_counter() - began) / count)
-            decode_s.append((work.decode_s + work.preprocess_s) / count)
-    encode, decode = float(np.median(encode_s)), float(np.median(decode_s))
+    encode_s, decode_s = _time_batches(dataset, encoder, rows[0], batch_size)
     yield (
-        f"time      about {human_time(frames * encode)} for this process, {1e3 * encode:.0f} ms a frame;"
-        f" decoding takes {1e3 * decode:.0f} ms a frame in each worker beside it"
+        f"time      about {human_time(frames * encode_s)} for this process, {1e3 * encode_s:.0f} ms a frame;"
+        f" decoding takes {1e3 * decode_s:.0f} ms a frame in each worker, in parallel"
     )
 
 
+def _time_batches(
+    dataset: FrameDataset, encoder: DA3Encoder, rows: tuple[int, int], batch_size: int
+) -> tuple[float, float]:
+    """Return the median seconds a frame of encoding, and of decoding with preprocessing."""
+    start, stop = rows
+    count = min(batch_size, stop - start)
+    decoder = BatchDecoder(dataset.reader, encoder.preprocessor)
+    encode_s, decode_s = [], []
+    for number in range(1 + TIMED_BATCHES):
+        first = start + number * count % (stop - start - count + 1)
+        batch = decoder.decode(first, first + count)
+        if isinstance(batch, GeomcacheError):
+            raise batch
+        began = time.perf_counter()
+        encoder.forward(batch.inputs).ray.cpu()  # the copy waits for the device
+        if number:  # the first warms up
+            encode_s.append((time.perf_counter() - began) / count)
+            decode_s.append((batch.decode_s + batch.preprocess_s) / count)
+    return float(np.median(encode_s)), float(np.median(decode_s))
+
+
 def require_space(path: Path, spec: GeometrySpec, frames: int, codec: Codec) -> None:
-    """See that there is room for so many frames more. Nobody knows before how much compressed ones take.
+    """Require room for so many more frames. The size of compressed ones is not known beforehand, so those pass.
 
     Raises:
-        OutOfSpaceError: there is not.
+        OutOfSpaceError: the file system has too little free space.
     """
     if codec.compresses:
         return

@@ -1,95 +1,57 @@
 """Stage one: every frame of a dataset through the encoder, once, into a cache.
 
-    decode workers            main thread           writer thread
-    pictures -> input  ───►   DA3 forward   ───►    shard in memory -> disk -> journal
+    decode workers                       main thread                writer thread
+    row range -> pictures -> input  ──►  input -> geometry  ──►     geometry -> shard -> disk -> journal
+    workers.decode                       encoding.BatchEncoder      writer_thread.ShardWriterThread
 
-The three overlap. The writer hands out shards of consecutive rows; decoding runs ahead of the forward by a few batches,
-and a bounded queue stands between the forward and the writing, so that memory does not grow with the dataset. Several
-processes (accelerate, array jobs, a command given twice) share a cache by claiming its shards; none waits for another
-until nothing is left to claim.
+The three overlap. The cache's writer hands out shards of consecutive rows; decoding runs ahead of the encoder by a few
+batches, and a bounded queue stands between the encoder and the writing, so that memory does not grow with the dataset.
+Several processes (accelerate, array jobs, a command run twice) share a cache by claiming its shards; none waits for
+another until nothing is left to claim.
 """
 
-import os
+import logging
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Self
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from geomcache.cache.codecs import Codec
 from geomcache.cache.writer import Claim, StoreWriter
-from geomcache.da3.encoder import DA3Encoder, PendingGeometry
-from geomcache.errors import (
-    NonFiniteGeometryError,
-)
-from geomcache.extraction.batch_size import find_batch_size, is_out_of_memory, memory_error
-from geomcache.extraction.decoding import Batches, ForkServer, Work, decode, naming_worker_death
+from geomcache.da3.encoder import DA3Encoder
+from geomcache.extraction.batch_size import find_batch_size
+from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
+from geomcache.extraction.encoding import BatchEncoder
+from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import describe_plan, require_space
+from geomcache.extraction.process import Process
+from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import resolve, write_run_config
-from geomcache.extraction.sink import ShardSink
+from geomcache.extraction.workers import ForkServer, claimed_ranges, decode, naming_worker_death
+from geomcache.extraction.writer_thread import ShardWriterThread
 from geomcache.frames.source import FrameDataset, open_dataset
-from geomcache.progress import Progress, Say, human_bytes, human_time, silent
-from geomcache.ranges import count_rows
+from geomcache.progress import Progress
+from geomcache.ranges import count_rows, format_ranges
 
-POLL_S = 0.5  # how often a process that has nothing left to do looks after the others' shards
+__all__ = ["ExtractReport", "extract"]
 
+logger = logging.getLogger(__name__)
 
-@dataclass(kw_only=True)
-class ExtractReport:
-    """What this process did; `frames_total` is of all processes and runs together."""
-
-    path: Path
-    frames_total: int = 0
-    """Frames that were asked for, and those of shards that had to be made again; all in the cache now."""
-    frames: int = 0
-    shards: int = 0
-    views: int = 0
-    nbytes: int = 0
-    workers: int = 0
-    """Decoding processes."""
-    seconds: float = 0.0
-    decode_s: float = 0.0
-    """Of all decoding processes together; so is `preprocess_s`."""
-    preprocess_s: float = 0.0
-    encode_s: float = 0.0
-    write_s: float = 0.0
-
-    def lines(self) -> list[str]:
-        """For the user."""
-        if not self.frames:
-            return [f"{self.path}: complete, {self.frames_total} frames; nothing to do"]
-        processes = max(1, self.workers)
-        shares = (
-            f"encode {self.encode_s / self.seconds:.0%}, write {self.write_s / self.seconds:.0%},"
-            f" decode {self.decode_s / self.seconds / processes:.0%}"
-            f" and preprocess {self.preprocess_s / self.seconds / processes:.0%} of {processes} process(es)"
-        )
-        return [
-            f"{self.path}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"
-            f" shards, {human_time(self.seconds)}, {self.views / self.seconds:.1f} views/s",
-            f"busy, of that time: {shares}",
-        ]
+POLL_S = 0.5  # how often a process with nothing left to claim checks the shards of the others
+WAIT_LINE_S = 30.0  # between lines about shards that other processes hold
+GPU_BATCH, CPU_BATCH = 16, 4  # frames per forward pass
 
 
-def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
-    """Run stage one.
-
-    Args:
-        options: what is asked for.
-        say: takes each line for the user.
+def extract(options: ExtractOptions) -> ExtractReport:
+    """Run stage one; what the user should know on the way is logged.
 
     Raises:
-        GeomcacheError: of the kind that says what is wrong; shards written before are kept.
+        GeomcacheError: the run cannot start or continue; shards that were already written are kept.
     """
-    process, codec = _Process.current(), Codec.of(options.codec)
-    workers = _default_workers(process) if options.num_workers is None else options.num_workers
+    began = time.perf_counter()
+    process = Process.current()
+    workers = process.default_workers if options.num_workers is None else options.num_workers
     server = ForkServer() if workers and not options.dry_run else None
     dataset, episodes = open_dataset(
         options.dataset,
@@ -97,8 +59,23 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
         revision=options.revision,
         cameras=options.cameras,
         episodes=options.episodes,
+        tolerance_s=options.tolerance_s,
     )
-    encoder = DA3Encoder.from_pretrained(
+    encoder = _load_encoder(options, dataset, process)
+    batch_size = _choose_batch_size(options, encoder, process)
+    rows = dataset.rows(episodes)
+    if options.dry_run:
+        for line in describe_plan(options.output_path, dataset, encoder, rows, batch_size, Codec.of(options.codec)):
+            logger.info(line)
+        return ExtractReport(path=options.output_path)
+    with _open_writer(options, dataset, encoder, rows, process) as writer:
+        total = _announce(writer, options, process)
+        run = _Run(dataset, encoder, writer, batch_size, workers, server, process, began)
+        return run.until_sealed(total)
+
+
+def _load_encoder(options: ExtractOptions, dataset: FrameDataset, process: Process) -> DA3Encoder:
+    return DA3Encoder.from_pretrained(
         options.model,
         cameras=dataset.cameras,
         revision=options.model_revision,
@@ -109,40 +86,54 @@ def extract(options: ExtractOptions, *, say: Say = print) -> ExtractReport:
         device=options.device or process.device,
         dtype=options.dtype,
     )
-    if options.batch_size == "auto":
-        batch_size = find_batch_size(encoder, say if process.is_main else silent)
-    else:
-        batch_size = options.batch_size or (4 if encoder.device.type == "cpu" else 16)
-    rows = dataset.rows(episodes)
-    if options.dry_run:
-        for line in describe_plan(options.output_path, dataset, encoder, rows, batch_size, codec):
-            say(line)
-        return ExtractReport(path=options.output_path)
+
+
+def _choose_batch_size(options: ExtractOptions, encoder: DA3Encoder, process: Process) -> int:
+    if options.batch_size != "auto":
+        return options.batch_size or (CPU_BATCH if encoder.device.type == "cpu" else GPU_BATCH)
+    batch_size, reason = find_batch_size(encoder)
+    if process.is_main:
+        logger.info("batch size %d: %s", batch_size, reason)
+    return batch_size
+
+
+def _open_writer(
+    options: ExtractOptions,
+    dataset: FrameDataset,
+    encoder: DA3Encoder,
+    rows: Sequence[tuple[int, int]],
+    process: Process,
+) -> StoreWriter:
+    """Create the cache, or open the one that exists; shards that lack a file count as missing."""
+    codec = Codec.of(options.codec)
     if not options.output_path.exists():
         require_space(options.output_path, encoder.spec, count_rows(rows), codec)
-    with process.main_first():  # the others find what the main process made, also where it overwrote a cache
-        writer = StoreWriter.create_or_open(
-            options.output_path,
-            encoder.spec,
-            dataset.spec,
-            dataset.reader.episode_length,
-            rows,
-            codec=codec,
-            overwrite=options.overwrite and process.is_main,
+
+    def open_writer(*, overwrite: bool) -> StoreWriter:
+        path, lengths = options.output_path, dataset.reader.episode_length
+        return StoreWriter.create_or_open(
+            path, encoder.spec, dataset.spec, lengths, rows, codec=codec, overwrite=overwrite
         )
-    with writer:
-        if process.is_main:
-            note = write_run_config(writer.path, resolve(options, encoder.spec, dataset.spec))
-            if note is not None:
-                say(note)
-        done, total = writer.frames_done(), count_rows(writer.wanted)
-        if process.is_main:
-            if writer.removed_leftovers:
-                say(f"{writer.path}: removed {writer.removed_leftovers} left-over files of an interrupted run")
-            if 0 < done < total:
-                say(f"{writer.path}: {done} of {total} frames are there; going on with the rest")
-        require_space(writer.path, encoder.spec, total - done, codec)
-        return _Run(dataset, encoder, writer, batch_size, workers, server, process, say).until_sealed(total)
+
+    with process.main_first():  # the others open what the main process has created or replaced
+        writer = open_writer(overwrite=options.overwrite and process.is_main)
+        if process.is_main and drop_missing_shards(writer):
+            writer.close()
+            writer = open_writer(overwrite=False)  # now it wants the rows of those shards, too
+        return writer
+
+
+def _announce(writer: StoreWriter, options: ExtractOptions, process: Process) -> int:
+    """Record the options, log what exists already, and require space for the rest; return the rows in total."""
+    done, total = writer.frames_done(), count_rows(writer.wanted)
+    if process.is_main:
+        write_run_config(writer.path, resolve(options, writer.spec, writer.dataset))
+        if writer.removed_leftovers:
+            logger.info("%s: removed %d stale files of an interrupted run", writer.path, writer.removed_leftovers)
+        if 0 < done < total:
+            logger.info("%s: %d of %d frames exist; resuming with the rest", writer.path, done, total)
+    require_space(writer.path, writer.spec, total - done, Codec.of(options.codec))
+    return total
 
 
 class _Run:
@@ -156,161 +147,81 @@ class _Run:
         batch_size: int,
         workers: int,
         server: ForkServer | None,
-        process: "_Process",
-        say: Say,
+        process: Process,
+        began: float,
     ) -> None:
-        self.dataset, self.encoder, self.writer = dataset, encoder, writer
-        self.batch_size, self.server, self.process, self.say = batch_size, server, process, say
-        self.together = batch_size  # frames a forward; fewer once memory has run out
-        self.report = ExtractReport(path=writer.path, workers=workers)
+        self._dataset, self._encoder, self._writer = dataset, encoder, writer
+        self._batch_size, self._server, self._process, self._began = batch_size, server, process, began
+        self._stage = BatchEncoder(encoder, batch_size, dataset.reader.locate)
+        self._first_encoded: float | None = None  # when the first batch was encoded: the end of the start-up
+        self._waiting_logged = time.monotonic()
+        self._report = ExtractReport(path=writer.path, workers=workers)
 
     def until_sealed(self, total: int) -> ExtractReport:
-        """Work until every row that was asked for is durable, by whoever, and the cache is sealed."""
-        report, began = self.report, time.perf_counter()
+        """Work until every requested row is durable, no matter which process wrote it, and the cache is sealed."""
+        report, began = self._report, time.perf_counter()
         report.frames_total = total
-        views = len(self.dataset.cameras)
-        with Progress(total, views, self.writer.frames_done, show=self.process.is_main, say=self.say) as progress:
+        views = len(self._dataset.cameras)
+        with Progress(total, views, self._writer.frames_done, show=self._process.is_main) as progress:
             while True:
-                first = self.writer.claim()
+                first = self._writer.claim()
                 if first is not None:
-                    self._work(first, progress)
-                elif self.writer.pending():
-                    time.sleep(POLL_S)  # others hold the rest; what they lose by dying can be claimed
+                    self._make_shards(first, progress)
+                elif pending := self._writer.pending():
+                    time.sleep(POLL_S)  # other processes hold the rest; if one dies, its shards can be claimed
                     progress.update(unwritten=0, nbytes=report.nbytes)
+                    self._log_wait(pending)
                 else:
                     break
-            self.writer.seal()
+            self._writer.seal()
         report.seconds = time.perf_counter() - began
         report.views = report.frames * views
+        report.encode_s = self._stage.encode_s
         return report
 
-    def _work(self, first: Claim, progress: Progress) -> None:
-        """Encode and write `first` and all that can be claimed after it."""
-        report, encoded = self.report, 0
-        on_gpu = self.encoder.device.type == "cuda"
-        ahead = 1 if on_gpu else 0  # forwards that a GPU has to do while the one before them is read and written
-        flying: deque[_Flight] = deque()
-        with ShardSink(self.writer, self.encoder.spec) as sink, naming_worker_death():
+    def _log_wait(self, pending: Sequence[int]) -> None:
+        """Say now and then that shards are waited for, and which."""
+        now = time.monotonic()
+        if self._process.is_main and now - self._waiting_logged >= WAIT_LINE_S:
+            self._waiting_logged = now
+            logger.info("waiting for shards that other processes hold: %s", format_ranges(np.array(pending)))
 
-            def land(most: int) -> None:
-                nonlocal encoded
-                while len(flying) > most:
-                    began = time.perf_counter()
-                    flight = flying.popleft()
-                    maps = self._land(flight)
-                    report.encode_s += time.perf_counter() - began
-                    sink.put(maps)
-                    encoded += flight.stop - flight.start
-                    progress.update(unwritten=encoded - sink.frames_written, nbytes=report.nbytes + sink.nbytes_written)
-
-            batches = Batches(self.writer, first, sink, self.batch_size)
-            for work in decode(
-                self.dataset.reader,
-                self.encoder.preprocessor,
-                batches,
+    def _make_shards(self, first: Claim, progress: Progress) -> None:
+        """Decode, encode and write `first`, and every shard that can be claimed after it."""
+        report, frames_encoded = self._report, 0
+        with ShardWriterThread(self._writer) as thread, naming_worker_death():
+            ranges = claimed_ranges(self._writer, first, self._batch_size, on_claim=thread.expect)
+            batches = decode(
+                BatchDecoder(self._dataset.reader, self._encoder.preprocessor),
+                ranges,
                 report.workers,
-                server=self.server,
-                pin_memory=on_gpu,
-            ):
-                report.decode_s += work.decode_s
-                report.preprocess_s += work.preprocess_s
-                for flight in self._launch(work):
-                    flying.append(flight)
-                    land(ahead)
-            land(0)
-        report.frames += sink.frames_written
-        report.shards += sink.shards_written
-        report.nbytes += sink.nbytes_written
-        report.write_s += sink.write_s
+                server=self._server,
+                pin_memory=self._encoder.device.type == "cuda",
+            )
+            for encoded in self._stage.encode(self._timed(batches)):
+                thread.put(encoded.maps)
+                self._count(encoded.stop - encoded.start)
+                frames_encoded += encoded.stop - encoded.start
+                progress.update(
+                    unwritten=frames_encoded - thread.frames_written, nbytes=report.nbytes + thread.nbytes_written
+                )
+        if self._first_encoded is not None:
+            report.steady_s = time.perf_counter() - self._first_encoded
+        report.frames += thread.frames_written
+        report.shards += thread.shards_written
+        report.nbytes += thread.nbytes_written
+        report.write_s += thread.write_s
 
-    def _launch(self, work: Work) -> Iterator["_Flight"]:
-        """Forwards of a batch: one, or several where memory did not suffice for one."""
-        start = work.start
-        while start < work.stop:
-            stop = min(start + self.together, work.stop)
-            began = time.perf_counter()
-            pending = self._try(work, start, stop)
-            self.report.encode_s += time.perf_counter() - began
-            if pending is None:
-                self._halve(stop - start)
-            else:
-                yield _Flight(start, stop, pending)
-                start = stop
+    def _timed(self, batches: Iterable[NetworkBatch]) -> Iterator[NetworkBatch]:
+        for batch in batches:
+            self._report.decode_s += batch.decode_s
+            self._report.preprocess_s += batch.preprocess_s
+            yield batch
 
-    def _try(self, work: Work, start: int, stop: int) -> PendingGeometry | None:
-        """Begin with the geometry of these rows; None where memory does not suffice."""
-        rows = slice(start - work.start, stop - work.start)
-        inputs = [view[rows] for view in work.inputs] if isinstance(work.inputs, list) else work.inputs[rows]
-        try:
-            return self.encoder.launch(inputs)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        return None  # outside of the handler: what the traceback held of the device's memory is free again
-
-    def _land(self, flight: "_Flight") -> dict[str, NDArray[np.float16]]:
-        try:
-            return {name: values.numpy() for name, values in flight.pending.result().items()}
-        except NonFiniteGeometryError as error:
-            places = "; ".join(self._place(flight.start + b, view, name) for b, view, name in error.places[:4])
-            raise NonFiniteGeometryError(
-                f"{places}: the encoder gave NaN: check the weights, or try --dtype fp32", error.places
-            ) from error
-
-    def _halve(self, frames: int) -> None:
-        if frames == 1:
-            raise memory_error(self.encoder)
-        self.together = frames // 2
-        if self.encoder.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.say(f"{self.encoder.device}: out of memory with {frames} frames a forward; going on with {self.together}")
-
-    def _place(self, index: int, view: int, output: str) -> str:
-        episode, frame = self.dataset.reader.locate(index)
-        return f"episode {episode} frame {frame} camera {self.encoder.spec.camera_keys[view]} {output}"
-
-
-class _Flight(NamedTuple):
-    """Consecutive rows whose geometry is being computed."""
-
-    start: int
-    stop: int
-    pending: PendingGeometry
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Process:
-    """Where we stand among the processes that `accelerate launch` started."""
-
-    is_main: bool = True
-    count: int = 1
-    local_count: int = 1
-    device: torch.device | None = None
-    """The accelerator that is this process's; None lets the encoder choose."""
-
-    @classmethod
-    def current(cls) -> Self:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls()
-        from accelerate import PartialState
-
-        # Without GPUs accelerate takes processes for one another's strangers unless it is told to use the CPU.
-        state = PartialState(cpu=not torch.cuda.is_available())
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return cls(is_main=state.is_main_process, count=state.num_processes, local_count=local, device=state.device)
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main process goes through the block before the others enter it."""
-        if self.count == 1:
-            yield
-            return
-        from accelerate import PartialState
-
-        with PartialState().main_process_first():
-            yield
-
-
-def _default_workers(process: _Process) -> int:
-    cores = len(os.sched_getaffinity(0)) // process.local_count
-    return max(1, min(8, cores - 1))
+    def _count(self, frames: int) -> None:
+        """Count encoded frames; the first ones end the start-up."""
+        if self._first_encoded is None:
+            self._first_encoded = time.perf_counter()
+            self._report.startup_s = self._first_encoded - self._began
+        else:
+            self._report.steady_views += frames * len(self._dataset.cameras)

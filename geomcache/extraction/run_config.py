@@ -1,48 +1,53 @@
-"""The options of an extraction as a file: `extract` writes them beside its cache, and `--config` reads them back.
+"""The options of an extraction as a file: `extract` writes them next to its cache, and `--config` reads them back.
 
     model: DA3-LARGE
     dataset: HuggingFaceVLA/libero
     cameras: [observation.images.image, observation.images.image2]
     episodes: 0:100
 
-Keys are the command's options with ``_`` for ``-``. Values are read as text, as the command line has them: YAML itself
-takes ``1:30`` for 90, and ``no`` for false. The command line parses them, and has the last word.
+Keys are the fields of `ExtractOptions`: the command's options with ``_`` for ``-``. Values are read as text, as they
+would be typed: YAML itself reads ``1:30`` as 90, and ``no`` as false. The command line parses them, and its own options
+win.
 
-What is written says which revisions, cameras and dtype a run took, so that it can be repeated elsewhere and later; what
-a machine chooses for itself (device, workers, batch size) only where it was asked for.
+What is written says which revisions, cameras and dtype a run used, so that it can be repeated elsewhere and later. What
+depends on the machine (device, workers, batch size) is written only if it was given.
 """
 
 import contextlib
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geomcache.cache import durable, locks
+from geomcache.cache.commands import extract_settings
 from geomcache.cache.header import LOCK
 from geomcache.errors import UserInputError, did_you_mean, one_line
+from geomcache.extraction.options import ExtractOptions, recorded_options
 
 if TYPE_CHECKING:
-    from geomcache.extraction.options import ExtractOptions
     from geomcache.geometry import DatasetSpec, GeometrySpec
+
+logger = logging.getLogger(__name__)
 
 HEADER = "# Written by `geomcache extract`; `geomcache extract --config` of this file repeats the run.\n"
 SUFFIX = ".run.yaml"
 
 
 def run_config_path(cache: Path) -> Path:
-    """Where the options of a cache's last run are: ``libero.zarr`` -> ``libero.run.yaml``, beside it."""
+    """Return where the options of a cache's last run are: ``libero.zarr`` -> ``libero.run.yaml``, next to it."""
     return cache.with_name(cache.name.removesuffix(".zarr") + SUFFIX)
 
 
 def read_run_config(file: Path, known: Collection[str]) -> dict[str, str]:
-    """Options in a file, as text; lists become what the command line takes, parts with commas between.
+    """Read options from a file, as text; a list becomes what would be typed, its parts joined by commas.
 
     Args:
         file: a YAML mapping.
-        known: options that may be in it.
+        known: names of the options that may be in it.
 
     Raises:
-        UserInputError: it cannot be read, is no such mapping, or has an unknown or repeated key or a nested value.
+        UserInputError: it cannot be read, is not a mapping, or has an unknown or repeated key or a nested value.
     """
     import yaml
 
@@ -76,49 +81,44 @@ def read_run_config(file: Path, known: Collection[str]) -> dict[str, str]:
     return options
 
 
-def resolve(options: "ExtractOptions", spec: "GeometrySpec", dataset: "DatasetSpec") -> dict[str, object]:
-    """What a run was asked for and what it took where that was left to it, as YAML types, without the defaults."""
-    local_model = spec.model_revision is None
-    chosen: dict[str, object] = {
-        "model": str(Path(options.model).expanduser().absolute()) if local_model else options.model,
-        "model_revision": spec.model_revision,
+def resolve(options: ExtractOptions, spec: "GeometrySpec", dataset: "DatasetSpec") -> dict[str, object]:
+    """Return the options as YAML types, with what the run chose itself filled in, and without those left to choose."""
+    resolved: dict[str, object] = {
+        **{name: getattr(options, name) for name in recorded_options()},
+        **extract_settings(spec, dataset, options.codec),
         "dataset": options.dataset,
-        "root": options.root and str(options.root.expanduser().absolute()),
-        "revision": options.revision if options.root else dataset.revision or options.revision,
-        "output": str(options.output_path.absolute()),
-        "episodes": options.episodes,
-        "cameras": list(spec.camera_keys),
-        "views": spec.views,
-        "process_res": spec.process_res,
-        "grid": spec.grid,
-        "outputs": list(spec.outputs),
-        "codec": options.codec,
-        "dtype": spec.compute_dtype,
-        "batch_size": options.batch_size,
-        "num_workers": options.num_workers,
-        "device": options.device,
+        "model": options.model,
+        "output": options.output_path.absolute(),
     }
-    return {name: value for name, value in chosen.items() if value is not None}
+    if spec.model_revision is None:  # a folder
+        resolved["model"] = Path(options.model).expanduser().absolute()
+    if options.root:
+        resolved["root"] = options.root.expanduser().absolute()
+        resolved["revision"] = options.revision
+    else:
+        resolved["revision"] = dataset.revision or options.revision
+    return {name: _yaml_value(resolved[name]) for name in recorded_options() if resolved[name] is not None}
 
 
-def write_run_config(cache: Path, options: dict[str, object]) -> str | None:
-    """Write a run's options beside its cache, atomically. A file that a user wrote there stays.
+def _yaml_value(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
-    Returns:
-        What the user should know, if anything.
-    """
+
+def write_run_config(cache: Path, options: dict[str, object]) -> None:
+    """Write a run's options next to its cache, atomically. A file that the user wrote there stays, with a warning."""
     import yaml
 
     path = run_config_path(cache)
     content = HEADER.encode() + yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=10_000).encode()
-    # Jobs that share a cache come here at the same time, with the same name for the draft.
+    # Jobs that share a cache arrive here at the same time, with the same name for the draft.
     with contextlib.closing(locks.LockFile(cache / LOCK)) as lock, lock.exclusive():
         try:
-            there = path.read_bytes()
+            previous = path.read_bytes()
         except FileNotFoundError:
-            there = None
-        if there is not None and not there.startswith(HEADER.encode()):
-            return f"{path}: not written by geomcache, left as it is; this run's options are not kept"
-        if there != content:
+            previous = None
+        if previous is not None and not previous.startswith(HEADER.encode()):
+            logger.warning("%s: not written by geomcache, left as it is; this run's options are not recorded", path)
+        elif previous != content:
             durable.replace_file(path, content)
-    return None

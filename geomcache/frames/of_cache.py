@@ -1,4 +1,4 @@
-"""The dataset that a cache was made of: found, compared with the cache, and read for its pictures."""
+"""Find the dataset that a cache was made from, compare it with the cache, and read its images."""
 
 from pathlib import Path
 
@@ -20,27 +20,27 @@ def open_pictures(
     root: Path | None,
     revision: str | None,
 ) -> FrameReader:
-    """Find the pictures of these episodes (sorted, at least one).
+    """Return a reader of the images of these episodes (sorted, at least one).
 
     Args:
         store: the cache.
-        episodes: whose files are needed; on the Hub, they are fetched.
-        dataset: its name; the cache's where None.
-        root: its folder, where it is local.
-        revision: its branch, tag or commit on the Hub; the cache's where None.
+        episodes: whose files are needed; they are downloaded if the dataset is on the Hub.
+        dataset: its name; None for the cache's.
+        root: its folder, if it is on this machine.
+        revision: its branch, tag or commit on the Hub; None for the cache's.
 
     Raises:
-        DatasetNotFoundError: it is not at hand.
+        DatasetNotFoundError: there is no such dataset.
         DatasetError: it cannot be read.
-        CacheMismatchError: it is not the dataset that the cache was made of.
+        CacheMismatchError: it is not the dataset that the cache was made from.
     """
-    found, _ = open_dataset(
+    opened, _ = open_dataset(
         dataset or store.dataset.repo_id,
         root=root,
         revision=revision if revision or root else store.dataset.revision,
         cameras=store.spec.camera_keys,
         episodes=format_ranges(episodes),
     )
-    compare_cameras(store.spec, {camera.key: camera for camera in found.cameras})
-    compare_datasets(store.dataset, found.spec)
-    return found.reader
+    compare_cameras(store.spec, {camera.key: camera for camera in opened.cameras})
+    compare_datasets(store.dataset, opened.spec)
+    return opened.reader

@@ -1,10 +1,11 @@
-"""Pictures of a LeRobotDataset (v3.0), in index order: the only place that decodes pictures in stage one.
+"""The images of a LeRobotDataset (v3.0), in the order of its rows: the only place that decodes images in stage one.
 
-`FrameReader.read` gives the pictures of consecutive rows. A reader holds paths and the episode table, no open file: it
-travels to worker processes by pickling.
+`FrameReader.read` returns the images of consecutive rows. A reader holds paths and the episode table, but no open file:
+it is pickled to reach the worker processes.
 
-Video is decoded through LeRobot's `decode_video_frames` with PyAV, whatever else is installed: the FFmpeg libraries
-come with PyAV's wheel, so that one lock file gives the same pixels on every machine.
+Video is decoded by LeRobot's `decode_video_frames` with PyAV, even if torchcodec is installed: the FFmpeg libraries
+come with PyAV's wheel, so that one lock file gives the same pixels on every machine. Embedded images are decoded as the
+`datasets` library does it, which LeRobot trains with.
 """
 
 import io
@@ -24,32 +25,32 @@ if TYPE_CHECKING:
 
 DECODER = "pyav"
 TOLERANCE_S = 1e-4  # LeRobotDataset's default
-COORDINATES = ("index", "episode_index", "frame_index", "timestamp")
+COORDINATES = {"index": np.int64, "episode_index": np.int64, "frame_index": np.int64, "timestamp": np.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameBatch:
-    """Pictures of consecutive rows."""
+    """The images of consecutive rows."""
 
     start: int
-    """Index of the first row."""
+    """The first row."""
     images: tuple[NDArray[np.uint8], ...]
-    """For each camera [n, H, W, 3], RGB."""
+    """One array per camera, [n, H, W, 3], RGB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoColumn:
-    """Where each episode's frames of one camera lie."""
+    """Where one camera's frames of each episode are."""
 
     paths: tuple[str, ...]
-    """The camera's files, relative to the dataset's folder."""
+    """The camera's video files, relative to the dataset's folder."""
     file: NDArray[np.int64]  # [E] into `paths`
     from_timestamp: NDArray[np.float64]  # [E] seconds
 
 
 @dataclass(kw_only=True)
 class FrameReader:
-    """Reads pictures of consecutive rows. Picklable; files are opened where it is used."""
+    """Reads the images of consecutive rows. Can be pickled: it opens files in the process that uses it."""
 
     root: Path
     cameras: tuple[Camera, ...]
@@ -58,23 +59,25 @@ class FrameReader:
     data_paths: tuple[str, ...]
     data_file: NDArray[np.int64]  # [E] into `data_paths`
     videos: dict[str, VideoColumn]
-    """By camera key; cameras that are not here are stored as images in the data files."""
+    """By camera key; the other cameras are stored as images in the data files."""
+    tolerance_s: float = TOLERANCE_S
+    """How far the time stamp of a video's frame may be from the one asked for, in seconds, as LeRobot means it."""
     _table: tuple[tuple[int, int], "pa.Table"] | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_table": None}
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(episode, frame) of a row."""
+        """Return the (episode, frame) of a row."""
         episode = int(np.searchsorted(self.episode_start, index, side="right")) - 1
         return episode, index - int(self.episode_start[episode])
 
     def read(self, start: int, stop: int) -> FrameBatch:
-        """Pictures of the rows `start` to `stop`, half open.
+        """Read the images of the rows `start` to `stop`, half open.
 
         Raises:
-            FrameDecodeError: a picture cannot be decoded, has another size than the dataset says, or its time stamp or
-                coordinates are not those of the row; the message names file, episode and frame.
+            FrameDecodeError: an image cannot be decoded, its size is not the dataset's, or its time stamp or
+                coordinates are not the row's; the message names file, episode and frame.
         """
         tables = list(self._tables(start, stop))
         timestamps = self._check_coordinates(tables, start, stop)
@@ -87,8 +90,8 @@ class FrameReader:
         return FrameBatch(start=start, images=images)
 
     def _check_coordinates(self, tables: list["pa.Table"], start: int, stop: int) -> NDArray[np.float64]:
-        """Compare the data files with the episode table; time stamps [n] within the episode, in seconds."""
-        found = {name: np.concatenate([table.column(name).to_numpy() for table in tables]) for name in COORDINATES}
+        """Compare the data files with the episode table; return time stamps [n] within the episode, in seconds."""
+        stored = {name: self._read_coordinate(tables, name, start) for name in COORDINATES}
         index = np.arange(start, stop)
         episode = np.searchsorted(self.episode_start, index, side="right") - 1
         for name, expected in (
@@ -96,20 +99,33 @@ class FrameReader:
             ("episode_index", episode),
             ("frame_index", index - self.episode_start[episode]),
         ):
-            wrong = np.flatnonzero(found[name] != expected)
+            wrong = np.flatnonzero(stored[name] != expected)
             if len(wrong):
-                at = int(wrong[0])
+                first = int(wrong[0])
                 raise FrameDecodeError(
-                    f"{self._where(start + at)}: expected {name} {expected[at]}, found {found[name][at]} in"
-                    f" {self.data_paths[self.data_file[episode[at]]]}: the dataset's data and episode table disagree"
+                    f"{self._name_row(start + first)}: expected {name} {expected[first]}, found"
+                    f" {stored[name][first]} in {self._data_file(start + first)}: the dataset's data and episode table"
+                    " disagree"
                 )
-        timestamps: NDArray[np.float64] = found["timestamp"].astype(np.float64)
-        return timestamps
+        return stored["timestamp"]
+
+    def _read_coordinate(self, tables: list["pa.Table"], name: str, start: int) -> NDArray[Any]:
+        try:
+            values: NDArray[Any] = np.concatenate([table.column(name).to_numpy() for table in tables])
+            return values.astype(COORDINATES[name])
+        except (ValueError, TypeError) as error:  # text, lists or nulls
+            raise FrameDecodeError(
+                f"{self._name_row(start)}: expected numbers in the column {name} of {self._data_file(start)}:"
+                f" {one_line(error)}"
+            ) from error
+
+    def _data_file(self, row: int) -> str:
+        return self.data_paths[int(self.data_file[self.locate(row)[0]])]
 
     def _tables(self, start: int, stop: int) -> Iterator["pa.Table"]:
-        """The data files' rows `start` to `stop`, in order, in as many tables as row groups are touched.
+        """Yield the data files' rows `start` to `stop`, in order, as one table for each row group.
 
-        The last row group stays in memory: LeRobot writes one an episode, and consecutive batches share it.
+        The last row group stays in memory: LeRobot writes one per episode, and consecutive batches share it.
         """
         while start < stop:
             if self._table is None or not self._table[0][0] <= start < self._table[0][1]:
@@ -119,50 +135,47 @@ class FrameReader:
             yield table.slice(start - first, end - start)
             start = end
 
-    def _load_row_group(self, index: int) -> tuple[tuple[int, int], "pa.Table"]:
+    def _load_row_group(self, row: int) -> tuple[tuple[int, int], "pa.Table"]:
+        """Read the row group that holds a row; return its range of rows and its table."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        episode = self.locate(index)[0]
+        episode = self.locate(row)[0]
         file = int(self.data_file[episode])
         path = self.root / self.data_paths[file]
         first = int(self.episode_start[np.flatnonzero(self.data_file == file)[0]])  # rows of a file are consecutive
-        image_keys = [camera.key for camera in self.cameras if camera.key not in self.videos]
+        columns = [*COORDINATES, *(camera.key for camera in self.cameras if camera.key not in self.videos)]
         try:
             with pq.ParquetFile(path) as parquet:
                 for group in range(parquet.num_row_groups):
                     last = first + parquet.metadata.row_group(group).num_rows
-                    if index < last:
-                        table = parquet.read_row_group(group, columns=[*COORDINATES, *image_keys])
-                        return (first, last), table
+                    if row < last:
+                        table = parquet.read_row_group(group, columns=columns)
+                        break
                     first = last
-        except (OSError, pa.ArrowInvalid) as error:
-            raise FrameDecodeError(f"{self._where(index)}: cannot read {path}: {one_line(error)}") from error
-        raise FrameDecodeError(
-            f"{self._where(index)}: expected in {path}, whose rows end at index {first - 1}: the file is cut off"
-        )
+                else:
+                    raise FrameDecodeError(
+                        f"{self._name_row(row)}: expected in {path}, whose rows end at index {first - 1}: the file is"
+                        " truncated"
+                    )
+        except (OSError, pa.ArrowException) as error:
+            raise FrameDecodeError(f"{self._name_row(row)}: cannot read {path}: {one_line(error)}") from error
+        missing = [name for name in columns if name not in table.column_names]
+        if missing:
+            raise FrameDecodeError(
+                f"{self._name_row(row)}: expected columns {', '.join(columns)} in {path}, found no"
+                f" {', '.join(missing)}: the file is not this dataset's"
+            )
+        return (first, last), table
 
     def _read_images(self, camera: Camera, tables: list["pa.Table"], start: int, stop: int) -> NDArray[np.uint8]:
-        from PIL import Image
-
         images = np.empty((stop - start, camera.height, camera.width, 3), np.uint8)
-        at = 0
-        for table in tables:
-            for cell in table.column(camera.key).to_pylist():
-                where = f"{self._where(start + at)}, camera {camera.key}"
-                if not isinstance(cell, dict) or not isinstance(cell.get("bytes"), bytes):
-                    raise FrameDecodeError(f"{where}: expected an embedded image, found none in the data file")
-                try:
-                    with Image.open(io.BytesIO(cell["bytes"])) as image:
-                        pixels = np.asarray(image)
-                except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
-                    raise FrameDecodeError(f"{where}: the image cannot be decoded: {one_line(error)}") from error
-                if pixels.dtype != np.uint8 or pixels.shape != images.shape[1:]:
-                    raise FrameDecodeError(
-                        f"{where}: expected uint8 {list(images.shape[1:])}, found {pixels.dtype} {list(pixels.shape)}"
-                    )
-                images[at] = pixels
-                at += 1
+        cells = (cell for table in tables for cell in table.column(camera.key).to_pylist())
+        for image, row, cell in zip(images, range(start, stop), cells, strict=True):
+            where = f"{self._name_row(row)}, camera {camera.key}"
+            if not isinstance(cell, dict) or not isinstance(cell.get("bytes"), bytes):
+                raise FrameDecodeError(f"{where}: expected an embedded image, found none in the data file")
+            image[...] = _decode_image(cell["bytes"], camera, where)
         return images
 
     def _read_video(self, camera: Camera, start: int, timestamps: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -173,48 +186,73 @@ class FrameReader:
         # One call decodes one stretch of one file; an edited dataset may jump within a file.
         breaks = np.flatnonzero((np.diff(file) != 0) | (np.diff(seconds) <= 0) | (np.diff(seconds) > 1.0)) + 1
         images = np.empty((len(index), camera.height, camera.width, 3), np.uint8)
-        for rows in np.split(np.arange(len(index)), breaks):
-            path = self.root / column.paths[file[rows[0]]]
+        for part in np.split(np.arange(len(index)), breaks):
+            path = self.root / column.paths[file[part[0]]]
             try:
-                frames = _decode(path, seconds[rows].tolist())
-            except (OSError, ValueError, IndexError) as error:
-                raise self._name_bad_frame(camera, path, index[rows], seconds[rows], error) from error
+                frames = _decode_video(path, seconds[part].tolist(), self.tolerance_s)
+            except Exception as error:  # PyAV and torch have many for damaged bytes
+                raise self._name_bad_frame(camera, path, index[part], seconds[part], error) from error
             if frames.shape[1:] != images.shape[1:]:
                 raise FrameDecodeError(
-                    f"{self._where(start + int(rows[0]))}, camera {camera.key}: expected {list(images.shape[1:])},"
+                    f"{self._name_row(int(index[part[0]]))}, camera {camera.key}: expected {list(images.shape[1:])},"
                     f" found {list(frames.shape[1:])} in {path}"
                 )
-            images[rows] = frames
+            images[part] = frames
         return images
 
     def _name_bad_frame(
         self, camera: Camera, path: Path, index: NDArray[np.int64], seconds: NDArray[np.float64], error: Exception
     ) -> FrameDecodeError:
-        """Which frame of a stretch it was that failed: each is tried alone, the first that fails is named."""
+        """Find the frame that failed: try each alone, and name the first that fails."""
         if not path.is_file():
-            return FrameDecodeError(f"{self._where(int(index[0]))}, camera {camera.key}: the video {path} is not there")
+            return FrameDecodeError(
+                f"{self._name_row(int(index[0]))}, camera {camera.key}: the video {path} is missing"
+            )
         for row, second in zip(index, seconds, strict=True):
             try:
-                _decode(path, [float(second)])
-            except (OSError, ValueError, IndexError) as single:
+                _decode_video(path, [float(second)], self.tolerance_s)
+            except Exception as single:  # noqa: BLE001 - as above
                 return FrameDecodeError(
-                    f"{self._where(int(row))}, camera {camera.key}: no frame at {second:.3f} s in {path}"
-                    f" ({one_line(single)}): the video is cut off, damaged or of another frame rate"
+                    f"{self._name_row(int(row))}, camera {camera.key}: no frame within {self.tolerance_s:g} s of"
+                    f" {second:.4f} s in {path} ({one_line(single)}): the video is cut off, damaged or of another"
+                    " frame rate; if its time stamps are only inexact, pass --tolerance-s"
                 )
         return FrameDecodeError(
-            f"{self._where(int(index[0]))} to frame {self.locate(int(index[-1]))[1]}, camera {camera.key}:"
-            f" {path} cannot be decoded in one go: {one_line(error)}"
+            f"{self._name_row(int(index[0]))} to frame {self.locate(int(index[-1]))[1]}, camera {camera.key}:"
+            f" {path} cannot be decoded as a whole: {one_line(error)}"
         )
 
-    def _where(self, index: int) -> str:
-        episode, frame = self.locate(index)
+    def _name_row(self, row: int) -> str:
+        episode, frame = self.locate(row)
         return f"episode {episode} frame {frame}"
 
 
-def _decode(path: Path, seconds: list[float]) -> NDArray[np.uint8]:
-    """Frames at these time stamps, uint8 [n, H, W, 3]; every time stamp is checked by LeRobot."""
+def _decode_video(path: Path, seconds: list[float], tolerance_s: float) -> NDArray[np.uint8]:
+    """Decode the frames at these time stamps, uint8 [n, H, W, 3]; LeRobot checks every time stamp."""
     from lerobot.datasets.video_utils import decode_video_frames
 
-    frames = decode_video_frames(path, seconds, TOLERANCE_S, backend=DECODER, return_uint8=True)
+    frames = decode_video_frames(path, seconds, tolerance_s, backend=DECODER, return_uint8=True)
     images: NDArray[np.uint8] = frames.permute(0, 2, 3, 1).numpy()
     return images
+
+
+def _decode_image(content: bytes, camera: Camera, where: str) -> NDArray[np.uint8]:
+    """Decode an embedded image, uint8 [H, W, 3], turned as its EXIF orientation says, as `datasets.Image` does.
+
+    The size is compared before the pixels are decoded, so that a small file cannot ask for gigabytes.
+    """
+    from PIL import Image, ImageOps
+
+    expected = [camera.height, camera.width, 3]
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            size = [image.height, image.width]
+            fits = sorted(size) == sorted(expected[:2])
+            pixels = np.asarray(ImageOps.exif_transpose(image)) if fits else None
+    except Exception as error:  # Pillow has many for damaged bytes: OSError, SyntaxError, ValueError, its bomb errors
+        raise FrameDecodeError(f"{where}: the image cannot be decoded: {one_line(error)}") from error
+    if pixels is None:
+        raise FrameDecodeError(f"{where}: expected {expected[:2]} pixels, found {size}")
+    if pixels.dtype != np.uint8 or list(pixels.shape) != expected:
+        raise FrameDecodeError(f"{where}: expected uint8 {expected}, found {pixels.dtype} {list(pixels.shape)}")
+    return pixels

@@ -1,11 +1,13 @@
-"""Find a LeRobotDataset (v3.0), in a folder or on the Hub, and say what it is.
+"""Find a LeRobotDataset (v3.0), in a folder or on the Hub, and describe it.
 
-`open_dataset` gives stage one its frames; `describe_dataset` gives both stages the identity caches are compared by.
-Both forms of pictures are read: `video` features, and `image` features embedded in the data files.
+`open_dataset` opens the frames for stage one; `describe_dataset` returns the identity by which both stages compare
+caches. Both kinds of images are read: `video` features, and `image` features embedded in the data files.
 """
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.errors import DatasetError, DatasetNotFoundError, did_you_mean, one_line
-from geomcache.frames.reader import DECODER, FrameReader, VideoColumn
+from geomcache.frames.reader import DECODER, TOLERANCE_S, FrameReader, VideoColumn
 from geomcache.geometry import Camera, DatasetSpec, canonical_json, check_camera_key
 from geomcache.ranges import parse_episodes
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FrameDataset:
-    """A dataset that is there, and what it is."""
+    """A dataset whose files are on this machine, and its description."""
 
     spec: DatasetSpec
     reader: FrameReader
@@ -36,7 +40,7 @@ class FrameDataset:
         return self.reader.cameras
 
     def rows(self, episodes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Ranges of rows of ranges of episodes, both half open."""
+        """Convert ranges of episodes to ranges of rows, both half open."""
         ends = self.reader.episode_start + self.reader.episode_length
         return [(int(self.reader.episode_start[first]), int(ends[last - 1])) for first, last in episodes]
 
@@ -48,43 +52,81 @@ def open_dataset(
     revision: str | None = None,
     cameras: Sequence[str] | None = None,
     episodes: str | None = None,
+    tolerance_s: float = TOLERANCE_S,
 ) -> tuple[FrameDataset, list[tuple[int, int]]]:
-    """Find a dataset, in a folder or on the Hub, with the files that the asked episodes need.
+    """Find a dataset, in a folder or on the Hub, with the files that the requested episodes need.
 
     Args:
-        repo_id: its name; where `root` is given, a label only.
-        root: a local folder; nothing is downloaded then.
+        repo_id: its name; only a label if `root` is given.
+        root: a folder on this machine; nothing is downloaded then.
         revision: branch, tag or commit on the Hub.
-        cameras: keys in the order of the views; all of the dataset's, in its order, where None.
-        episodes: such as ``0:100`` or ``0,3,5:8``; all where None.
+        cameras: keys in the order of the views; None for all colour cameras of the dataset, in its order.
+        episodes: such as ``0:100`` or ``0,3,5:8``; None for all.
+        tolerance_s: how far the time stamp of a video's frame may be off, in seconds; LeRobot's option of that name.
 
     Returns:
-        The dataset and the ranges of episodes asked for.
+        The dataset and the ranges of episodes that were asked for.
 
     Raises:
-        DatasetNotFoundError: no such folder, or no such dataset or no way to the Hub.
-        DatasetError: no dataset, another version, no such camera, files missing.
-        UserInputError: episodes that are malformed or out of range.
+        DatasetNotFoundError: there is no such folder or Hub dataset, or the Hub cannot be reached.
+        DatasetError: it is not a dataset, has another version, lacks a camera, or misses files.
+        UserInputError: the episodes are malformed or out of range.
     """
     meta = open_metadata(repo_id, root, revision)
-    known = [key for key in meta.camera_keys if key not in meta.depth_keys]
-    keys = list(cameras) if cameras else known
-    for key in keys:
-        check_camera_key(key)
-        if key not in known:
-            raise DatasetError(
-                f"dataset {repo_id}: {did_you_mean(key, known)}expected a camera, got {key!r}; it has"
-                f" {', '.join(known) or 'none'}"
-            )
-    if not keys:
-        raise DatasetError(f"dataset {repo_id}: expected at least one camera (a video or image feature), found none")
+    keys = _choose_cameras(meta, cameras)
     wanted = parse_episodes(episodes, int(meta.total_episodes))
     _require_files(meta, repo_id, keys, wanted, local=root is not None)
-    return FrameDataset(spec=describe_dataset(meta, keys), reader=_make_reader(meta, keys)), wanted
+    reader = _make_reader(meta, keys)
+    reader.tolerance_s = tolerance_s
+    return FrameDataset(spec=describe_dataset(meta, keys), reader=reader), wanted
+
+
+def _choose_cameras(meta: "LeRobotDatasetMetadata", cameras: Sequence[str] | None) -> list[str]:
+    """Check the requested cameras, or choose all colour ones; log which are left out."""
+    others = _describe_other_cameras(meta)
+    known = [key for key in meta.camera_keys if key not in others]
+    for key in cameras or ():
+        check_camera_key(key)
+        if key in others:
+            raise DatasetError(
+                f"dataset {meta.repo_id}: camera {key}: expected 3 channels, got {others[key]}: choose among"
+                f" {', '.join(known) or 'none'}"
+            )
+        if key not in known:
+            raise DatasetError(
+                f"dataset {meta.repo_id}: {did_you_mean(key, known)}expected a camera, got {key!r}; it has"
+                f" {', '.join(known) or 'none'}"
+            )
+    if cameras:
+        return list(cameras)
+    if others:
+        left_out = ", ".join(f"{key} ({kind})" for key, kind in others.items())
+        logger.info("dataset %s: left out, as DA3 takes colour images: %s", meta.repo_id, left_out)
+    if not known:
+        raise DatasetError(
+            f"dataset {meta.repo_id}: expected at least one colour camera (a video or image feature), found none"
+        )
+    return known
+
+
+def _describe_other_cameras(meta: "LeRobotDatasetMetadata") -> dict[str, str]:
+    """Return the cameras that DA3 cannot take, by key, each with what it is instead."""
+    others = {}
+    for key in meta.camera_keys:
+        channels = _image_shape(meta, key)[2]
+        if key in meta.depth_keys:
+            others[key] = "a depth map"
+        elif channels != 3:
+            others[key] = f"{channels} channel{'s' if channels != 1 else ''}"
+    return others
 
 
 def episode_lengths(meta: "LeRobotDatasetMetadata") -> NDArray[np.int64]:
-    """Frames of every episode, int64 [E]."""
+    """Return the number of frames of every episode, int64 [E].
+
+    Raises:
+        DatasetError: the episodes do not follow each other in the episode table.
+    """
     starts, stops = _column(meta, "dataset_from_index"), _column(meta, "dataset_to_index")
     lengths: NDArray[np.int64] = stops - starts
     expected = np.concatenate(([0], np.cumsum(lengths)[:-1]))
@@ -97,12 +139,12 @@ def episode_lengths(meta: "LeRobotDatasetMetadata") -> NDArray[np.int64]:
 
 
 def describe_dataset(meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str], decoder: str = DECODER) -> DatasetSpec:
-    """What a cache records of the dataset it is of; see `DatasetSpec`. Reads metadata only, no picture.
+    """Return what a cache records of its dataset; see `DatasetSpec`. Reads metadata only, no image.
 
     Args:
         meta: the dataset's metadata.
         camera_keys: the cameras that matter.
-        decoder: what turns video into pixels; ``image`` is recorded where no camera is a video.
+        decoder: what turns video into pixels; ``image`` is recorded if no camera is a video.
     """
     lengths = episode_lengths(meta)
     content = hashlib.sha256()
@@ -119,7 +161,7 @@ def describe_dataset(meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str],
         revision=_resolved_revision(meta),
         frames=int(meta.total_frames),
         episodes=int(meta.total_episodes),
-        fps=int(meta.fps),
+        fps=int(meta.fps) if float(meta.fps).is_integer() else float(meta.fps),
         episodes_sha256=hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest(),
         images_sha256=content.hexdigest(),
         decoder=decoder if has_video else "image",
@@ -127,20 +169,17 @@ def describe_dataset(meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str],
 
 
 def describe_cameras(meta: "LeRobotDatasetMetadata") -> dict[str, Camera]:
-    """The dataset's colour cameras by key, in its order.
-
-    Raises:
-        DatasetError: a camera has not three channels.
-    """
-    return {key: _camera(meta, key) for key in meta.camera_keys if key not in meta.depth_keys}
+    """Return the dataset's colour cameras by key, in its order; grey and depth cameras are left out."""
+    others = _describe_other_cameras(meta)
+    return {key: _camera(meta, key) for key in meta.camera_keys if key not in others}
 
 
 def open_metadata(repo_id: str, root: Path | None = None, revision: str | None = None) -> "LeRobotDatasetMetadata":
-    """Metadata of a dataset, in a folder or on the Hub; no data file is needed.
+    """Read the metadata of a dataset, in a folder or on the Hub; no data file is needed.
 
     Raises:
-        DatasetNotFoundError: no such folder, or no such dataset or no way to the Hub.
-        DatasetError: no dataset, or another version.
+        DatasetNotFoundError: there is no such folder or Hub dataset, or the Hub cannot be reached.
+        DatasetError: it is not a dataset, or has another version.
     """
     if root is not None:
         info = root / "meta" / "info.json"
@@ -173,7 +212,7 @@ def open_metadata(repo_id: str, root: Path | None = None, revision: str | None =
             raise DatasetError(f"dataset folder {root}: its metadata cannot be read: {one_line(error)}") from error
         hint = f"; {repo_id} is a folder: give --dataset NAME --root {repo_id}" if Path(repo_id).is_dir() else ""
         raise DatasetNotFoundError(
-            f"dataset {repo_id}: not to be had from the Hub ({one_line(error)}): check the name, the network and"
+            f"dataset {repo_id}: not available from the Hub ({one_line(error)}): check the name, the network and"
             f" `hf auth login`, or give a local copy with --root DIR{hint}"
         ) from error
 
@@ -186,7 +225,7 @@ def _version_message(repo_id: str, version: str) -> str:
 
 
 def _column(meta: "LeRobotDatasetMetadata", name: str, dtype: type = np.int64) -> NDArray[Any]:
-    """A column of the episode table, [E], in the order of the episodes."""
+    """Return a column of the episode table, [E], in the order of the episodes."""
     table = meta.episodes.data
     order = table.column("episode_index").to_numpy()
     if not np.array_equal(order, np.arange(len(order))):
@@ -198,17 +237,24 @@ def _column(meta: "LeRobotDatasetMetadata", name: str, dtype: type = np.int64) -
 
 
 def _resolved_revision(meta: "LeRobotDatasetMetadata") -> str | None:
-    """The commit, which is the name of the Hub cache's snapshot folder."""
-    return meta.root.name if meta.root.parent.name == "snapshots" else None
+    """Return the commit: the name of the snapshot folder in the Hub's cache. None for any other folder."""
+    is_snapshot = meta.root.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", meta.root.name)
+    return meta.root.name if is_snapshot else None
 
 
 def _file_table(
     template: str, chunk: NDArray[Any], file: NDArray[Any], **names: str
 ) -> tuple[tuple[str, ...], NDArray[Any]]:
-    """Paths of distinct files, and each episode's place among them."""
-    pairs, places = np.unique(np.stack((chunk, file)), axis=1, return_inverse=True)
-    paths = tuple(template.format(chunk_index=int(c), file_index=int(f), **names) for c, f in pairs.T)
-    return paths, places.reshape(-1)
+    """Return the paths of the distinct files, and each episode's index into them, int64 [E]."""
+    pairs, file_of_episode = np.unique(np.stack((chunk, file)), axis=1, return_inverse=True)
+    try:
+        paths = tuple(template.format(chunk_index=int(c), file_index=int(f), **names) for c, f in pairs.T)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise DatasetError(
+            f"meta/info.json: expected a path with chunk_index and file_index, found {template!r:.200}:"
+            f" {one_line(error)}"
+        ) from error
+    return paths, file_of_episode.reshape(-1)
 
 
 def _make_reader(meta: "LeRobotDatasetMetadata", keys: Sequence[str]) -> FrameReader:
@@ -240,18 +286,26 @@ def _make_reader(meta: "LeRobotDatasetMetadata", keys: Sequence[str]) -> FrameRe
 
 
 def _camera(meta: "LeRobotDatasetMetadata", key: str) -> Camera:
+    height, width, _ = _image_shape(meta, key)
+    return Camera(key=key, height=height, width=width)
+
+
+def _image_shape(meta: "LeRobotDatasetMetadata", key: str) -> tuple[int, int, int]:
+    """Return a camera's (height, width, channels)."""
     shape, names = tuple(meta.shapes[key]), meta.names[key]
+    if len(shape) == 2:
+        return int(shape[0]), int(shape[1]), 1
+    if len(shape) != 3:
+        raise DatasetError(f"dataset {meta.repo_id}: camera {key}: expected a shape of 3 numbers, got {list(shape)}")
     channels_first = bool(names) and names[0] in ("channel", "channels")
     height, width, channels = (shape[1], shape[2], shape[0]) if channels_first else shape
-    if channels != 3:
-        raise DatasetError(f"dataset {meta.repo_id}: camera {key}: expected 3 channels, got {channels}")
-    return Camera(key=key, height=int(height), width=int(width))
+    return int(height), int(width), int(channels)
 
 
 def _require_files(
     meta: "LeRobotDatasetMetadata", repo_id: str, keys: Sequence[str], wanted: list[tuple[int, int]], *, local: bool
 ) -> None:
-    """See that the files of the wanted episodes are there; fetch them where the dataset is the Hub's."""
+    """Require the files of these episodes; download those that are missing if the dataset is on the Hub."""
     reader = _make_reader(meta, keys)
     episodes = np.concatenate([np.arange(first, last) for first, last in wanted])
     files = {reader.data_paths[i] for i in np.unique(reader.data_file[episodes])}
@@ -263,16 +317,18 @@ def _require_files(
     revision = _resolved_revision(meta)
     if local or revision is None:
         raise DatasetError(
-            f"dataset {repo_id}: {len(missing)} of {len(files)} files are not there, first {reader.root / missing[0]}:"
+            f"dataset {repo_id}: {len(missing)} of {len(files)} files are missing, first {reader.root / missing[0]}:"
             " complete the copy, or leave --root out to use the Hub's"
         )
     import httpx
     from huggingface_hub import snapshot_download
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
-    try:  # where LeRobotDataset itself would put them, so that training finds them
+    try:  # into the folder that LeRobotDataset itself uses, so that training finds them
         snapshot_download(
             repo_id, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE, allow_patterns=missing
         )
     except (OSError, httpx.HTTPError) as error:
-        raise DatasetError(f"dataset {repo_id}: {len(missing)} files not to be had: {one_line(error)}") from error
+        raise DatasetError(
+            f"dataset {repo_id}: {len(missing)} files cannot be downloaded: {one_line(error)}"
+        ) from error

@@ -1,1 +1,1 @@
-"""Looking into a cache: pictures, videos and rerun files of an episode, and a page about the whole."""
+"""Pictures, videos and rerun files of an episode of a cache, and a page about a whole cache."""

@@ -1,91 +1,98 @@
-"""Charts as inline SVG that stretches to any width; words stand beside it in HTML, so that they keep their size.
+"""Charts of the report's page, as SVG. Every series has its colour in all charts; the page has the legend."""
 
-Colours are the page's CSS variables --series-0 to --series-5, so that they follow light and dark.
-"""
-
+import io
 from collections.abc import Iterable, Sequence
-from html import escape
+from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-SERIES_COLOURS = 6
+from geomcache.look.drawing import house_style
+
+SERIES_COLOURS = ("#1f6fb4", "#c4610a", "#2a8a4a", "#9c3fa0", "#a67c00", "#b3263a")
 
 
-def legend(names: Sequence[str]) -> str:
-    """Which colour is which series."""
-    items = (
-        f'<span><i style="background:{_colour(number)}"></i>{escape(name)}</span>' for number, name in enumerate(names)
-    )
-    return f'<p class="legend">{"".join(items)}</p>'
+def series_colour(number: int) -> str:
+    """Return the colour of a series."""
+    return SERIES_COLOURS[number % len(SERIES_COLOURS)]
 
 
-def histogram(title: str, series: Sequence[NDArray[np.int64]], edges: NDArray[np.float64], note: str) -> str:
-    """Outlines of several histograms over the same bins, each as high as the share of its values."""
-    shares = [counts / max(int(counts.sum()), 1) for counts in series]
-    top = max(float(share.max()) for share in shares) or 1.0
-    x = np.linspace(0.0, 100.0, len(edges), dtype=np.float64).repeat(2)
-    marks = []
-    for number, share in enumerate(shares):
-        heights = 100.0 - 96.0 * np.concatenate(([0.0], share.repeat(2), [0.0])) / top
-        marks.append(
-            f'<polygon points="{_points(x, heights)}" fill="{_colour(number)}" fill-opacity=".18"'
-            f' stroke="{_colour(number)}"/>'
-        )
-    return _figure(title, marks, (f"{edges[0]:.3g}", f"{edges[-1]:.3g}"), note=note)
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Neighbouring frames that one point of a line stands for."""
+
+    time: float
+    mean: float
+    lowest: float
+    highest: float
+    segment: int
+    """The gapless stretch of the cache that they are of."""
+
+
+def histogram(series: Sequence[NDArray[np.int64]], edges: NDArray[np.float64]) -> bytes:
+    """Draw histograms over the same bins, each as the share of its values. Returns SVG."""
+    with house_style():
+        figure = Figure((3.4, 1.9), layout="constrained")
+        axes = figure.add_subplot()
+        for number, counts in enumerate(series):
+            shares = counts / max(int(counts.sum()), 1)
+            axes.stairs(shares * 100, edges, fill=True, color=series_colour(number), alpha=0.2)
+            axes.stairs(shares * 100, edges, color=series_colour(number), linewidth=1.2)
+        axes.set_ylabel("% of values")
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", nbins=5)
+        return _svg(figure)
 
 
 def over_time(
-    title: str,
     number: int,
-    groups: Sequence[tuple[float, float, float, float, int]],
+    groups: Sequence[Group],
     limits: tuple[float, float],
     span: tuple[int, int],
+    label: str,
     ticks: Iterable[int] = (),
-) -> str:
-    """A mean over time with the range around it.
+) -> bytes:
+    """Draw a mean over time with the range around it. Returns SVG.
 
     Args:
-        title: of the chart.
         number: of the series, for its colour.
-        groups: (time, mean, lowest, highest, segment) of groups of frames; lines break between segments.
+        groups: in order; lines break between segments.
         limits: values at the lower and the upper end.
         span: times at the left and the right end.
-        ticks: times that are marked by a line.
+        label: what the values are.
+        ticks: times that a line marks.
     """
-    low, high = limits
-    width = max(span[1] - span[0], 1)
-    values = np.array(groups)  # [groups, 5]
-    x = (values[:, 0] - span[0]) / width * 100.0
-    mean, lowest, highest = (98.0 - (values[:, k] - low) / max(high - low, 1e-9) * 96.0 for k in (1, 2, 3))
-    marks = [
-        f'<line x1="{at:.2f}" x2="{at:.2f}" y1="0" y2="100" class="tick"/>'
-        for at in ((tick - span[0]) / width * 100.0 for tick in ticks)
-    ]
-    for part in np.split(np.arange(len(values)), np.flatnonzero(np.diff(values[:, 4])) + 1):
-        there, back = part, part[::-1]
-        band = _points(np.concatenate((x[there], x[back])), np.concatenate((lowest[there], highest[back])))
-        marks.append(f'<polygon points="{band}" fill="{_colour(number)}" fill-opacity=".22"/>')
-        marks.append(f'<polyline points="{_points(x[part], mean[part])}" fill="none" stroke="{_colour(number)}"/>')
-    return _figure(title, marks, (f"frame {span[0]}", f"{span[1]}"), values=(f"{low:.3g}", f"{high:.3g}"))
+    with house_style():
+        figure = Figure((11.0, 2.0), layout="constrained")
+        axes = figure.add_subplot()
+        for tick in ticks:
+            axes.axvline(tick, color="#d9dce1", linewidth=0.8)
+        colour = series_colour(number)
+        for segment in dict.fromkeys(group.segment for group in groups):
+            part = [group for group in groups if group.segment == segment]
+            times = [group.time for group in part]
+            marker = "o" if len(part) == 1 else ""
+            axes.fill_between(
+                times,
+                [group.lowest for group in part],
+                [group.highest for group in part],
+                color=colour,
+                alpha=0.22,
+                lw=0,
+            )
+            axes.plot(times, [group.mean for group in part], color=colour, linewidth=1.3, marker=marker, markersize=3)
+        low, high = limits
+        margin = 0.03 * max(high - low, 1e-3 * max(abs(high), 1e-3))
+        axes.set_ylim(low - margin, high + margin)
+        axes.set_xlim(span[0], max(span[1], span[0] + 1))
+        axes.set_ylabel(label)
+        axes.set_xlabel("frame index of the dataset")
+        return _svg(figure)
 
 
-def _figure(
-    title: str, marks: Sequence[str], ends: tuple[str, str], *, values: tuple[str, str] | None = None, note: str = ""
-) -> str:
-    scale = "" if values is None else f'<b class="high">{values[1]}</b><b class="low">{values[0]}</b>'
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><div class="plot">{scale}'
-        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">'
-        f'{"".join(marks)}</svg></div><div class="ends"><span>{ends[0]}</span><span>{ends[1]}</span></div>'
-        + (f'<p class="note">{escape(note)}</p>' if note else "")
-        + "</figure>"
-    )
-
-
-def _points(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
-    return " ".join(f"{a:.2f},{b:.2f}" for a, b in zip(x.tolist(), y.tolist(), strict=True))
-
-
-def _colour(number: int) -> str:
-    return f"var(--series-{number % SERIES_COLOURS})"
+def _svg(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})  # the same bytes at every run
+    return buffer.getvalue()

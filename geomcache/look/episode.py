@@ -1,4 +1,4 @@
-"""One episode of a cache, ready to be shown: its frames one by one, and what has to be known of all of them before.
+"""One episode of a cache, ready to draw: its frames one by one, and what drawing them needs to know of all of them.
 
 Legend of shapes:  V views   h, w grid   n frames of the episode
 """
@@ -14,15 +14,15 @@ from geomcache.cache.info import format_episodes
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import MissingFrameError, UserInputError
 from geomcache.frames.reader import FrameReader
-from geomcache.look.drawing import CLIP
 from geomcache.look.pinhole import mean_origin
 from geomcache.look.value_counts import ValueCounts
 
-BLOCK_NBYTES = 32 << 20  # of maps, at hand at a time
+MAX_VIEWS = 32  # no robot has more cameras, and a header may claim any number
+BLOCK_NBYTES = 32 << 20  # of maps in memory at a time
 BLOCK_PICTURES = 16  # frames decoded together
 SCALARS = ("ray_conf", "depth", "depth_conf")
 
-Maps = dict[str, NDArray[np.float16]]
+FrameMaps = dict[str, NDArray[np.float16]]  # by output, [V, h, w(, 6)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,13 @@ class Frame:
 
     number: int
     """Within the episode."""
-    maps: Maps  # by output, [V, h, w(, 6)]
+    maps: FrameMaps
     pictures: tuple[NDArray[np.uint8], ...] | None
-    """For each camera [H, W, 3]; None where no dataset is at hand."""
+    """For each camera [H, W, 3]; None without a dataset."""
 
     @property
     def directions(self) -> NDArray[np.float16]:
-        """[V, h, w, 3]."""
+        """Directions of the rays, [V, h, w, 3], not normalised."""
         return self.maps["ray"][..., :3]
 
 
@@ -47,10 +47,10 @@ class Episode:
 
     store: GeometryStore
     reader: FrameReader | None
-    """Of its pictures, where they are wanted."""
+    """Reads its pictures; None to leave them out."""
     number: int
     limits: dict[str, NDArray[np.float64]]
-    """What colours span, in all frames: [2] of each of `SCALARS` that is cached, [2, 3] of ``direction``."""
+    """The range that colours span in all frames: [2] for each of `SCALARS` that is cached, [2, 3] for ``direction``."""
     origins: NDArray[np.float64]  # [n, V, 3] mean origin of the rays, weighted by their confidence
     confidence: NDArray[np.float64] | None  # [n, V] mean ray_conf, where it is cached
 
@@ -59,11 +59,11 @@ class Episode:
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The cameras' keys without what all of LeRobot's have in front."""
+        """The cameras' keys without LeRobot's common prefix."""
         return tuple(short_key(key) for key in self.store.spec.camera_keys)
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Frame]:
-        """Frames in order, a block in memory at a time."""
+        """Yield frames in order, with one block in memory at a time."""
         first = int(self.store.episode_start[self.number])
         stop = len(self) if stop is None else stop
         size = min(block_frames(self.store), BLOCK_PICTURES)
@@ -71,36 +71,48 @@ class Episode:
             end = min(begin + size, first + stop)
             maps = dict(self.store.batch(range(begin, end)).items())
             images = None if self.reader is None else self.reader.read(begin, end).images
-            for at in range(end - begin):
+            for position in range(end - begin):
                 yield Frame(
-                    number=begin - first + at,
-                    maps={name: values[at] for name, values in maps.items()},
-                    pictures=None if images is None else tuple(views[at] for views in images),
+                    number=begin - first + position,
+                    maps={name: values[position] for name, values in maps.items()},
+                    pictures=None if images is None else tuple(views[position] for views in images),
                 )
 
 
 def require_cached(store: GeometryStore, episode: int) -> None:
-    """See that all frames of an episode are there.
+    """Check that all frames of an episode are in the cache.
 
     Raises:
         UserInputError: the dataset has no such episode.
-        MissingFrameError: it is not in the cache, or not as a whole.
+        MissingFrameError: the cache lacks the episode, or some of its frames.
     """
     store.index(episode, 0)
     if any(first <= episode < last for first, last in store.episodes()):
         return
     raise MissingFrameError(
-        f"{store.path}: expected episode {episode}, it is not cached as a whole; there are"
-        f" {format_episodes(store.episodes())}: look at one of them, or add it with"
-        f" `{extract_command(store, np.array([episode]))}`"
+        f"{store.path}: expected episode {episode}, found complete episodes {format_episodes(store.episodes())}: choose"
+        f" one of these, or add it with `{extract_command(store, np.array([episode]))}`"
     )
 
 
-def require_frame(store: GeometryStore, episode: int, frame: int) -> None:
-    """See that an episode has a frame.
+def require_few_views(store: GeometryStore) -> None:
+    """Check that the cameras fit into one picture: each costs memory, whatever is behind it.
 
     Raises:
-        UserInputError: it has not.
+        UserInputError: the cache has more than `MAX_VIEWS`.
+    """
+    if len(store.spec.cameras) > MAX_VIEWS:
+        raise UserInputError(
+            f"{store.path}: expected at most {MAX_VIEWS} cameras to draw, found {len(store.spec.cameras)}: extract a"
+            " cache with fewer (--cameras)"
+        )
+
+
+def require_frame(store: GeometryStore, episode: int, frame: int) -> None:
+    """Check that an episode has a frame.
+
+    Raises:
+        UserInputError: it does not.
     """
     length = int(store.episode_length[episode])
     if not 0 <= frame < length:
@@ -108,7 +120,13 @@ def require_frame(store: GeometryStore, episode: int, frame: int) -> None:
 
 
 def survey(store: GeometryStore, number: int, reader: FrameReader | None) -> Episode:
-    """Go through an episode's geometry once."""
+    """Read an episode's geometry once, for what drawing its frames needs to know of all of them.
+
+    Raises:
+        UserInputError: the cache claims more than `MAX_VIEWS` cameras.
+        CacheError: a frame is missing or damaged.
+    """
+    require_few_views(store)
     first, length = int(store.episode_start[number]), int(store.episode_length[number])
     scalars = [name for name in SCALARS if name in store.spec.outputs]
     counts = {name: ValueCounts() for name in (*scalars, *"xyz")}
@@ -123,7 +141,7 @@ def survey(store: GeometryStore, number: int, reader: FrameReader | None) -> Epi
         origins.append(mean_origin(maps["ray"], maps.get("ray_conf")))
         if "ray_conf" in maps:
             confidence.append(maps["ray_conf"].mean(axis=(-2, -1), dtype=np.float64))
-    limits = {name: np.array([found.percentile(percent) for percent in CLIP]) for name, found in counts.items()}
+    limits = {name: counted.limits() for name, counted in counts.items()}
     limits["direction"] = np.stack([limits.pop(axis) for axis in "xyz"], axis=1)
     return Episode(
         store=store,
@@ -136,10 +154,10 @@ def survey(store: GeometryStore, number: int, reader: FrameReader | None) -> Epi
 
 
 def block_frames(store: GeometryStore) -> int:
-    """Frames that `BLOCK_NBYTES` hold, at least one."""
+    """Return how many frames `BLOCK_NBYTES` hold, at least one."""
     return max(1, BLOCK_NBYTES // store.spec.frame_nbytes)
 
 
 def short_key(camera: str) -> str:
-    """A camera's key without what all of LeRobot's have in front."""
+    """Return a camera's key without LeRobot's common prefix."""
     return camera.removeprefix("observation.images.")

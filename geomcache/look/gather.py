@@ -1,5 +1,13 @@
-"""What a report shows, gathered in one pass over a cache."""
+"""What a report shows, gathered in one pass over a cache.
 
+Memory does not grow with the cache: values are counted (`ValueCounts`), frames are read a block at a time, and only a
+frame's mean confidences are kept. Of a cache with more frames than `ReportOptions.max_frames`, that many are read,
+evenly spaced.
+
+Legend of shapes:  V views   h, w grid   n frames read   E episodes
+"""
+
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +21,32 @@ from geomcache.errors import CacheIncompleteError, DatasetNotFoundError, UserInp
 from geomcache.frames.of_cache import open_pictures
 from geomcache.frames.reader import FrameReader
 from geomcache.geometry import OUTPUTS
-from geomcache.look.drawing import CLIP
-from geomcache.look.episode import SCALARS, block_frames
+from geomcache.look.episode import SCALARS, FrameMaps, block_frames, require_few_views
 from geomcache.look.output import check_output
 from geomcache.look.value_counts import ValueCounts
 from geomcache.ranges import RowSet
 
-SAMPLES, OUTLIERS = 6, 12
+SAMPLES, OUTLIERS = 6, 12  # frames on the page
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What the page is of, and where it goes."""
+    """Which cache to report on, and where the page goes."""
 
     path: Path
     """The cache."""
     output: Path
     """An .html file."""
     dataset: str | None = None
-    """The dataset's name; the cache's where None."""
+    """The dataset's name; None for the cache's."""
     root: Path | None = None
-    """The dataset's folder, where it is local."""
+    """The folder of a local dataset."""
     revision: str | None = None
-    """The dataset's branch, tag or commit on the Hub; the cache's where None."""
+    """The dataset's branch, tag or commit on the Hub; None for the cache's."""
     rgb: bool = True
-    """Whether to show the dataset's pictures, where it is at hand."""
+    """Whether to show the dataset's pictures, if it is available."""
     max_frames: int = 20_000
-    """Of a cache that has more, so many are looked at."""
+    """The most frames to read."""
 
     def __post_init__(self) -> None:
         check_output(self.output, (".html",))
@@ -58,13 +65,13 @@ class ShownFrame:
     row: int
     episode: int
     frame: int
-    maps: dict[str, NDArray[np.float16]]  # by output, [V, h, w(, 6)]
+    maps: FrameMaps
     pictures: tuple[NDArray[np.uint8], ...] | None  # for each camera [H, W, 3]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlier:
-    """One camera's view of a frame, whose confidence is low."""
+    """One camera's view of a frame with low confidence."""
 
     shown: ShownFrame
     view: int
@@ -73,39 +80,40 @@ class Outlier:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that is on the page."""
+    """Everything on the page."""
 
     facts: dict[str, Any]
-    """As `info.describe` gives them."""
+    """What `info.describe` returns."""
     cameras: tuple[str, ...]
-    rows: NDArray[np.int64]  # [n] ascending, those that were looked at
-    segments: NDArray[np.int64]  # [n] which gapless stretch of the cache each is of
+    rows: NDArray[np.int64]  # [n] ascending, those that were read
+    segments: NDArray[np.int64]  # [n] number of the gapless stretch of the cache that each is in
     episode_start: NDArray[np.int64]  # [E]
     counts: dict[tuple[int, str], ValueCounts]
-    """By view and channel: ``ray_dx`` to ``ray_oz``, then the scalar outputs by name."""
+    """Values by view and channel: ``ray_dx`` to ``ray_oz``, then the scalar outputs by name."""
     confidence_of: str | None
-    """The output that `confidence` is of: ray_conf, depth_conf where that alone is cached, or None."""
-    confidence: NDArray[np.float64]  # [n, V] mean over the grid; [n, 0] where none is cached
+    """The output behind `confidence`: ray_conf, depth_conf in a cache without ray_conf, or None."""
+    confidence: NDArray[np.float64]  # [n, V] mean over the grid; [n, 0] in a cache without any
     limits: dict[str, NDArray[np.float64]]
-    """What colours span, over all frames looked at: [2] of each scalar output, [2, 3] of ``direction``."""
+    """The range that colours span, over all frames read: [2] for each scalar output, [2, 3] for ``direction``."""
     samples: tuple[ShownFrame, ...]
     outliers: tuple[Outlier, ...]
     nbytes: dict[tuple[str, str], int]
-    """Of the shards' files, by camera and output; the checksums' under ("", "frame_crc32c")."""
+    """Bytes of the shards' files by camera and output; of the checksums under ("", "frame_crc32c")."""
     no_pictures: str | None
-    """Why there are none."""
+    """Why the page has no pictures; None if it has."""
 
 
 def gather(options: ReportOptions) -> Report:
-    """Go through the cache once. Raises as `report` does."""
+    """Read the cache once. Raises what `report` raises."""
     facts = describe(options.path)
     with GeometryStore.open(options.path) as store:
         if store.frames_present == 0:
             raise CacheIncompleteError(f"cache {store.path}: expected frames to report on, found none: extract some")
+        require_few_views(store)
         rows = choose_rows(store, options.max_frames)
         counts, name, confidence = _count(store, rows)
         chosen = rows[(np.arange(min(SAMPLES, len(rows))) * 2 + 1) * len(rows) // (2 * min(SAMPLES, len(rows)))]
-        lowest = lowest_confidence(rows, confidence, store.dataset.fps)
+        lowest = lowest_confidence(rows, confidence, math.ceil(store.dataset.fps))
         shown_rows = sorted({*chosen.tolist(), *(row for row, _, _ in lowest)})
         reader, no_pictures = _open_pictures(store, options, shown_rows)
         shown = {row: _show(store, reader, row) for row in shown_rows}
@@ -127,15 +135,15 @@ def gather(options: ReportOptions) -> Report:
 
 
 def choose_rows(store: GeometryStore, most: int) -> NDArray[np.int64]:
-    """Rows that are there, all or so many evenly spaced ones, ascending."""
-    number = min(most, store.frames_present)
-    return RowSet(store.rows).rows_at(np.arange(number) * store.frames_present // number)
+    """Return at most so many of the cached rows, evenly spaced, ascending."""
+    count = min(most, store.frames_present)
+    return RowSet(store.rows).rows_at(np.arange(count) * store.frames_present // count)
 
 
 def _count(
     store: GeometryStore, rows: NDArray[np.int64]
 ) -> tuple[dict[tuple[int, str], ValueCounts], str | None, NDArray[np.float64]]:
-    """Values of each view and channel, which output is the confidence, and its means [n, V]."""
+    """Return the values of each view and channel, the output taken as the confidence, and its means [n, V]."""
     outputs, views = store.spec.outputs, range(len(store.spec.cameras))
     name = next((name for name in ("ray_conf", "depth_conf") if name in outputs), None)
     counts = {(view, channel): ValueCounts() for view in views for channel in _channels(outputs)}
@@ -162,7 +170,7 @@ def _limits(counts: dict[tuple[int, str], ValueCounts], views: int) -> dict[str,
     pooled: dict[str, NDArray[np.float64]] = {}
     for channel in dict.fromkeys(channel for _, channel in counts):
         together = ValueCounts.merged(counts[view, channel] for view in range(views))
-        pooled[channel] = np.array([together.percentile(percent) for percent in CLIP])
+        pooled[channel] = together.limits()
     pooled["direction"] = np.stack([pooled[channel] for channel in OUTPUTS["ray"].channels[:3]], axis=1)
     return pooled
 
@@ -170,24 +178,24 @@ def _limits(counts: dict[tuple[int, str], ValueCounts], views: int) -> dict[str,
 def lowest_confidence(
     rows: NDArray[np.int64], confidence: NDArray[np.float64], apart: int
 ) -> list[tuple[int, int, float]]:
-    """(row, view, mean confidence) of the lowest, ascending; of one camera, rows at least `apart` from each other.
+    """Return (row, view, mean confidence) of the lowest, ascending.
 
-    One bad second would otherwise fill the list.
+    Rows of one camera are at least `apart` from each other: otherwise one bad second would fill the list.
     """
-    found: list[tuple[int, int, float]] = []
+    lowest: list[tuple[int, int, float]] = []
     order = np.argsort(confidence, axis=None, kind="stable")
-    for place in order.tolist():
-        if len(found) == OUTLIERS:
+    for flat_index in order.tolist():
+        if len(lowest) == OUTLIERS:
             break
-        at, view = divmod(place, confidence.shape[1])
-        row = int(rows[at])
-        if all(other != view or abs(near - row) >= apart for near, other, _ in found):
-            found.append((row, view, float(confidence[at, view])))
-    return found
+        position, view = divmod(flat_index, confidence.shape[1])
+        row = int(rows[position])
+        if all(other != view or abs(near - row) >= apart for near, other, _ in lowest):
+            lowest.append((row, view, float(confidence[position, view])))
+    return lowest
 
 
 def disk_use(store: GeometryStore) -> dict[tuple[str, str], int]:
-    """Bytes of the shards' files by camera and output, and of their checksums."""
+    """Return the bytes of the shards' files by camera and output, and of their checksums."""
     used = ((key.rpartition("/"), nbytes) for key, nbytes in store.array_nbytes.items())
     return {(camera, output): nbytes for (camera, _, output), nbytes in used}
 
@@ -195,17 +203,17 @@ def disk_use(store: GeometryStore) -> dict[tuple[str, str], int]:
 def _open_pictures(
     store: GeometryStore, options: ReportOptions, rows: list[int]
 ) -> tuple[FrameReader | None, str | None]:
-    """A reader, or why there is none. A dataset that was named has to be there."""
+    """Return a reader, or why there is none. A dataset that the user named must be available."""
     if not options.rgb:
         return None, "left out with --no-rgb"
     episodes = np.unique([store.locate(row)[0] for row in rows])
     try:
-        found = open_pictures(store, episodes, dataset=options.dataset, root=options.root, revision=options.revision)
+        reader = open_pictures(store, episodes, dataset=options.dataset, root=options.root, revision=options.revision)
     except DatasetNotFoundError as error:
         if options.root is not None or options.dataset is not None:
             raise
         return None, str(error)
-    return found, None
+    return reader, None
 
 
 def _show(store: GeometryStore, reader: FrameReader | None, row: int) -> ShownFrame:

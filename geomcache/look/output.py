@@ -1,4 +1,4 @@
-"""Files that a command makes for people: the name is checked before the work, a file is there whole or not at all."""
+"""Files that a command makes for people: names are checked before the work, and no incomplete file is left."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from geomcache.errors import UserInputError
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> None:
-    """See that a file can be written.
+    """Check that a file can be written.
 
     Raises:
         UserInputError: its name ends in none of the suffixes, or its folder cannot be written to.
@@ -19,17 +19,19 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
             f"output {path}: expected a name that ends in {', '.join(suffixes)}, got {path.suffix or 'no suffix'}"
         )
     if path.is_dir():
-        raise UserInputError(f"output {path}: expected a file, found a folder: name a file in it")
+        raise UserInputError(f"output {path}: expected a file, found a folder: choose a file in it")
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UserInputError(f"output {path}: expected the folder {folder}, found none: make it, or name another")
+        raise UserInputError(f"output {path}: expected the folder {folder}, found none: create it, or choose another")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserInputError(f"output {path}: expected a folder to write to, {folder} may not be written to")
+        raise UserInputError(
+            f"output {path}: expected a writable folder, found {folder} without permission: choose another"
+        )
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when all is well and vanishes when not."""
+    """Yield a file to write. It replaces `path` on success, and is removed otherwise."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         yield partial

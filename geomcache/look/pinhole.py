@@ -1,15 +1,15 @@
-"""The camera that a ray map describes: its place, its orientation and its field of view.
+"""The camera that a ray map describes: its position, its orientation and its field of view.
 
 Legend of shapes:  h, w grid   n = h * w cells
 
 Depth Anything 3 (Lin et al., "Depth Anything 3: Recovering the Visual Space from Any Views", arXiv:2511.10647, the
 section on the depth-ray representation) gives each cell a direction d and an origin t, in the first view's coordinates
 (x right, y down, z ahead). A point at depth D is t + D d: d is not normalised, so D is depth along the optical axis.
-For a pinhole camera d = R K^-1 p, with p = (x, y, 1) the place in the picture, R the rotation from camera to world, and
-K upper triangular. Hence the fit: origin, the mean of t weighted by confidence; A = R K^-1, linear least squares of d
-over p with the same weights; R and K from A's QR decomposition with a positive diagonal. x and y run from -1 to 1 over
-the picture. Upstream's own (`camray_to_caminfo` in depth_anything_3/utils/ray_utils.py) also searches for outliers, and
-decomposes A as R times a lower triangle, which is the same where the optical axis meets the picture's centre.
+For a pinhole camera d = R K^-1 p, with p = (x, y, 1) the position in the picture, R the rotation from camera to world,
+and K upper triangular. Hence the fit: origin, the mean of t weighted by confidence; A = R K^-1, linear least squares of
+d over p with the same weights; R and K from A's QR decomposition with a positive diagonal. x and y run from -1 to 1
+over the picture. Upstream's own fit (`camray_to_caminfo` in depth_anything_3/utils/ray_utils.py) also searches for
+outliers, and decomposes A as R times a lower triangle, the same if the optical axis meets the picture's centre.
 """
 
 from dataclasses import dataclass
@@ -23,30 +23,30 @@ from geomcache.errors import GeometryError
 
 @dataclass(frozen=True, kw_only=True)
 class Pinhole:
-    """A camera, as far as a ray map tells it."""
+    """A camera, as far as a ray map describes it."""
 
     origin: NDArray[np.float64]  # [3] in world coordinates
     rotation: NDArray[np.float64]  # [3, 3] from camera to world
     intrinsics: NDArray[np.float64]  # [3, 3] K, in halves of the picture's sides
     residual: float
-    """Length of what the fit leaves of the directions, root mean square, over that of the directions."""
+    """Root mean square of what the fit leaves of the directions, over that of the directions."""
 
     def pixel_intrinsics(self, height: int, width: int) -> NDArray[np.float64]:
-        """K in pixels, with (0, 0) the upper left corner of a picture of this size."""
+        """Return K in pixels; (0, 0) is the upper left corner of a picture of this size."""
         to_pixels = np.array([[width / 2, 0.0, width / 2], [0.0, height / 2, height / 2], [0.0, 0.0, 1.0]])
         pixels: NDArray[np.float64] = to_pixels @ self.intrinsics
         return pixels
 
     @property
     def fields_of_view(self) -> tuple[float, float]:
-        """Horizontal and vertical, in degrees, through the optical axis."""
+        """Horizontal and vertical field of view in degrees, through the optical axis."""
         focal, centre = np.diag(self.intrinsics)[:2], self.intrinsics[:2, 2]
         horizontal, vertical = np.degrees(np.arctan((1 - centre) / focal) + np.arctan((1 + centre) / focal))
         return float(horizontal), float(vertical)
 
 
 def mean_origin(ray: NDArray[Any], confidence: NDArray[Any] | None) -> NDArray[np.float64]:
-    """[..., h, w, 6] -> [..., 3]: the mean origin, weighted by confidence [..., h, w] where there is one."""
+    """Return the mean origin [..., 3] of rays [..., h, w, 6], weighted by `confidence` [..., h, w] if it is given."""
     origins = ray[..., 3:].astype(np.float64)
     weights = np.ones(ray.shape[:-1]) if confidence is None else confidence.astype(np.float64)
     total = (origins * weights[..., None]).sum(axis=(-3, -2))
@@ -58,7 +58,7 @@ def fit_pinhole(ray: NDArray[Any], confidence: NDArray[Any] | None) -> Pinhole:
     """Fit a camera to one view's rays [h, w, 6] and their confidence [h, w].
 
     Raises:
-        GeometryError: the directions are no camera's: they lie in a plane, or show the world mirrored.
+        GeometryError: no camera has these directions: they lie in a plane, or show the world mirrored.
     """
     places = cell_places(*ray.shape[:2]).reshape(-1, 3)  # [n, 3]
     directions = ray[..., :3].reshape(-1, 3).astype(np.float64)  # [n, 3]
@@ -80,7 +80,7 @@ def fit_pinhole(ray: NDArray[Any], confidence: NDArray[Any] | None) -> Pinhole:
 
 
 def cell_places(height: int, width: int) -> NDArray[np.float64]:
-    """Homogeneous places of the cells' centres, [h, w, 3]: x and y from -1 to 1 over the picture, then 1."""
+    """Return the cells' centres as homogeneous coordinates [h, w, 3]: x and y from -1 to 1 over the picture, and 1."""
     x = (2 * np.arange(width) + 1) / width - 1
     y = (2 * np.arange(height) + 1) / height - 1
     return np.stack([*np.meshgrid(x, y), np.ones((height, width))], axis=-1)

@@ -1,9 +1,11 @@
-"""``geomcache probe``: run Depth Anything 3 on pictures, print shapes and ranges, and save a picture of what it gave.
+"""``geomcache probe``: run Depth Anything 3 on pictures, print shapes and ranges, and save a picture of the maps.
 
 A check that a model loads and works, before hours of extraction. The pictures of one call are the views of one scene.
 """
 
+import logging
 import re
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,19 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from geomcache.da3.encoder import DA3Encoder
-from geomcache.errors import UserInputError
+from geomcache.errors import UserInputError, one_line
 from geomcache.geometry import OUTPUTS, Camera, Geometry
-from geomcache.look.drawing import (
-    LEGEND,
-    Panel,
-    draw_sheet,
-    limits_of,
-    range_caption,
-    scalar_colours,
-    vector_colours,
-)
+
+logger = logging.getLogger(__name__)
 
 PICTURE_NAME = "probe.png"
+DAMAGED_PICTURE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)  # what Pillow raises
+SCALE = 2  # for print
+CONVENTION = "Rays are in the first view's coordinates: x right, y down, z ahead."
 
 
 def probe(
@@ -35,28 +33,25 @@ def probe(
     process_res: int = 504,
     grid: str = "patch",
     device: str | None = None,
-) -> list[str]:
-    """Encode pictures as the views of one scene, and show the geometry.
+) -> None:
+    """Encode pictures as the views of one scene, save a picture of the geometry, and log its shapes and ranges.
 
     Args:
         model: a DA3 name, a Hub id or a folder.
         images: picture files; the first is the reference view.
-        output: a folder, made where it is missing, for the picture.
-        process_res: as in extraction.
-        grid: of the tokens: as in extraction.
+        output: a folder for the picture, created if it is missing.
+        process_res: longest side of the network's input, in pixels, as in extraction.
+        grid: of the tokens, as in extraction.
         device: as in extraction.
 
-    Returns:
-        Lines for the user.
-
     Raises:
-        UserInputError: a file that is no picture, pictures whose sizes cannot be one scene's, or an option.
-        ModelError: the model cannot be used.
+        UserInputError: a file is not a picture, the pictures' shapes differ, or an option is wrong.
+        ModelError: the model cannot be loaded.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserInputError(f"output {output}: expected a folder, cannot make it ({error.strerror})") from None
+        raise UserInputError(f"output {output}: expected a folder, cannot create it ({error.strerror})") from None
     pictures = [_read(path) for path in images]
     cameras = [
         Camera(key=_camera_key(view, path), height=picture.shape[0], width=picture.shape[1])
@@ -79,30 +74,31 @@ def probe(
         f"tokens     {grid} grid, {' x '.join(map(str, tokens['ray'].shape[:3]))} (views x h x w)",
         *(_line(f"  {name}", values) for name, values in tokens.items()),
     ]
-    rows = _panels(pictures, [path.name for path in images], native, tokens)
-    heading = [f"{spec.model_id} at process-res {process_res}.  {LEGEND}"]
-    draw_sheet(rows, heading).save(output / PICTURE_NAME)
-    return [*lines, f"picture    {output / PICTURE_NAME}"]
+    title = f"{spec.model_id} at process-res {process_res}"
+    _draw(title, pictures, [path.name for path in images], native, tokens).save(output / PICTURE_NAME)
+    for line in (*lines, f"picture    {output / PICTURE_NAME}"):
+        logger.info(line)
 
 
 def _read(path: Path) -> NDArray[np.uint8]:
-    """A picture file, upright, as uint8 [H, W, 3]."""
+    """Read a picture file as uint8 [H, W, 3], turned upright."""
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError:
         raise UserInputError(f"image {path}: expected a picture, found something else") from None
-    except OSError as error:
-        raise UserInputError(f"image {path}: expected a picture, cannot read it ({error.strerror or error})") from None
+    except DAMAGED_PICTURE as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserInputError(f"image {path}: expected a picture, cannot read it ({reason})") from None
 
 
 def _camera_key(view: int, path: Path) -> str:
-    """The file's name, as the errors of the encoder show it; the number makes it unique."""
+    """Return a key with the file's name, for the encoder's errors, and a number that makes it unique."""
     return f"{view}-{re.sub(r'[^A-Za-z0-9._-]', '_', path.name)}"[:200]
 
 
 def _one_frame(geometry: Geometry) -> dict[str, NDArray[np.float32]]:
-    """[V, h, w, ...] of each output."""
+    """Return [V, h, w, ...] of each output."""
     return {name: values[0].float().cpu().numpy() for name, values in geometry.items()}
 
 
@@ -111,31 +107,47 @@ def _line(name: str, values: NDArray[np.float32]) -> str:
     return f"{name:<12} {shape:<20} min {values.min():.4g}  mean {values.mean():.4g}  max {values.max():.4g}"
 
 
-def _panels(
+def _draw(
+    title: str,
     pictures: list[NDArray[np.uint8]],
     names: list[str],
     native: dict[str, NDArray[np.float32]],
     tokens: dict[str, NDArray[np.float32]],
-) -> list[list[Panel]]:
-    """A row of panels for each view. Colours mean the same in all views."""
-    shown = [
-        ("depth", native["depth"]),
-        ("depth_conf", native["depth_conf"]),
-        ("ray direction", native["ray"][..., :3]),
-        ("ray origin", native["ray"][..., 3:]),
-        ("ray_conf", native["ray_conf"]),
-        (f"tokens {tokens['ray'].shape[1]}x{tokens['ray'].shape[2]}, direction", tokens["ray"][..., :3]),
-    ]
+) -> Image.Image:
+    """Draw a line of panels for each view. Colours mean the same in all views."""
+    from geomcache.look.drawing import (
+        Column,
+        Panel,
+        Sheet,
+        limits_of,
+        panel_height,
+        range_caption,
+        scalar_colours,
+        vector_colours,
+    )
+
+    maps = {
+        "depth": native["depth"],
+        "depth_conf": native["depth_conf"],
+        "ray direction": native["ray"][..., :3],
+        "ray origin": native["ray"][..., 3:],
+        "ray_conf": native["ray_conf"],
+        f"tokens {tokens['ray'].shape[1]}x{tokens['ray'].shape[2]}: direction": tokens["ray"][..., :3],
+    }
+    columns = [Column(title="image"), *(Column(title=name, limits=limits_of(maps[name])) for name in maps)]
     colours = [
-        (vector_colours if values.ndim == 4 else scalar_colours)(values, limits_of(values)) for _, values in shown
+        (vector_colours if values.ndim == 4 else scalar_colours)(values, limits_of(values)) for values in maps.values()
     ]
-    return [
+    panels = [
         [
-            Panel(title=names[view], caption=f"{picture.shape[0]}x{picture.shape[1]}", pixels=picture),
+            Panel(caption=f"{picture.shape[0]}x{picture.shape[1]}", pixels=picture),
             *(
-                Panel(title=title, caption=range_caption(values[view]), pixels=pixels[view])
-                for (title, values), pixels in zip(shown, colours, strict=True)
+                Panel(caption=range_caption(values[view]), pixels=pixels[view])
+                for values, pixels in zip(maps.values(), colours, strict=True)
             ),
         ]
         for view, picture in enumerate(pictures)
     ]
+    heights = [panel_height(*picture.shape[:2]) for picture in pictures]
+    sheet = Sheet((title, CONVENTION), names, heights, columns, scale=SCALE)
+    return Image.fromarray(sheet.draw(panels))

@@ -1,24 +1,21 @@
-"""``geomcache report``: a page about a cache. What is on it is gathered here, in one pass; `page` writes it.
+"""``geomcache report``: one page about a cache. `gather` reads the cache, `page` writes the page."""
 
-Memory does not grow with the cache: values are counted (`ValueCounts`), frames are read a block at a time, and of a
-frame its mean confidences stay. Of more frames than `ReportOptions.max_frames` so many are taken, evenly spaced.
-
-Legend of shapes:  V views   h, w grid   n frames looked at
-"""
-
-from collections.abc import Iterator
+import logging
 
 from geomcache.look.gather import ReportOptions, gather
 from geomcache.look.output import replacing
 from geomcache.progress import human_bytes
 
+logger = logging.getLogger(__name__)
 
-def report(options: ReportOptions) -> Iterator[str]:
-    """Write the page; lines for the user.
+
+def report(options: ReportOptions) -> None:
+    """Write the page.
 
     Raises:
-        CacheError: there is no such cache, it is empty or damaged, or it is not of this dataset.
-        DatasetError: the dataset that was asked for cannot be had or read.
+        UserInputError: the cache has too many cameras to draw.
+        CacheError: there is no such cache, it is empty or damaged, or it is of another dataset.
+        DatasetError: the dataset that was asked for cannot be found or read.
     """
     from geomcache.look.page import write_page
 
@@ -26,6 +23,6 @@ def report(options: ReportOptions) -> Iterator[str]:
     with replacing(options.output) as partial:
         partial.write_text(write_page(gathered), encoding="utf-8")
     if gathered.no_pictures is not None and options.rgb:
-        yield f"no pictures: {gathered.no_pictures}"
-    present = gathered.facts["frames_present"]
-    yield f"{options.output}: {len(gathered.rows)} of {present} frames, {human_bytes(options.output.stat().st_size)}"
+        logger.info("no pictures: %s", gathered.no_pictures)
+    size, present = human_bytes(options.output.stat().st_size), gathered.facts["frames_present"]
+    logger.info("%s: %d of %d frames, %s", options.output, len(gathered.rows), present, size)

@@ -1,19 +1,19 @@
-"""An episode as a file for rerun (https://rerun.io): cameras where their rays place them, pictures, maps, points.
+"""An episode as a file for rerun (https://rerun.io): cameras placed by their rays, pictures, maps and points.
 
-One timeline, ``frame``. The world is DA3's: the first view's coordinates, x right, y down, z ahead. Where each camera
-was encoded alone (independent views) it has a world of its own.
+One timeline, ``frame``. The world is DA3's: the first view's coordinates, x right, y down, z ahead. A camera that was
+encoded alone (independent views) has a world of its own.
 
     <world>                     3D
       <camera>                  Transform3D: the pinhole's origin and rotation, fitted to the rays of each frame
-        picture                 Pinhole and Image: RGB, or the directions' colours where there is no dataset
-      <camera>_path             where the origin is in all frames, static
+        picture                 Pinhole and Image: RGB, or the directions' colours without a dataset
+      <camera>_path             the origin in all frames, static
       <camera>_points           origin + depth * direction of every cell, in the picture's colours
     maps/<camera>/<map>         RGB, directions and scalar maps, in the colours of the sheet
     origin/<camera>/{x,y,z}     over time
     ray_conf/<camera>           mean, over time
 """
 
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,11 @@ TIMELINE = "frame"
 RGB = "rgb"
 JPEG_QUALITY = 90
 
+logger = logging.getLogger(__name__)
 
-def write_rerun(path: Path, episode: Episode) -> Iterator[str]:
-    """Write the file; lines on frames whose rays are no camera's."""
+
+def write_rerun(path: Path, episode: Episode) -> None:
+    """Write the file, and log how many frames have rays that are no pinhole camera's."""
     spec, dataset = episode.store.spec, episode.store.dataset
     recording = rr.RecordingStream("geomcache", recording_id=f"{episode.store.fingerprint[:16]}-{episode.number}")
     recording.set_log_time_enabled(False)
@@ -58,16 +60,18 @@ def write_rerun(path: Path, episode: Episode) -> Iterator[str]:
         recording.disconnect()
     for name, count in unplaced.items():
         if count:
-            yield f"{name}: no pinhole camera has the rays of {count} of {len(episode)} frames: not placed in these"
+            logger.info(
+                "%s: no pinhole camera has the rays of %d of %d frames: not placed in these", name, count, len(episode)
+            )
 
 
 def world_of(episode: Episode, view: int) -> str:
-    """The path of a view's world."""
+    """Return the path of a view's world."""
     return "world" if episode.store.spec.views == "joint" else f"world/{episode.views[view]}"
 
 
 def camera_path(episode: Episode, view: int) -> str:
-    """The path of a view's camera."""
+    """Return the path of a view's camera."""
     return f"{world_of(episode, view)}/{episode.views[view] if episode.store.spec.views == 'joint' else 'camera'}"
 
 
@@ -85,7 +89,7 @@ def _log_static(recording: rr.RecordingStream, episode: Episode) -> None:
 def _log_camera(
     recording: rr.RecordingStream, episode: Episode, frame: Frame, view: int, directions: NDArray[np.uint8]
 ) -> bool:
-    """One view of one frame; whether its rays are a camera's."""
+    """Log one view of one frame, and return whether its rays are a pinhole camera's."""
     name, camera = episode.views[view], camera_path(episode, view)
     picture = directions if frame.pictures is None else frame.pictures[view]
     origin = episode.origins[frame.number, view]
@@ -119,7 +123,7 @@ def _log_pinhole(recording: rr.RecordingStream, camera: str, pinhole: Pinhole, p
 
 
 def point_cloud(frame: Frame, view: int, picture: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Points [h * w, 3] of a view's cells, origin + depth * direction, and their colours [h * w, 3]."""
+    """Return points [h * w, 3] of a view's cells, origin + depth * direction, and their colours [h * w, 3]."""
     ray, depth = frame.maps["ray"][view].astype(np.float32), frame.maps["depth"][view].astype(np.float32)
     points = ray[..., 3:] + depth[..., None] * ray[..., :3]
     cells = Image.fromarray(picture).resize((depth.shape[1], depth.shape[0]), Image.Resampling.BOX)
@@ -131,7 +135,7 @@ def _blueprint(episode: Episode) -> rrb.Blueprint:
     spaces = [rrb.Spatial3DView(origin=world, name=world) for world in worlds]
     kinds = [RGB] if episode.reader is not None else []
     kinds += ["direction", *(kind for kind in SCALARS if kind in episode.limits)]
-    rows = [
+    strips = [
         rrb.Horizontal(
             *(rrb.Spatial2DView(origin=f"maps/{name}/{kind}", name=f"{name}: {kind}") for kind in kinds),
         )
@@ -143,8 +147,8 @@ def _blueprint(episode: Episode) -> rrb.Blueprint:
     return rrb.Blueprint(
         rrb.Vertical(
             rrb.Horizontal(*spaces, rrb.Vertical(*series), column_shares=[2] * len(spaces) + [1]),
-            *rows,
-            row_shares=[2] + [1] * len(rows),
+            *strips,
+            row_shares=[2] + [1] * len(strips),
         ),
         rrb.TimePanel(timeline=TIMELINE, fps=episode.store.dataset.fps, state="collapsed"),
         collapse_panels=True,

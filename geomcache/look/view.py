@@ -1,11 +1,12 @@
-"""``geomcache view``: what DA3 saw, beside what the camera saw: a frame's picture, an episode's video or rerun file."""
+"""``geomcache view``: cached geometry next to the cameras' pictures, as a picture, a video or a rerun file."""
 
 import importlib.util
-from collections.abc import Iterator
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import DatasetNotFoundError, UserInputError
@@ -13,31 +14,33 @@ from geomcache.frames.of_cache import open_pictures
 from geomcache.frames.reader import FrameReader
 from geomcache.look.episode import Episode, require_cached, require_frame, survey
 from geomcache.look.output import check_output, replacing
-from geomcache.look.sheet import draw_frame
 from geomcache.progress import human_bytes
 
 SUFFIXES = (".png", ".mp4", ".rrd")
+PRINT_SCALE = 2  # a picture has twice a video's pixels a side
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewOptions:
-    """What to show, and where it is."""
+    """What to show, and where to find it."""
 
     path: Path
     """The cache."""
     episode: int
     frame: int | None = None
-    """Of a picture: the first where None. Videos and rerun files have all."""
+    """The frame of a picture; None for the first. Videos and rerun files show all."""
     output: Path | None = None
-    """One of `SUFFIXES`; a picture in the current folder where None."""
+    """A file with one of `SUFFIXES`; None for a picture in the current folder."""
     dataset: str | None = None
-    """The dataset's name; the cache's where None."""
+    """The dataset's name; None for the cache's."""
     root: Path | None = None
-    """The dataset's folder, where it is local."""
+    """The folder of a local dataset."""
     revision: str | None = None
-    """The dataset's branch, tag or commit on the Hub; the cache's where None."""
+    """The dataset's branch, tag or commit on the Hub; None for the cache's."""
     rgb: bool = True
-    """Whether the dataset's pictures are shown."""
+    """Whether to show the dataset's pictures."""
 
     def __post_init__(self) -> None:
         if not self.rgb:
@@ -55,24 +58,24 @@ class ViewOptions:
 
     @property
     def target(self) -> Path:
-        """The file to write."""
+        """File to write."""
         if self.output is not None:
             return self.output
         return Path(f"{self.path.name.removesuffix('.zarr')}-episode-{self.episode}-frame-{self.frame or 0}.png")
 
     @property
     def suffix(self) -> str:
-        """What is written."""
+        """Kind of the file, one of `SUFFIXES`."""
         return self.target.suffix.lower()
 
 
-def view(options: ViewOptions) -> Iterator[str]:
-    """Write the file; lines for the user.
+def view(options: ViewOptions) -> None:
+    """Write the file.
 
     Raises:
-        UserInputError: an episode or frame that the dataset has not.
+        UserInputError: the dataset has no such episode or frame, or the cache cannot be drawn.
         CacheError: there is no such cache, it lacks the episode, is damaged, or is of another dataset.
-        DatasetError: the dataset is not at hand or cannot be read.
+        DatasetError: the dataset cannot be found or read.
     """
     with GeometryStore.open(options.path) as store:
         require_cached(store, options.episode)
@@ -80,26 +83,28 @@ def view(options: ViewOptions) -> Iterator[str]:
         require_frame(store, options.episode, frame)
         episode = survey(store, options.episode, _open_pictures(store, options))
         with replacing(options.target) as partial:
-            if options.suffix == ".png":
-                (shown,) = episode.frames(frame, frame + 1)
-                draw_frame(episode, shown).save(partial)
-                what = f"frame {frame} of episode {options.episode}"
-            else:
-                yield from _write_episode(episode, partial)
-                what = f"{len(episode)} frames of episode {options.episode}"
-        yield f"{options.target}: {what}, {human_bytes(options.target.stat().st_size)}"
+            _write(options.suffix, episode, frame, partial)
+        shown = f"frame {frame}" if options.suffix == ".png" else f"{len(episode)} frames"
+        size = human_bytes(options.target.stat().st_size)
+        logger.info("%s: %s of episode %d, %s", options.target, shown, options.episode, size)
 
 
-def _write_episode(episode: Episode, path: Path) -> Iterator[str]:
-    if path.suffix.lower() == ".mp4":
-        from geomcache.look.video import write_video
-
-        sheets = (draw_frame(episode, frame) for frame in episode.frames())
-        write_video(path, sheets, episode.store.dataset.fps)
-    else:
+def _write(suffix: str, episode: Episode, frame: int, path: Path) -> None:
+    if suffix == ".rrd":
         from geomcache.look.rerun_file import write_rerun
 
-        yield from write_rerun(path, episode)
+        write_rerun(path, episode)
+        return
+    from geomcache.look.sheet import EpisodeSheet
+
+    if suffix == ".png":
+        (shown,) = episode.frames(frame, frame + 1)
+        Image.fromarray(EpisodeSheet(episode, scale=PRINT_SCALE).draw(shown)).save(path)
+    else:
+        from geomcache.look.video import write_video
+
+        sheet = EpisodeSheet(episode)
+        write_video(path, (sheet.draw(shown) for shown in episode.frames()), episode.store.dataset.fps)
 
 
 def _open_pictures(store: GeometryStore, options: ViewOptions) -> FrameReader | None:
@@ -109,4 +114,4 @@ def _open_pictures(store: GeometryStore, options: ViewOptions) -> FrameReader | 
     try:
         return open_pictures(store, episodes, dataset=options.dataset, root=options.root, revision=options.revision)
     except DatasetNotFoundError as error:
-        raise DatasetNotFoundError(f"{error}; or leave the pictures out with --no-rgb") from error
+        raise DatasetNotFoundError(f"{error}; or use --no-rgb to leave the pictures out") from error

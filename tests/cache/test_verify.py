@@ -18,7 +18,7 @@ from geomcache.cache.verify import Problem, VerifyReport, require_intact, verify
 from geomcache.cli import main as cli
 from geomcache.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UserInputError
 from geomcache.training.trainer import train
-from tests.cli.test_main import call
+from tests.support.cli import call
 from tests.support.stores import CAMERAS, expected, fill, make_maps, make_spec, make_store, open_writer
 
 SPEC = make_spec()

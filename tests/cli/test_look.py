@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from geomcache.cli import main as cli
-from tests.cli.test_main import call
+from tests.support.cli import call
 from tests.support.scene import Scene, make_scene
 
 
@@ -33,11 +33,11 @@ def test_view_and_report(
     ("arguments", "part"),
     [
         (["view", "--episode", 0, "-o", "a.gif"], ".png, .mp4, .rrd"),
-        (["view", "--episode", 9, "-o", "a.png", "--no-rgb"], "expected 0 to 1, got 9"),
-        (["view", "--episode", 0, "--frame", 99, "--no-rgb", "-o", "a.png"], "expected 0 to 6"),
+        (["view", "--episode", 9, "-o", "a.png", "--no-rgb"], "9"),
+        (["view", "--episode", 0, "--frame", 99, "--no-rgb", "-o", "a.png"], "0 to 6"),
         (["view", "--episode", 0, "--root", "none", "-o", "a.png"], "--no-rgb"),
         (["report", "-o", "a.txt"], ".html"),
-        (["report", "-o", "none/a.html"], "found none: make it"),
+        (["report", "-o", "none/a.html"], "none/a.html"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -11,22 +11,14 @@ import pytest
 import typer
 from PIL import Image
 
-from geomcache import geometry
 from geomcache.cli import help as cli_help
 from geomcache.cli import main as cli
+from tests.support.cli import call
 from tests.support.datasets import DEMO
 from tests.support.stores import make_store
 
 START = "import sys; sys.argv[0] = 'geomcache'; from geomcache.cli.main import main; main()"
 HEAVY = ("torch", "zarr", "numpy", "lerobot", "depth_anything_3", "transformers", "av")
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run `geomcache ARGUMENTS` in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["geomcache", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    return typing.cast("int", exit_info.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +38,6 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == "[]"
     for command in ("extract", "info", "probe"):
         assert command in done.stdout
-
-
-def test_choices_on_the_command_line_are_those_of_the_contract() -> None:
-    hints = typing.get_type_hints(cli.extract)
-    assert typing.get_args(hints["views"]) == typing.get_args(geometry.Views)
-    assert set(typing.get_args(typing.get_args(hints["dtype"])[0])) == set(typing.get_args(geometry.ComputeDtype))
 
 
 def test_without_arguments_the_help_is_shown(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from geomcache.cli import main as cli
-from tests.cli.test_main import call
+from tests.support.cli import call
 from tests.support.sharing import contents, make_small_store
 
 

@@ -279,7 +279,7 @@ def acting(tmp_path_factory: pytest.TempPathFactory, random_da3_folder: Path) ->
         num_workers=0,
         device="cpu",
     )
-    extract(options, say=lambda _: None)
+    extract(options)
     config = make_config(
         bound=False,
         input_features=input_features(),

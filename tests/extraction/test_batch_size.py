@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import EncoderMemoryError
 from geomcache.extraction import batch_size as memory
 from geomcache.geometry import Camera
@@ -24,7 +25,7 @@ class MadeUp:
             process_res=56,
         )
         self.fits, self.seconds, self.now, self.sizes = fits, seconds, 0.0, list[int]()
-        monkeypatch.setattr(memory.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
 
     def preprocess(self, images: list[Any]) -> int:
         assert [image.shape[1:] for image in images] == [(4, 6, 3), (8, 6, 3)]
@@ -40,26 +41,23 @@ class MadeUp:
 
 
 def find(encoder: MadeUp, most: int = memory.MOST_FRAMES) -> tuple[int, str]:
-    lines: list[str] = []
-    size = memory.find_batch_size(encoder, lines.append, most=most)  # type: ignore[arg-type]
-    (line,) = lines
-    return size, line
+    return memory.find_batch_size(cast("DA3Encoder", encoder), most=most)
 
 
 def test_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = MadeUp(monkeypatch, fits=21, seconds=lambda frames: 1.0 + frames / 4)
-    assert find(encoder) == (16, "batch size 16: 6.4 views/s; 32 do not fit into the memory of cpu")
+    assert find(encoder) == (16, "6.4 views/s; 32 do not fit into the memory of cpu")
     assert encoder.sizes == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16]  # each once to warm up
 
 
 def test_larger_ones_that_gain_nothing_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = MadeUp(monkeypatch, fits=1000, seconds=lambda frames: max(1.0, frames / 4))
-    assert find(encoder) == (4, "batch size 4: 8.0 views/s; 8 are no faster")
+    assert find(encoder) == (4, "8.0 views/s; 8 are no faster")
 
 
 def test_no_more_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = MadeUp(monkeypatch, fits=1000, seconds=lambda frames: 1.0)
-    assert find(encoder, most=12) == (8, "batch size 8: 16.0 views/s; at most 12 frames are tried")
+    assert find(encoder, most=12) == (8, "16.0 views/s; at most 12 frames are tried")
 
 
 def test_not_one_frame(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +74,7 @@ def test_another_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_is_not_filled_to_the_brim(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = MadeUp(monkeypatch, fits=1000, seconds=lambda frames: 1.0)
     peaks = iter([100, 100, 100, 100])  # before 2, 4, 8 and 16
-    monkeypatch.setattr(memory.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=next(peaks)))
+    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=next(peaks)))
     available = iter([200_000, 200_000, 200_000, 100_000])
     monkeypatch.setattr(memory, "_available_bytes", lambda: next(available))
     assert find(encoder)[0] == 8

@@ -55,7 +55,7 @@ def make_cache(dataset: Path, model: Path, *, episodes: str | None = None) -> Pa
         num_workers=0,
         device="cpu",
     )
-    extract(options, say=lambda _: None)
+    extract(options)
     return path
 
 

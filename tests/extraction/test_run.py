@@ -8,18 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tensorstore
 import zarr
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from geomcache.cache.codecs import Codec
 from geomcache.cache.commands import extract_command
 from geomcache.cache.store import GeometryStore
+from geomcache.cache.verify import verify
 from geomcache.errors import (
     CacheExistsError,
     CacheMismatchError,
@@ -28,13 +31,14 @@ from geomcache.errors import (
     OutOfSpaceError,
     UserInputError,
 )
-from geomcache.extraction.options import ExtractOptions
+from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.plan import require_space
 from geomcache.extraction.run import ExtractReport, extract
 from geomcache.extraction.run_config import read_run_config, run_config_path
 from geomcache.frames.source import open_dataset
 from tests.support.da3 import area_average, assert_one_step, upstream_maps, upstream_network
 from tests.support.datasets import DEMO, make_dataset
+from tests.support.logs import logged_lines
 
 LENGTHS = (20, 17, 23)
 FRAMES = sum(LENGTHS)
@@ -67,28 +71,33 @@ def options(random_da3_folder: Path, dataset_root: Path, tmp_path_factory: pytes
 @pytest.fixture(scope="module")
 def reference(options: ExtractOptions) -> ExtractReport:
     """A run in one go, without workers."""
-    return extract(options, say=lambda _line: None)
+    return extract(options)
 
 
-def run(options: ExtractOptions, **changes: object) -> tuple[ExtractReport, list[str]]:
-    lines: list[str] = []
-    return extract(replace(options, **changes), say=lines.append), lines
+def run(options: ExtractOptions, **changes: Any) -> tuple[ExtractReport, list[str]]:
+    with logged_lines() as lines:
+        return extract(replace(options, **changes)), lines
 
 
 def assert_same_rows(path: Path, other: Path, frames: int = FRAMES) -> None:
-    here, there = GeometryStore.open(path), GeometryStore.open(other)
-    assert here.fingerprint == there.fingerprint
-    assert here.rows == there.rows == ((0, frames),)
+    store, expected = GeometryStore.open(path), GeometryStore.open(other)
+    assert store.fingerprint == expected.fingerprint
+    assert store.rows == expected.rows == ((0, frames),)
     rows = np.arange(frames)
-    for (name, ours), (_, theirs) in zip(here.batch(rows).items(), there.batch(rows).items(), strict=True):
+    for (name, ours), (_, theirs) in zip(store.batch(rows).items(), expected.batch(rows).items(), strict=True):
         assert_one_step(ours, theirs)
         assert np.isfinite(ours).all(), name
+
+
+def read_by_zarr(path: Path, array: str) -> NDArray[Any]:
+    stored = zarr.open_array(path / array, mode="r")[:]
+    assert isinstance(stored, np.ndarray)
+    return stored
 
 
 def test_stock_readers_find_what_upstream_computes(options: ExtractOptions, reference: ExtractReport) -> None:
     network = upstream_network(Path(options.model))
     dataset, _ = open_dataset("test", root=options.root)
-    group = zarr.open_group(reference.path, mode="r")
     for index in (0, 19, 20, 41, 59):
         images = [camera[0] for camera in dataset.reader.read(index, index + 1).images]
         expected = upstream_maps(network, images, options.process_res)
@@ -96,7 +105,7 @@ def test_stock_readers_find_what_upstream_computes(options: ExtractOptions, refe
             expected[name] = area_average(expected[name], (32, 32))
         for name in options.outputs:
             for view, camera in enumerate(CAMERAS):
-                assert_one_step(group[f"{camera}/{name}"][index], expected[name][view])
+                assert_one_step(read_by_zarr(reference.path, f"{camera}/{name}")[index], expected[name][view])
                 array = tensorstore.open(
                     {"driver": "zarr3", "kvstore": f"file://{reference.path}/{camera}/{name}"}, open=True
                 ).result()
@@ -129,11 +138,12 @@ def test_a_compressed_cache_has_the_same_numbers(
     lacking = extract_command(store, np.array([1]))
     assert "--codec zstd" in lacking
     assert "--codec" not in extract_command(GeometryStore.open(reference.path), np.array([1]))
-    with pytest.raises(CacheMismatchError, match="codec: the cache was made with zstd, this run has raw"):
+    with pytest.raises(CacheMismatchError) as caught:
         run(options, output=path)
-    # What the run kept beside its cache repeats it.
-    kept = read_run_config(run_config_path(path), ["codec", *(field.name for field in fields(ExtractOptions))])
-    assert kept["codec"] == "zstd"
+    assert (caught.value.field, caught.value.cached, caught.value.wanted) == ("codec", "zstd", "raw")
+    # What the run recorded next to its cache repeats it.
+    recorded = read_run_config(run_config_path(path), recorded_options())
+    assert recorded["codec"] == "zstd"
 
 
 def test_the_report_counts_what_was_done(reference: ExtractReport) -> None:
@@ -145,10 +155,39 @@ def test_the_report_counts_what_was_done(reference: ExtractReport) -> None:
     assert f"{FRAMES} frames, {2 * FRAMES} views" in reference.lines()[0]
 
 
+def test_the_rate_leaves_out_the_start_up_and_the_first_batch(reference: ExtractReport) -> None:
+    assert reference.steady_views == 2 * (FRAMES - 8)  # batches of 8
+    assert reference.views_per_s == reference.steady_views / reference.steady_s
+    assert reference.startup_s + reference.steady_s > reference.seconds  # loading the model is before the first claim
+    assert f"at {reference.views_per_s:.1f} views/s" in reference.lines()[0]
+    single = replace(reference, steady_views=0)
+    assert single.views_per_s is None
+    assert "one batch" in single.lines()[0]
+
+
 def test_a_finished_cache_says_so(options: ExtractOptions, reference: ExtractReport) -> None:
     report, _ = run(options)
     assert report.frames == 0
-    assert "complete" in report.lines()[0]
+    assert report.lines() == [f"{report.path}: complete, {FRAMES} frames; nothing to do"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_shard_that_lacks_a_file_is_made_again(
+    options: ExtractOptions, reference: ExtractReport, tmp_path: Path, damage: str
+) -> None:
+    path = Path(shutil.copytree(reference.path, tmp_path / "cache.zarr"))
+    lost = path / CAMERAS[0] / "ray" / "c.1.0.0.0"
+    if damage == "missing":
+        lost.unlink()
+    else:
+        lost.write_bytes(lost.read_bytes()[:100])
+    report, lines = run(options, output=path, episodes="0")  # shard 1 has rows of episode 0 and of others
+    frames = GeometryStore.open(reference.path).shard_frames
+    assert (report.frames, report.shards) == (frames, 1)
+    assert [line for line in lines if "shard 1 " in line and f"{CAMERAS[0]}/ray/c.1.0.0.0" in line]
+    assert_same_rows(path, reference.path)
+    assert verify(path).problems == ()
+    assert run(options, output=path)[0].frames == 0
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 7}, {"batch_size": 7, "num_workers": 2}])
@@ -168,7 +207,7 @@ def test_rows_do_not_depend_on_what_was_extracted_before(
     assert first.frames == LENGTHS[2]
     assert GeometryStore.open(path).episodes() == ((2, 3),)
     _, lines = run(options, output=path, episodes="0:2")
-    assert "frames are there" not in " ".join(lines)
+    assert "resuming" not in " ".join(lines)
     assert GeometryStore.open(path).sealed
     assert_same_rows(path, reference.path)
 
@@ -206,15 +245,14 @@ def test_a_run_that_is_stopped_goes_on_where_it_was(
         assert process.returncode == -number
     else:
         assert process.returncode == 128 + number
-        assert errors.decode() == (
-            f"geomcache: stopped by {number.name}: the same command, given again, goes on from here\n"
-        )
-    there = GeometryStore.open(path)
-    assert not there.sealed
-    assert 0 < there.frames_present < FRAMES
+        assert errors.decode().startswith(f"geomcache: stopped by {number.name}: ")
+        assert errors.decode().count("\n") == 1
+    stopped = GeometryStore.open(path)
+    assert not stopped.sealed
+    assert 0 < stopped.frames_present < FRAMES
     report, lines = run(options, output=path)
-    assert report.frames == FRAMES - there.frames_present
-    assert f"{there.frames_present} of {FRAMES} frames are there; going on" in " ".join(lines)
+    assert report.frames == FRAMES - stopped.frames_present
+    assert f"{path}: {stopped.frames_present} of {FRAMES} frames" in " ".join(lines)
     assert_same_rows(path, reference.path)
 
 
@@ -307,10 +345,10 @@ def test_space_is_checked_before_anything_is_made(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _path: usage._replace(free=1000))
-    with pytest.raises(OutOfSpaceError, match=r"expected .* of free space for 60 frames, found 1\.0 kB"):
+    with pytest.raises(OutOfSpaceError, match=r"60 frames, found 1\.0 kB"):
         run(options, output=tmp_path / "deep" / "cache.zarr")
     assert not (tmp_path / "deep").exists()
-    with pytest.raises(OutOfSpaceError, match="expected .* of free space"):
+    with pytest.raises(OutOfSpaceError):
         require_space(tmp_path, GeometryStore.open(reference.path).spec, 60, Codec("raw"))
     require_space(tmp_path, GeometryStore.open(reference.path).spec, 60, Codec("zstd"))  # may be what it is chosen for
 
@@ -333,7 +371,7 @@ def test_the_batch_size_that_is_found_changes_no_number(
     options: ExtractOptions, reference: ExtractReport, tmp_path: Path
 ) -> None:
     report, lines = run(options, output=tmp_path / "cache.zarr", batch_size="auto")
-    assert re.fullmatch(r"batch size \d+: [\d.]+ views/s; .+", lines[0])
+    assert [line for line in lines if re.match(r"batch size \d+: [\d.]+ views/s; ", line)]
     assert report.frames == FRAMES
     whole, found = GeometryStore.open(reference.path), GeometryStore.open(report.path)
     for (_, ours), (_, theirs) in zip(
@@ -344,8 +382,8 @@ def test_the_batch_size_that_is_found_changes_no_number(
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("num_workers", -1)])
 def test_options_that_make_no_sense_are_refused(options: ExtractOptions, name: str, value: int) -> None:
-    with pytest.raises(UserInputError, match=f"{name.replace('_', '-')}: expected at least"):
-        replace(options, **{name: value})
+    with pytest.raises(UserInputError, match=rf"{name.replace('_', '-')}: .*{value}"):
+        replace(options, **{name: value})  # type: ignore[arg-type]
 
 
 def test_the_cache_is_named_after_the_dataset(options: ExtractOptions) -> None:
@@ -354,9 +392,8 @@ def test_the_cache_is_named_after_the_dataset(options: ExtractOptions) -> None:
 
 def test_cached_statistics_are_those_of_the_stored_numbers(reference: ExtractReport) -> None:
     store = GeometryStore.open(reference.path)
-    group = zarr.open_group(reference.path, mode="r")
     for name, moments in store.statistics.items():
-        values = np.stack([group[f"{camera}/{name}"][:] for camera in CAMERAS]).astype(np.float64)
+        values = np.stack([read_by_zarr(reference.path, f"{camera}/{name}") for camera in CAMERAS]).astype(np.float64)
         values = (
             values.reshape(-1, 6)
             if name == "ray"

@@ -1,24 +1,31 @@
 """The options of an extraction as a file: what is written beside a cache, and what `--config` makes of a file."""
 
 import multiprocessing
+import shlex
 import typing
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 import yaml
 
+from geomcache import geometry
+from geomcache.cache.codecs import CodecName
+from geomcache.cache.commands import extract_command
+from geomcache.cache.store import GeometryStore
 from geomcache.cli import main as cli
 from geomcache.errors import UserInputError
 from geomcache.extraction import run as extract
-from geomcache.extraction.options import ExtractOptions
+from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.run import ExtractReport
 from geomcache.extraction.run_config import HEADER, read_run_config, resolve, run_config_path, write_run_config
-from tests.cli.test_main import call
+from tests.support.cli import call
+from tests.support.logs import logged_lines
 from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store
 
-KNOWN = tuple(field.name for field in fields(ExtractOptions) if field.name not in ("dry_run", "overwrite"))
+KNOWN = recorded_options()
 
 
 def file_of(folder: Path, text: str) -> Path:
@@ -32,7 +39,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ExtractOptions]:
     """Options that `geomcache extract` comes to; nothing is extracted."""
     calls: list[ExtractOptions] = []
 
-    def run(options: ExtractOptions, **_: object) -> ExtractReport:
+    def run(options: ExtractOptions) -> ExtractReport:
         calls.append(options)
         return ExtractReport(path=options.output_path)
 
@@ -129,9 +136,106 @@ def test_what_a_file_lacks_or_has_wrong_is_one_line(
     assert asked == []
 
 
-def test_every_option_can_be_kept() -> None:
+def test_the_command_has_the_options_of_the_dataclass_and_all_but_two_are_recorded() -> None:
     command = typing.cast("typing.Any", typer.main.get_command(cli.app)).commands["extract"]
-    assert {option.name for option in command.params} - cli.NOT_KEPT == set(KNOWN)
+    names = {field.name for field in fields(ExtractOptions)}
+    assert {option.name for option in command.params} == names | {"config"}
+    assert names - set(KNOWN) == {"dry_run", "overwrite"}
+
+
+def test_the_commands_defaults_are_the_dataclasss(monkeypatch: pytest.MonkeyPatch, asked: list[ExtractOptions]) -> None:
+    assert call(monkeypatch, "extract", "--model", "m", "--dataset", "d") == 0
+    assert asked == [ExtractOptions(model="m", dataset="d")]
+
+
+def test_every_option_reaches_the_dataclass(monkeypatch: pytest.MonkeyPatch, asked: list[ExtractOptions]) -> None:
+    words = [*("--model", "m", "--dataset", "d", "-o", "c.zarr", "--dry-run", "--overwrite"), *("--root", "r")]
+    words += [
+        "--revision",
+        "1",
+        "--episodes",
+        "0:3",
+        "--cameras",
+        "b, a",
+        "--tolerance-s",
+        "0.01",
+        "--views",
+        "independent",
+    ]
+    words += ["--process-res", "28", "--grid", "2x2", "--outputs", "ray,depth", "--codec", "zstd", "--dtype", "bf16"]
+    words += ["--model-revision", "2", "--device", "cpu", "--batch-size", "auto", "--num-workers", "0"]
+    assert call(monkeypatch, "extract", *words) == 0
+    (options,) = asked
+    assert options == ExtractOptions(
+        model="m",
+        dataset="d",
+        output=Path("c.zarr"),
+        dry_run=True,
+        overwrite=True,
+        root=Path("r"),
+        revision="1",
+        episodes="0:3",
+        cameras=("b", "a"),
+        tolerance_s=0.01,
+        views="independent",
+        process_res=28,
+        grid="2x2",
+        outputs=("ray", "depth"),
+        codec="zstd",
+        dtype="bf16",
+        model_revision="2",
+        device="cpu",
+        batch_size="auto",
+        num_workers=0,
+    )
+    defaults = ExtractOptions(model="", dataset="")
+    assert [
+        field.name for field in fields(options) if getattr(options, field.name) == getattr(defaults, field.name)
+    ] == []
+
+
+@pytest.mark.parametrize("text", ["", ",", " , "])
+def test_an_empty_list_of_cameras_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: list[ExtractOptions], text: str
+) -> None:
+    assert call(monkeypatch, "extract", "--model", "m", "--dataset", "d", "--cameras", text) == cli.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith("geomcache: cameras: ")
+    assert error.count("\n") == 1
+    assert asked == []
+
+
+def test_the_choices_are_those_of_the_contract() -> None:
+    hints = typing.get_type_hints(ExtractOptions)
+    assert hints["views"] == geometry.Views
+    assert hints["dtype"] == geometry.ComputeDtype | None
+    assert hints["codec"] == CodecName
+    assert ExtractOptions(model="", dataset="").outputs == geometry.DEFAULT_OUTPUTS
+
+
+def test_a_suggested_command_gives_the_caches_options_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[ExtractOptions]
+) -> None:
+    store = GeometryStore.open(make_store(tmp_path / "cache.zarr"))
+    words = shlex.split(extract_command(store, np.array([1]), root="r"))
+    assert words[:2] == ["geomcache", "extract"]
+    assert call(monkeypatch, *words[1:]) == 0
+    spec = store.spec
+    assert asked == [
+        ExtractOptions(
+            model=spec.model_id,
+            dataset=store.dataset.repo_id,
+            output=store.path,
+            root=Path("r"),
+            episodes="1",
+            cameras=spec.camera_keys,
+            views=spec.views,
+            process_res=spec.process_res,
+            grid=spec.grid,
+            outputs=spec.outputs,
+            dtype=spec.compute_dtype,
+        )
+    ]
 
 
 def test_what_is_written_gives_the_same_options_back(
@@ -143,7 +247,7 @@ def test_what_is_written_gives_the_same_options_back(
     options = ExtractOptions(
         model="DA3-SMALL", dataset="o/d", output=Path("cache.zarr"), episodes="1:30", batch_size=3, overwrite=True
     )
-    assert write_run_config(cache, resolve(options, spec, dataset)) is None
+    write_run_config(cache, resolve(options, spec, dataset))
     monkeypatch.chdir("/")
     assert call(monkeypatch, "extract", "--config", tmp_path / "cache.run.yaml") == 0
     resolved = replace(
@@ -180,9 +284,9 @@ def test_a_users_file_stays(tmp_path: Path) -> None:
     cache = make_store(tmp_path / "cache.zarr")
     path = run_config_path(cache)
     path.write_text("# mine\nmodel: a\n")
-    note = write_run_config(cache, {"model": "b"})
-    assert note is not None
-    assert str(path) in note
+    with logged_lines() as lines:
+        write_run_config(cache, {"model": "b"})
+    assert [line.partition(": ")[0] for line in lines] == [str(path)]
     assert path.read_text() == "# mine\nmodel: a\n"
 
 

@@ -11,9 +11,11 @@ import pytest
 from lerobot.datasets import LeRobotDatasetMetadata
 
 from geomcache.errors import DatasetError, DatasetNotFoundError, UserInputError
-from geomcache.frames.source import describe_dataset, episode_lengths, open_dataset
+from geomcache.frames.source import describe_cameras, describe_dataset, episode_lengths, open_dataset
+from geomcache.geometry import DatasetSpec, canonical_json
 from geomcache.ranges import parse_episodes
 from tests.support.datasets import DEMO, make_dataset
+from tests.support.logs import logged_lines
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_a_camera_that_is_not_there_lists_those_that_are() -> None:
 )
 def test_files_that_are_missing_are_named(demo: Path, name: str) -> None:
     (demo / name).unlink()
-    with pytest.raises(DatasetError, match=f"1 of 3 files are not there, first .*{name}"):
+    with pytest.raises(DatasetError, match=f"1 of 3 .*{name}"):
         open_dataset("test", root=demo)
 
 
@@ -158,9 +160,7 @@ def test_without_a_hub_the_message_says_what_to_do(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("lerobot.datasets.dataset_metadata.get_safe_version", refuse)
     monkeypatch.setattr("lerobot.datasets.dataset_metadata.HF_LEROBOT_HOME", tmp_path)
-    with pytest.raises(
-        DatasetNotFoundError, match=r"nobody/nothing: not to be had .*no route to the Hub at all.*--root DIR"
-    ):
+    with pytest.raises(DatasetNotFoundError, match=r"nobody/nothing: .*no route to the Hub at all.*--root DIR"):
         open_dataset("nobody/nothing")
 
 
@@ -178,7 +178,7 @@ def test_files_of_a_hub_dataset_are_fetched_where_lerobot_keeps_them(
     root = Path(shutil.copytree(DEMO, tmp_path / "snapshots" / commit))
     video = "videos/observation.images.image/chunk-000/file-000.mp4"
     (root / video).unlink()
-    asked = {}
+    asked: dict[str, object] = {}
 
     def download(repo_id: str, **options: object) -> str:
         asked.update(options, repo_id=repo_id)
@@ -194,3 +194,58 @@ def test_files_of_a_hub_dataset_are_fetched_where_lerobot_keeps_them(
     assert asked["repo_id"] == "org/demo"
     assert asked["revision"] == commit
     assert asked["allow_patterns"] == [video]
+
+
+def add_features(root: Path, **features: dict[str, object]) -> None:
+    path = root / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    for name, feature in features.items():
+        info["features"][f"observation.images.{name}"] = {"names": ["height", "width", "channels"], **feature}
+    path.write_text(json.dumps(info))
+
+
+def test_grey_and_depth_cameras_are_left_out_and_named(demo: Path) -> None:
+    add_features(
+        demo,
+        mono={"dtype": "image", "shape": [48, 64, 1]},
+        depth={"dtype": "image", "shape": [48, 64, 1], "info": {"is_depth_map": True}},
+    )
+    with logged_lines() as lines:
+        dataset, _ = open_dataset("demo", root=demo)
+    colour = ["observation.images.image", "observation.images.image2"]
+    assert [camera.key for camera in dataset.cameras] == colour
+    assert list(describe_cameras(LeRobotDatasetMetadata("demo", root=demo))) == colour
+    (line,) = lines
+    assert "observation.images.mono (1 channel)" in line
+    assert "observation.images.depth (a depth map)" in line
+    with logged_lines() as lines:
+        open_dataset("demo", root=demo, cameras=colour[:1])
+    assert lines == []  # who names cameras knows
+    for name in ("mono", "depth"):
+        with pytest.raises(DatasetError, match=f"camera observation.images.{name}: expected 3 channels, "):
+            open_dataset("demo", root=demo, cameras=[f"observation.images.{name}"])
+
+
+def test_a_frame_rate_that_is_not_whole_stays(demo: Path) -> None:
+    path = demo / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    specs = []
+    for fps in (10, 10.0, 29.97):
+        path.write_text(json.dumps({**info, "fps": fps}))
+        specs.append(describe_dataset(LeRobotDatasetMetadata("demo", root=demo), ["observation.images.image"]))
+    assert [spec.fps for spec in specs] == [10, 10, 29.97]
+    assert b'"fps":10,' in canonical_json(specs[1].to_dict())
+    assert DatasetSpec.from_dict(json.loads(canonical_json(specs[2].to_dict()))) == specs[2]
+
+
+def test_a_folder_that_is_called_snapshots_names_no_commit(tmp_path: Path) -> None:
+    root = Path(shutil.copytree(DEMO, tmp_path / "snapshots" / "mine"))
+    assert open_dataset("demo", root=root)[0].spec.revision is None
+
+
+@pytest.mark.parametrize("template", ["data/{no_such}.parquet", "data/{chunk_index", "data/{chunk_index.none}"])
+def test_a_path_that_cannot_be_filled_in_is_refused(demo: Path, template: str) -> None:
+    path = demo / "meta" / "info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data_path": template}))
+    with pytest.raises(DatasetError, match=r"^meta/info\.json: .*chunk_index and file_index"):
+        open_dataset("demo", root=demo)

@@ -1,11 +1,11 @@
-"""Output files: refused before the work, whole or not there."""
+"""Output files: refused before the work, and complete or missing."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from geomcache.errors import UserInputError
-from geomcache.look import output
 from geomcache.look.output import check_output, replacing
 
 
@@ -13,11 +13,11 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for name, message in (
-        ("a.jpg", "expected a name that ends in .png, .mp4, got .jpg"),
-        ("a", "got no suffix"),
-        ("none/a.png", "expected the folder .*none, found none"),
-        ("file/a.png", "expected the folder .*file, found none"),
-        ("folder.png", "expected a file, found a folder"),
+        ("a.jpg", r"a\.jpg: .*\.png, \.mp4, .*\.jpg"),
+        ("a", r"a: .*\.png, \.mp4"),
+        ("none/a.png", f"{tmp_path / 'none'}, found none"),
+        ("file/a.png", f"{tmp_path / 'file'}, found none"),
+        ("folder.png", r"folder\.png"),
     ):
         with pytest.raises(UserInputError, match=message):
             check_output(tmp_path / name, (".png", ".mp4"))
@@ -25,8 +25,8 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output.os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(UserInputError, match="may not be written to"):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UserInputError, match=str(tmp_path)):
         check_output(tmp_path / "a.png", (".png",))
 
 

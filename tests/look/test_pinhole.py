@@ -1,4 +1,4 @@
-"""Cameras out of ray maps: against cameras that are known, and against upstream's own fit."""
+"""Cameras fitted to ray maps: against known cameras, and against upstream's own fit."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ def turn(axis: tuple[float, float, float], angle: float) -> NDArray[np.float64]:
     """Rodrigues' formula."""
     x, y, z = np.array(axis) / np.linalg.norm(axis)
     cross = np.array([(0, -z, y), (z, 0, -x), (-y, x, 0)])
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    rotation: NDArray[np.float64] = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    return rotation
 
 
 ROTATION = turn((0.2, 1.0, -0.4), 0.7)

@@ -1,5 +1,6 @@
 """`geomcache probe`: its numbers against upstream's network, and its picture."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -9,8 +10,13 @@ from PIL import Image
 
 from geomcache.errors import UserInputError
 from geomcache.look.drawing import PANEL
-from geomcache.look.probe import probe
+from geomcache.look.probe import SCALE, probe
 from tests.support.da3 import area_average, upstream_maps, upstream_network
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "geomcache.look")
 
 
 def write_picture(path: Path, height: int = 48, width: int = 64, seed: int = 0) -> Path:
@@ -19,9 +25,10 @@ def write_picture(path: Path, height: int = 48, width: int = 64, seed: int = 0) 
     return path
 
 
-def test_numbers_are_upstreams(random_da3_folder: Path, tmp_path: Path) -> None:
+def test_numbers_are_upstreams(random_da3_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = [write_picture(tmp_path / "front.png"), write_picture(tmp_path / "wrist cam.png", seed=1)]
-    lines = probe(str(random_da3_folder), images, tmp_path / "out", process_res=56, grid="3x3", device="cpu")
+    probe(str(random_da3_folder), images, tmp_path / "out", process_res=56, grid="3x3", device="cpu")
+    lines = caplog.messages
     native = upstream_maps(upstream_network(random_da3_folder), [np.asarray(Image.open(path)) for path in images], 56)
 
     shown: dict[tuple[str, str], list[float]] = {}
@@ -40,43 +47,45 @@ def test_numbers_are_upstreams(random_da3_folder: Path, tmp_path: Path) -> None:
     assert lines[-1] == f"picture    {tmp_path / 'out' / 'probe.png'}"
 
 
-def test_picture_has_a_row_a_view(random_da3_folder: Path, tmp_path: Path) -> None:
+def test_picture_has_a_strip_for_each_view(random_da3_folder: Path, tmp_path: Path) -> None:
     images = [write_picture(tmp_path / "front.png"), write_picture(tmp_path / "wrist.png", seed=1)]
     probe(str(random_da3_folder), images, tmp_path, process_res=56, device="cpu")
     sheet = np.asarray(Image.open(tmp_path / "probe.png"))
     probe(str(random_da3_folder), images[:1], tmp_path, process_res=56, device="cpu")
     one = np.asarray(Image.open(tmp_path / "probe.png"))
-    assert sheet.shape[1] == one.shape[1] > 7 * PANEL
-    row = round(PANEL * 48 / 64)
+    assert sheet.shape[1] == one.shape[1] > 7 * PANEL * SCALE
+    row = round(PANEL * 48 / 64) * SCALE
     assert one.shape[0] > row
     assert sheet.shape[0] - one.shape[0] >= row
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000  # colours, not one flat surface
 
 
-def test_pictures_of_different_sizes_and_turned_ones(random_da3_folder: Path, tmp_path: Path) -> None:
+def test_pictures_of_different_sizes_and_turned_ones(
+    random_da3_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     small, large = write_picture(tmp_path / "a.png", 48, 64), write_picture(tmp_path / "b.png", 96, 128)
-    lines = probe(str(random_da3_folder), [small, large], tmp_path, process_res=56, device="cpu")
-    assert "2 views, seen as 42x56" in lines[1]  # one size for the network
+    probe(str(random_da3_folder), [small, large], tmp_path, process_res=56, device="cpu")
+    assert "2 views, seen as 42x56" in caplog.messages[1]  # one size for the network
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was held upright
     Image.open(small).save(tmp_path / "turned.png", exif=turned)
-    lines = probe(str(random_da3_folder), [tmp_path / "turned.png"], tmp_path, process_res=56, device="cpu")
-    assert "1 view, seen as 56x42" in lines[1]
+    caplog.clear()
+    probe(str(random_da3_folder), [tmp_path / "turned.png"], tmp_path, process_res=56, device="cpu")
+    assert "1 view, seen as 56x42" in caplog.messages[1]
     square = write_picture(tmp_path / "square.png", 40, 40)
     with pytest.raises(UserInputError, match=r"0-a\.png 42x56, 1-square\.png 56x56"):
         probe(str(random_da3_folder), [small, square], tmp_path, process_res=56, device="cpu")
 
 
-def test_files_that_are_no_pictures(tmp_path: Path) -> None:
+def test_files_that_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.png").write_text("no picture")
     whole = write_picture(tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    for name, message in (
-        ("text.png", "expected a picture, found something else"),
-        ("cut.png", "expected a picture, cannot read it"),
-        ("none.png", "expected a picture, cannot read it (No such file or directory)"),
-    ):
-        with pytest.raises(UserInputError, match=re.escape(f"image {tmp_path / name}: {message}")):
+    for name, reason in (("text.png", ""), ("cut.png", ""), ("none.png", "No such file or directory")):
+        with pytest.raises(UserInputError, match=re.escape(f"image {tmp_path / name}: ") + f".*{reason}"):
             probe("DA3-SMALL", [tmp_path / name], tmp_path)
-    with pytest.raises(UserInputError, match=r"output .*: expected a folder, cannot make it"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # whole.png has 3,072: more than twice as many is an error
+    with pytest.raises(UserInputError, match="3072 pixels"):
+        probe("DA3-SMALL", [tmp_path / "whole.png"], tmp_path)
+    with pytest.raises(UserInputError, match=r"output .*whole\.png"):
         probe("DA3-SMALL", [tmp_path / "whole.png"], tmp_path / "whole.png")

@@ -20,7 +20,7 @@ def test_percentiles_are_numpys() -> None:
 def test_histograms_are_numpys() -> None:
     counts = ValueCounts()
     counts.add(VALUES[..., ::2])  # not contiguous
-    edges = np.linspace(-1.5, 2.0, 9)
+    edges = np.linspace(-1.5, 2.0, 9, dtype=np.float64)
     expected, _ = np.histogram(VALUES[..., ::2].astype(np.float64), bins=edges)
     assert counts.histogram(edges).tolist() == expected.tolist()
     assert 0 < expected.sum() < VALUES[..., ::2].size

@@ -1,20 +1,25 @@
 """`geomcache view`: what the files hold, against a scene that is known, and what it refuses."""
 
+import dataclasses
 import importlib.util
+import logging
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, DatasetNotFoundError, MissingFrameError, UserInputError
+from geomcache.geometry import Camera
 from geomcache.look import video
-from geomcache.look.drawing import MARGIN, PANEL, scalar_colours, vector_colours
+from geomcache.look.drawing import HEADING, MARGIN, NAME, PANEL, TITLE, scalar_colours, vector_colours
 from geomcache.look.episode import Frame, survey
-from geomcache.look.sheet import pinhole_caption
-from geomcache.look.view import ViewOptions, view
+from geomcache.look.sheet import EpisodeSheet, pinhole_caption
+from geomcache.look.view import PRINT_SCALE, ViewOptions, view
 from tests.support.datasets import make_dataset
 from tests.support.scene import KEYS, LENGTHS, SIZE, WALL, Scene, make_scene, scene_maps
 
@@ -28,23 +33,34 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return make_scene(tmp_path_factory.mktemp("scene"))
 
 
-def run(scene: Scene, output: Path, **options: object) -> list[str]:
-    values = {"path": scene.cache, "episode": 1, "output": output, "root": scene.root, **options}
-    return list(view(ViewOptions(**values)))
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "geomcache")
 
 
-def find(sheet: np.ndarray, pixels: np.ndarray) -> tuple[int, int]:
-    """Where a picture, in the width of a panel, stands in a sheet: (top, left)."""
-    shown = np.asarray(Image.fromarray(pixels).resize((PANEL, PANEL), Image.Resampling.NEAREST))
-    for left in range(MARGIN, sheet.shape[1] - PANEL, PANEL + MARGIN):
-        for top in range(sheet.shape[0] - PANEL):
-            if (sheet[top : top + PANEL, left : left + PANEL] == shown).all():
-                return top, left
+def run(scene: Scene, output: Path, **options: object) -> None:
+    values: dict[str, Any] = {"path": scene.cache, "episode": 1, "output": output, "root": scene.root, **options}
+    view(ViewOptions(**values))
+
+
+def find(sheet: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> tuple[int, int]:
+    """Return top and left of a picture, in the width of a panel, in a sheet of twice the layout's pixels."""
+    size = PANEL * PRINT_SCALE
+    shown = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST))
+    for left in range(NAME * PRINT_SCALE, sheet.shape[1] - size, (PANEL + MARGIN) * PRINT_SCALE):
+        for top in range(sheet.shape[0] - size):
+            if (sheet[top, left : left + size] == shown[0]).all() and (
+                sheet[top : top + size, left : left + size] == shown
+            ).all():
+                return top // PRINT_SCALE, left // PRINT_SCALE
     raise AssertionError("not found")
 
 
-def test_a_frame_shows_the_pictures_and_the_maps(scene: Scene, tmp_path: Path) -> None:
-    (line,) = run(scene, tmp_path / "frame.png", frame=3)
+def test_a_frame_shows_the_pictures_and_the_maps(
+    scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(scene, tmp_path / "frame.png", frame=3)
+    (line,) = caplog.messages
     assert line.startswith(f"{tmp_path / 'frame.png'}: frame 3 of episode 1, ")
     sheet = np.asarray(Image.open(tmp_path / "frame.png"))
     row = LENGTHS[0] + 3
@@ -54,7 +70,7 @@ def test_a_frame_shows_the_pictures_and_the_maps(scene: Scene, tmp_path: Path) -
     limits = np.percentile(directions.reshape(-1, 3), (1, 99), axis=0, method="inverted_cdf")
     depth = np.percentile(
         np.stack([[one["depth"] for one in pair] for pair in maps]).astype(np.float64), (1, 99), method="inverted_cdf"
-    )
+    ).astype(np.float64)
     tops = []
     for number, key in enumerate(KEYS):
         places = [
@@ -63,29 +79,33 @@ def test_a_frame_shows_the_pictures_and_the_maps(scene: Scene, tmp_path: Path) -
             find(sheet, scalar_colours(scene_maps(number, row)["depth"], depth)),
         ]
         assert len({top for top, _ in places}) == 1
-        assert [left for _, left in places] == [MARGIN + column * (PANEL + MARGIN) for column in (0, 1, 3)]
+        assert [left for _, left in places] == [NAME + column * (PANEL + MARGIN) for column in (0, 1, 3)]
         tops.append(places[0][0])
     assert tops[1] >= tops[0] + PANEL
 
 
-def test_the_first_frame_and_no_pictures(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_frame_and_no_pictures(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (line,) = view(ViewOptions(path=scene.cache, episode=0, rgb=False))
+    view(ViewOptions(path=scene.cache, episode=0, rgb=False))
+    (line,) = caplog.messages
     assert line.startswith("scene-episode-0-frame-0.png: frame 0 of episode 0")
     bare = np.asarray(Image.open("scene-episode-0-frame-0.png"))
     run(scene, tmp_path / "full.png", episode=0)
     full = np.asarray(Image.open("full.png"))
-    assert full.shape[1] - bare.shape[1] == PANEL + MARGIN
+    assert full.shape[1] - bare.shape[1] == (PANEL + MARGIN) * PRINT_SCALE
 
 
 def test_a_survey_knows_the_cameras_paths(scene: Scene) -> None:
     with GeometryStore.open(scene.cache) as store:
         episode = survey(store, 1, None)
         rows = range(LENGTHS[0], sum(LENGTHS))
-        expected = [[Scene.origin(number, row) for number in (0, 1)] for row in rows]
-        np.testing.assert_allclose(episode.origins, expected, atol=1e-3)
-        expected = [[Scene.confidence(number, row) for number in (0, 1)] for row in rows]
-        np.testing.assert_allclose(episode.confidence, expected, atol=1e-3)
+        origins = np.array([[Scene.origin(number, row) for number in (0, 1)] for row in rows])
+        np.testing.assert_allclose(episode.origins, origins, atol=1e-3)
+        confidence = [[Scene.confidence(number, row) for number in (0, 1)] for row in rows]
+        assert episode.confidence is not None
+        np.testing.assert_allclose(episode.confidence, confidence, atol=1e-3)
         assert len(episode) == LENGTHS[1]
         assert [frame.number for frame in episode.frames(1, 4)] == [1, 2, 3]
 
@@ -93,32 +113,36 @@ def test_a_survey_knows_the_cameras_paths(scene: Scene) -> None:
 def test_the_field_of_view_is_said(scene: Scene) -> None:
     with GeometryStore.open(scene.cache) as store:
         (frame,) = survey(store, 1, None).frames(2, 3)
-    assert pinhole_caption(frame, 1) == "pinhole 77 x 67 degrees  0.0 % off"  # 2 atan(1 / 1.25), 2 atan(1 / 1.5)
+    assert pinhole_caption(frame, 1) == "pinhole 77 x 67 degrees, 0.0 % off"  # 2 atan(1 / 1.25), 2 atan(1 / 1.5)
     mirrored = {"ray": frame.maps["ray"] * np.array([-1, 1, 1, 1, 1, 1], np.float16)}
     broken = Frame(number=2, maps=mirrored, pictures=None)
     assert pinhole_caption(broken, 1) == "no pinhole camera has these rays"
 
 
-def test_a_video_has_every_frame(scene: Scene, tmp_path: Path) -> None:
-    (line,) = run(scene, tmp_path / "episode.mp4")
-    assert "5 frames of episode 1" in line
+def test_a_video_has_every_frame(scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(scene, tmp_path / "episode.mp4")
+    assert "5 frames of episode 1" in caplog.messages[-1]
     with av.open(str(tmp_path / "episode.mp4")) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == ("h264" if "libx264" in av.codec.codecs_available else "mpeg4")
-        assert (stream.pix_fmt, stream.average_rate, stream.frames) == ("yuv420p", 10, LENGTHS[1])
+        assert stream.pix_fmt == "yuv420p"
+        assert stream.average_rate == 10
+        assert stream.frames == LENGTHS[1]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == LENGTHS[1]
     for number in (1, 4):
         shown = frames[number]
         run(scene, tmp_path / "frame.png", frame=number)
-        sheet = np.asarray(Image.open(tmp_path / "frame.png"))[: shown.shape[0], : shown.shape[1]]
-        assert sheet.shape == shown.shape
-        assert np.abs(sheet.astype(int) - shown).mean() < 3
+        sheet = np.asarray(Image.open(tmp_path / "frame.png").reduce(PRINT_SCALE))
+        assert shown.shape == (sheet.shape[0] // 2 * 2, sheet.shape[1] // 2 * 2, 3)
+        top = HEADING + TITLE  # the first view's picture and directions; letters are too fine to compare
+        panels = slice(top, top + PANEL), slice(NAME, NAME + 2 * PANEL + MARGIN)
+        assert np.abs(sheet[panels].astype(int) - shown[panels]).mean() < 3
 
 
 def test_a_video_without_x264(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video.av.codec, "codecs_available", {"mpeg4"})
-    pictures = [Image.new("RGB", (65, 33), colour) for colour in ("red", "blue")]
+    monkeypatch.setattr(av.codec, "codecs_available", {"mpeg4"})
+    pictures = [np.full((33, 65, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255))]
     video.write_video(tmp_path / "a.mp4", pictures, fps=5)
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
@@ -127,11 +151,11 @@ def test_a_video_without_x264(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(means, [(255, 0, 0), (0, 0, 255)], atol=12)
 
 
-def read_rerun(path: Path) -> dict[str, dict[str, dict[int, object]]]:
+def read_rerun(path: Path) -> dict[str, dict[str, dict[int, Any]]]:
     """By entity, component and frame (-1 where static): what a rerun file holds."""
     from rerun.chunk import RrdReader
 
-    found: dict[str, dict[str, dict[int, object]]] = {}
+    found: dict[str, dict[str, dict[int, Any]]] = {}
     for chunk in RrdReader(str(path)).stream():
         table = chunk.to_record_batch().to_pydict()
         frames = [-1] * chunk.num_rows if chunk.is_static else table.get("frame", [None] * chunk.num_rows)
@@ -142,9 +166,9 @@ def read_rerun(path: Path) -> dict[str, dict[str, dict[int, object]]]:
 
 
 @needs_rerun
-def test_a_rerun_file_places_cameras_and_points(scene: Scene, tmp_path: Path) -> None:
-    (line,) = run(scene, tmp_path / "episode.rrd")
-    assert "5 frames of episode 1" in line
+def test_a_rerun_file_places_cameras_and_points(scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(scene, tmp_path / "episode.rrd")
+    assert "5 frames of episode 1" in caplog.messages[-1]
     found = read_rerun(tmp_path / "episode.rrd")
     for number, name in enumerate(("image", "image2")):
         camera = found[f"/world/{name}"]
@@ -175,17 +199,19 @@ def test_cameras_that_were_encoded_alone_have_worlds_of_their_own(scene: Scene, 
 
 
 @needs_rerun
-def test_rays_of_no_camera_are_said(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rays_of_no_camera_are_counted(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     mirrored = {
         name: np.concatenate([-values[..., :1], values[..., 1:]], axis=-1) if name == "ray" else values
         for name, values in scene_maps(1, 7).items()
     }
     monkeypatch.setattr("tests.support.scene.scene_maps", lambda *_: mirrored)
     other = make_scene(tmp_path, like=scene)
-    lines = run(other, tmp_path / "episode.rrd")
-    assert lines[:2] == [
-        f"{name}: no pinhole camera has the rays of 5 of 5 frames: not placed in these" for name in ("image", "image2")
-    ]
+    run(other, tmp_path / "episode.rrd")
+    for name, line in zip(("image", "image2"), caplog.messages, strict=False):
+        assert line.startswith(f"{name}: ")
+        assert "5 of 5 frames" in line
     found = read_rerun(tmp_path / "episode.rrd")
     assert "Transform3D:mat3x3" not in found["/world/image"]
     assert len(found["/maps/image/rgb"]["EncodedImage:blob"]) == 5
@@ -194,17 +220,17 @@ def test_rays_of_no_camera_are_said(scene: Scene, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"output": "a.gif"}, UserInputError, r"expected a name that ends in \.png, \.mp4, \.rrd, got \.gif"),
-        ({"output": "none/a.png"}, UserInputError, "expected the folder"),
-        ({"output": "a.mp4", "frame": 2}, UserInputError, r"--frame: expected none with \.mp4"),
-        ({"episode": 2}, UserInputError, "episode: expected 0 to 1, got 2"),
-        ({"episode": -1}, UserInputError, "episode: expected 0 to 1, got -1"),
-        ({"frame": 5}, UserInputError, "frame: expected 0 to 4 in episode 1, got 5"),
-        ({"rgb": False}, UserInputError, "--root: expected none with --no-rgb"),
-        ({"root": "nowhere"}, DatasetNotFoundError, r"meta/info\.json.*; or leave the pictures out with --no-rgb"),
+        ({"output": "a.gif"}, UserInputError, r"\.png, \.mp4, \.rrd, .*\.gif"),
+        ({"output": "none/a.png"}, UserInputError, "none"),
+        ({"output": "a.mp4", "frame": 2}, UserInputError, r"--frame: .*\.mp4.* 2"),
+        ({"episode": 2}, UserInputError, "episode: .*0 to 1.* 2"),
+        ({"episode": -1}, UserInputError, "episode: .*0 to 1.* -1"),
+        ({"frame": 5}, UserInputError, "frame: .*0 to 4 .*episode 1.* 5"),
+        ({"rgb": False}, UserInputError, "--root: .*--no-rgb"),
+        ({"root": "nowhere"}, DatasetNotFoundError, r"meta/info\.json.*--no-rgb"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_leaves_nothing(
+def test_a_mistake_is_one_line_and_leaves_nothing(
     scene: Scene,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -213,21 +239,22 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    values = {"output": "a.png", **options}
-    values |= {name: Path(str(values[name])) for name in ("output", "root") if name in values}
+    values = dict(options)
+    output = Path(str(values.pop("output", "a.png")))
+    if "root" in values:
+        values["root"] = Path(str(values["root"]))
     with pytest.raises(error, match=message) as caught:
-        run(scene, **values)
+        run(scene, output, **values)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_episode_that_is_not_cached(scene: Scene, tmp_path: Path) -> None:
     part = make_scene(tmp_path, wanted=[(0, LENGTHS[0]), (8, 10)], like=scene)  # the first, and some of the second
-    with pytest.raises(
-        MissingFrameError, match=r"expected episode 1, .* there are 0: .*geomcache extract .*--episodes 1"
-    ):
+    with pytest.raises(MissingFrameError, match=r"episode 1, .* 0: .*geomcache extract .*--episodes 1"):
         run(part, tmp_path / "a.png")
-    assert run(part, tmp_path / "a.png", episode=0)
+    run(part, tmp_path / "a.png", episode=0)
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_another_dataset_is_refused(scene: Scene, tmp_path: Path) -> None:
@@ -238,5 +265,25 @@ def test_another_dataset_is_refused(scene: Scene, tmp_path: Path) -> None:
 
 def test_a_missing_extra_is_named(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserInputError, match=r"rerun-sdk, found none: .*--extra view"):
+    with pytest.raises(UserInputError, match=r"rerun-sdk.*--extra view"):
         ViewOptions(path=scene.cache, episode=0, output=tmp_path / "a.rrd")
+
+
+def test_a_header_does_not_size_a_picture(scene: Scene, tmp_path: Path) -> None:
+    """The numbers of a hostile header: sizes of cameras, how many there are, and frames a second."""
+    with GeometryStore.open(scene.cache) as store:
+        episode = survey(store, 1, None)
+        (frame,) = episode.frames(2, 3)
+        spec = store.spec
+        store.spec = dataclasses.replace(
+            spec, cameras=tuple(dataclasses.replace(camera, height=16384, width=1) for camera in spec.cameras)
+        )
+        assert EpisodeSheet(episode).draw(frame).shape[0] < 2500  # 16384:1 would be four million lines a camera
+        store.spec = dataclasses.replace(
+            spec, cameras=tuple(Camera(key=f"c{number}", height=8, width=8) for number in range(33))
+        )
+        with pytest.raises(UserInputError, match=r"at most 32 .* 33"):
+            survey(store, 1, None)
+    with pytest.raises(UserInputError, match=str(1 << 40)):
+        video.write_video(tmp_path / "a.mp4", [np.zeros((2, 2, 3), np.uint8)], fps=1 << 40)
+    assert not (tmp_path / "a.mp4").exists()

@@ -52,7 +52,7 @@ def test_the_jobs_of_an_array_share_one_cache(random_da3_folder: Path, tmp_path:
         device="cpu",
         output=tmp_path / "alone.zarr",
     )
-    extract(alone, say=lambda _line: None)
+    extract(alone)
     shared, single = GeometryStore.open(tmp_path / "shared.zarr"), GeometryStore.open(tmp_path / "alone.zarr")
     assert shared.sealed
     assert shared.fingerprint == single.fingerprint
@@ -60,7 +60,7 @@ def test_the_jobs_of_an_array_share_one_cache(random_da3_folder: Path, tmp_path:
     for (_, ours), (_, theirs) in zip(shared.batch([*rows]).items(), single.batch([*rows]).items(), strict=True):
         assert_one_step(ours, theirs)
 
-    # Submitted again, by what the first run kept beside its cache.
+    # Submitted again, by what the first run kept next to its cache.
     (tmp_path / "shared.run.yaml").rename(tmp_path / "again.yaml")
     assert sbatch(tmp_path, "--array=0-1", SLURM / "extract_array.sh", "--config", "again.yaml", timeout=900) == 0
     assert "complete, 90 frames; nothing to do" in (tmp_path / "task-1.out").read_text()

@@ -1,0 +1,54 @@
+"""What an extraction did, counted and timed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from geomcache.progress import human_bytes, human_time
+
+
+@dataclass(kw_only=True)
+class ExtractReport:
+    """What this process did, except for `frames_total`, which counts all processes and runs."""
+
+    path: Path
+    frames_total: int = 0
+    """Frames that were asked for, and those of shards that had to be made again; all of them are in the cache now."""
+    frames: int = 0
+    shards: int = 0
+    views: int = 0
+    nbytes: int = 0
+    workers: int = 0
+    """Decoding processes."""
+    seconds: float = 0.0
+    """From the first claim to the seal."""
+    startup_s: float = 0.0
+    """From the call to the end of the first batch: metadata, weights, decoding processes, the device's first pass."""
+    steady_s: float = 0.0
+    """From the end of the first batch until this process's last shard was written."""
+    steady_views: int = 0
+    """Views encoded in that time."""
+    decode_s: float = 0.0
+    """The sum over all decoding processes, as is `preprocess_s`."""
+    preprocess_s: float = 0.0
+    encode_s: float = 0.0
+    write_s: float = 0.0
+
+    @property
+    def views_per_s(self) -> float | None:
+        """The steady rate, without the start-up; None for a run of a single batch."""
+        return self.steady_views / self.steady_s if self.steady_views else None
+
+    def lines(self) -> list[str]:
+        """Return the report as text for the user."""
+        if not self.frames:
+            return [f"{self.path}: complete, {self.frames_total} frames; nothing to do"]
+        rate = self.views_per_s
+        steady = "one batch" if rate is None else f"then {human_time(self.steady_s)} at {rate:.1f} views/s"
+        processes = max(1, self.workers)
+        return [
+            f"{self.path}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"
+            f" shards; start-up {human_time(self.startup_s)}, {steady}",
+            f"busy: encode {self.encode_s / self.seconds:.0%}, write {self.write_s / self.seconds:.0%},"
+            f" decode {self.decode_s / self.seconds / processes:.0%}"
+            f" and preprocess {self.preprocess_s / self.seconds / processes:.0%} of {processes} process(es)",
+        ]

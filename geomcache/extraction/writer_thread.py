@@ -1,0 +1,151 @@
+"""Writing in stage one: a thread that collects geometry into shards and commits them."""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomcache.cache.writer import Claim, StoreWriter
+from geomcache.ranges import count_rows
+
+logger = logging.getLogger(__name__)
+
+QUEUED_BATCHES = 4  # between encoder and writing: enough to ride out an fsync, few enough to bound memory
+
+POLL_S = 0.1
+WAIT_LINE_S = 30.0  # between lines about a disk that is waited for
+
+BatchMaps = Mapping[str, NDArray[np.float16]]
+"""Output name -> [n, V, h, w(, 6)], n consecutive rows."""
+
+
+class ShardWriterThread:
+    """Takes the geometry of claimed rows, in the order of the claims, and commits each claim once it is complete.
+
+    An error in the thread is raised by the next `put` or by `close`, in the caller's thread.
+    """
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+        self._queue: queue.Queue[BatchMaps | None] = queue.Queue(maxsize=QUEUED_BATCHES)
+        self._claims: deque[Claim] = deque()
+        self._error: BaseException | None = None
+        self._stop = threading.Event()
+        self.frames_written = self.shards_written = self.nbytes_written = 0
+        self.write_s = 0.0
+        self._waiting_logged = 0.0
+        self._thread = threading.Thread(target=self._run, name="geomcache-writer", daemon=True)
+        self._thread.start()
+
+    def expect(self, claim: Claim) -> None:
+        """Announce a claim: its rows follow those of the claims before it."""
+        self._claims.append(claim)
+
+    def put(self, maps: BatchMaps) -> None:
+        """Hand over the next rows, all of one claim. Blocks while the queue is full."""
+        self._put(maps)
+        self._raise_error()
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._put(None)
+        began = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(POLL_S)
+            self._log_wait(began)
+        self._raise_error()
+
+    def abort(self) -> None:
+        """Stop after the shard that is being written, and drop the incomplete one."""
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _put(self, maps: BatchMaps | None) -> None:
+        began = time.monotonic()
+        while self._thread.is_alive():
+            try:
+                self._queue.put(maps, timeout=POLL_S)
+            except queue.Full:
+                self._log_wait(began)
+            else:
+                return
+
+    def _log_wait(self, began: float) -> None:
+        """Say now and then that the disk, or another process that holds the cache's lock, is waited for."""
+        now = time.monotonic()
+        if now - max(began, self._waiting_logged) >= WAIT_LINE_S:
+            self._waiting_logged = now
+            logger.warning(
+                "%s: waiting for %.0f s to write shard %d: the disk is slow, or another process holds the cache's lock",
+                self._writer.path,
+                now - began,
+                self._claims[0].shard,
+            )
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while self._write_claim():
+                pass
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
+            self._error = error
+
+    def _write_claim(self) -> bool:
+        """Collect the rows of the next claim and commit them; False at the end of the queue."""
+        shard: dict[str, NDArray[np.float16]] = {}  # output -> [V, rows, h, w(, 6)]: a camera's part is contiguous
+        filled = 0
+        while (maps := self._next_maps()) is not None:
+            began = time.perf_counter()
+            claim = self._claims[0]
+            size = count_rows(claim.rows)
+            for name, values in maps.items():
+                if name not in shard:
+                    views, *cell = values.shape[1:]
+                    shard[name] = np.empty((views, size, *cell), np.float16)
+                shard[name][:, filled : filled + len(values)] = np.moveaxis(values, 1, 0)
+            filled += len(next(iter(maps.values())))
+            if filled == size:
+                self._commit(claim, shard)
+            self.write_s += time.perf_counter() - began
+            if filled == size:
+                return True
+        return False
+
+    def _commit(self, claim: Claim, shard: Mapping[str, NDArray[np.float16]]) -> None:
+        by_camera = {
+            key: {name: values[view] for name, values in shard.items()}
+            for view, key in enumerate(self._writer.spec.camera_keys)
+        }
+        self.nbytes_written += self._writer.commit(claim, by_camera)
+        self._claims.popleft()
+        self.frames_written += count_rows(claim.rows)
+        self.shards_written += 1
+
+    def _next_maps(self) -> BatchMaps | None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+        return None
