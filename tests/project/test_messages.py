@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 
 from geomcache.cli import main as cli
 from geomcache.geometry import Camera
+from tests.support.cli import call
 from tests.support.datasets import DEMO
 from tests.support.stores import fill, make_dataset_spec, make_spec, make_store, open_writer
 
@@ -176,17 +176,15 @@ def said(mistake: Mistake, folder: Path, patch: pytest.MonkeyPatch, capsys: pyte
     """Run a command: the command, what it printed to standard error, and its exit code."""
     mistake.prepare(folder)
     words = mistake.command.replace("TMP", str(folder)).replace("DEMO", str(DEMO)).split()
-    patch.setattr(sys, "argv", ["geomcache", *words])
     capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        cli.main()
+    code = call(patch, *words)
     out, err = capsys.readouterr()
-    report = out if left.value.code == cli.EXIT_DAMAGE else ""  # verify's list of what is damaged
+    report = out if code == cli.EXIT_DAMAGE else ""  # verify's list of what is damaged
     if words[0] in LEROBOT:  # it logs to standard error, before the message
         err = err.splitlines()[-1]
     text = f"{report}{err}".replace(str(folder), "TMP").replace(str(DEMO), "DEMO")
     text = re.sub(r"\b\d+(\.\d+)? (ms|s)\b", "N s", text)
-    return f"$ geomcache {mistake.command}\n{text.rstrip()}\n[exit code {left.value.code}]\n"
+    return f"$ geomcache {mistake.command}\n{text.rstrip()}\n[exit code {code}]\n"
 
 
 def kept() -> dict[str, str]:
