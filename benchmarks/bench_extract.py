@@ -1,6 +1,7 @@
 """Does extraction keep the encoder busy, and does its memory stay where it is?
 
     python benchmarks/bench_extract.py [--model M] [--process-res 504] [--frames 64] [--batch-size 4] [--repeats 3]
+                                       [--engine compiled] [--repeat-dataset 12] [--no-memory]
 
 Two tables: views/s of `geomcache extract` compared with the encoder alone on the same batches, in turn, its start-up
 apart from its steady state; and the peak memory of extracting 100 and 1,000 frames. Random weights are good enough:
@@ -21,12 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks.common import real_dataset, table
+from benchmarks.common import real_dataset, repeat_dataset, table
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.run import extract
 from geomcache.frames.source import open_dataset
 from pipelines.make_random_da3 import save_random_da3
+
+MOST_IN_MEMORY = 480  # frames that the encoder is timed on by itself
 
 # Runs one extraction and prints its peak memory in kilobytes.
 MEMORY = """
@@ -59,12 +62,14 @@ def median_ratio(rates: list[float], references: list[float]) -> float:
 def speed(arguments: argparse.Namespace, model: str, root: Path, folder: Path) -> None:
     dataset, _ = open_dataset("bench", root=root)
     encoder = DA3Encoder.from_pretrained(model, cameras=dataset.cameras, process_res=arguments.process_res)
+    if arguments.engine == "compiled":
+        encoder.compile(arguments.batch_size)
     lengths = dataset.reader.episode_length.cumsum()
     episodes = int((lengths < arguments.frames).sum()) + 1
     rows = int(lengths[episodes - 1])
     size = arguments.batch_size
     batches: list[torch.Tensor] = []
-    for start in range(0, rows, size):
+    for start in range(0, min(rows, MOST_IN_MEMORY), size):
         inputs = encoder.preprocess(dataset.reader.read(start, min(start + size, rows)).images)
         assert isinstance(inputs, torch.Tensor), "cameras of one size"
         batches.append(inputs)
@@ -82,16 +87,19 @@ def speed(arguments: argparse.Namespace, model: str, root: Path, folder: Path) -
                 process_res=arguments.process_res,
                 batch_size=size,
                 num_workers=arguments.num_workers,
+                engine=arguments.engine,
             )
         )
+        shutil.rmtree(folder / f"speed{repeat}.zarr")
         whole.append(report.views / report.seconds)
         steady.append(report.views_per_s or float("nan"))
         startup.append(report.startup_s)
     table(
-        "Extraction compared with the encoder alone",
+        f"Extraction compared with the encoder alone, {report.engine}",
         f"{encoder.spec.model_name} at {arguments.process_res} px, {rows} frames of {len(dataset.cameras)} views,"
-        f" batches of {size}, {report.workers} decoding process(es). In turn, {arguments.repeats} times; medians, the"
-        " ratios' too. The encoder alone: its forward pass on batches in memory. `extract` from its first claim to the"
+        f" batches of {size}, engine {report.engine}, {report.workers} decoding process(es). In turn,"
+        f" {arguments.repeats} times; medians, the ratios' too. The encoder alone: its forward pass on batches in"
+        " memory. `extract` from its first claim to the"
         " seal includes the start of the decoding processes; its steady state begins after the first batch. Start-up"
         f" (metadata, weights, processes, first batch) took {statistics.median(startup):.1f} s; imports are before it.",
         ["", "views/s", "ratio"],
@@ -146,6 +154,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16 if cuda else 4)
     parser.add_argument("--num-workers", type=int)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--engine", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--repeat-dataset", type=int, default=1, metavar="N", help="take its episodes N times")
+    parser.add_argument("--no-memory", action="store_true", help="leave the second table out")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-extract-"))
     try:
@@ -153,8 +164,12 @@ def main() -> None:
         if model is None:
             model = str(folder / "model")
             save_random_da3(folder / "model", "da3-large" if cuda else "da3-small")
-        speed(arguments, model, arguments.root, folder)
-        memory(arguments, model, arguments.root, folder)
+        root = arguments.root
+        if arguments.repeat_dataset > 1:
+            root = repeat_dataset(root, folder / "dataset", arguments.repeat_dataset)
+        speed(arguments, model, root, folder)
+        if not arguments.no_memory:
+            memory(arguments, model, root, folder)
     finally:
         shutil.rmtree(folder)
 

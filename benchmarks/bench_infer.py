@@ -1,15 +1,15 @@
 """How long does one chunk of actions take, and which part of it is DA3?
 
     python benchmarks/bench_infer.py [--device cuda] [--da3 DIR] [--process-res 504] [--repeats 10]
+                                     [--cameras 1,2] [--engines eager,compiled] [--target-hw 14,10,7,4]
 
-Plain Pi0.5, with geometry given, and with DA3 online, each with one and two cameras of 256x256. On a GPU the real
-sizes: Pi0.5 in bfloat16, 3.6 billion parameters, and DA3-LARGE; on a CPU the small variant and DA3-SMALL. Random
-weights serve: speed does not depend on them.
+Plain Pi0.5, with geometry given on each target grid, and with DA3 online by each engine, for each number of cameras of
+256x256. On a GPU the real sizes: Pi0.5 in bfloat16, 3.6 billion parameters, and DA3-LARGE; on a CPU the small variant
+and DA3-SMALL. Random weights are good enough: speed does not depend on them.
 """
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 
-from benchmarks.common import table
+from benchmarks.common import da3_folder, initialised_on, table
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.evaluation.latency import ChunkTime, ChunkTimer
 from geomcache.geometry import Camera, Geometry
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.statistics import Moments
-from pipelines.make_random_da3 import save_random_da3
 
 CAMERAS = ("observation.images.image", "observation.images.image2")
 SIZE = 256  # of the pictures, as in LIBERO
@@ -51,7 +50,8 @@ def make_policy(encoder: DA3Encoder, pictures: dict[str, torch.Tensor], **option
     geometry = encode(encoder, pictures)
     statistics = {name: Moments.of(name, values.cpu().numpy()) for name, values in geometry.items()}
     config.bind_cache(encoder.spec, statistics, "0" * 64)
-    policy = PI05GeometryPolicy(config).eval()
+    with initialised_on(encoder.device.type):
+        policy = PI05GeometryPolicy(config).eval()
     assert policy.online is not None
     policy.online.encoder = encoder
     return policy
@@ -62,23 +62,43 @@ def encode(encoder: DA3Encoder, pictures: dict[str, torch.Tensor]) -> Geometry:
 
 
 def measure(
-    encoder: DA3Encoder, pictures: dict[str, torch.Tensor], repeats: int, **options: Any
+    encoders: dict[str, DA3Encoder],
+    pictures: dict[str, torch.Tensor],
+    target_sides: list[int],
+    repeats: int,
+    **options: Any,
 ) -> dict[str, list[ChunkTime]]:
-    """Times of each way to predict, taken in turn; the first round warms up and is left out."""
-    policy = make_policy(encoder, pictures, **options)
+    """Times of each way to predict, taken in turn; the first round warms up and is left out.
+
+    Args:
+        encoders: for the same cameras, by engine.
+        pictures: of each camera.
+        target_sides: of the square grids that geometry is resampled to; the first is the policy's.
+        repeats: rounds.
+        options: of the policy.
+    """
+    first = next(iter(encoders.values()))
+    policy = make_policy(first, pictures, geom_target_hw=(target_sides[0],) * 2, **options)
     length = policy.config.tokenizer_max_length
-    batch = {key: image.to(encoder.device) for key, image in pictures.items()}
-    batch["observation.language.tokens"] = torch.randint(1, 200, (1, length), device=encoder.device)
-    batch["observation.language.attention_mask"] = torch.ones(1, length, dtype=torch.bool, device=encoder.device)
-    batches = {PLAIN: batch, GIVEN: batch | encode(encoder, pictures).to_batch(), ONLINE: batch}
+    batch = {key: image.to(first.device) for key, image in pictures.items()}
+    batch["observation.language.tokens"] = torch.randint(1, 200, (1, length), device=first.device)
+    batch["observation.language.attention_mask"] = torch.ones(1, length, dtype=torch.bool, device=first.device)
+    with_geometry = batch | encode(first, pictures).to_batch()
+    ways: dict[str, tuple[dict[str, Any], int, DA3Encoder]] = {PLAIN: (batch, target_sides[0], first)}
+    ways |= {f"{GIVEN}, {side}x{side}": (with_geometry, side, first) for side in target_sides}
+    ways |= {f"{ONLINE}, {engine}": (batch, target_sides[0], encoder) for engine, encoder in encoders.items()}
     timer = ChunkTimer(policy)
-    calls = encoder.calls
+    calls = {engine: encoder.calls for engine, encoder in encoders.items()}
+    assert policy.online is not None
     for _ in range(repeats + 1):
-        for way, given in batches.items():
+        for way, (given, side, encoder) in ways.items():
             policy.config.use_geom_prefix = way != PLAIN  # off, the same network runs as plain Pi0.5
+            policy.model.geometry_adapter.target_hw = (side, side)
+            policy.online.encoder = encoder
             policy.predict_action_chunk(given)
-    assert encoder.calls - calls == repeats + 1  # once a chunk where it is online, never elsewhere
-    return {way: timer.times[len(batches) + number :: len(batches)] for number, way in enumerate(batches)}
+    for engine, encoder in encoders.items():
+        assert encoder.calls - calls[engine] == repeats + 1  # once a chunk where it is online, never elsewhere
+    return {way: timer.times[len(ways) + number :: len(ways)] for number, way in enumerate(ways)}
 
 
 def row(cameras: int, way: str, times: list[ChunkTime]) -> tuple[str, ...]:
@@ -93,43 +113,59 @@ def row(cameras: int, way: str, times: list[ChunkTime]) -> tuple[str, ...]:
         way,
         f"{1e3 * total:.1f}",
         f"{1e3 * np.percentile([time.total for time in times], 95):.1f}",
-        part([time.geometry for time in times]) if way == ONLINE else "-",
+        part([time.geometry for time in times]) if way.startswith(ONLINE) else "-",
         part([time.prefix for time in times]),
         part([time.denoising for time in times]),
     )
 
 
+def make_encoders(folder: Path, keys: tuple[str, ...], arguments: argparse.Namespace) -> dict[str, DA3Encoder]:
+    """Return an encoder of each engine that can be had, by the engine that it ended with."""
+    encoders = {}
+    for engine in arguments.engines:
+        encoder = DA3Encoder.from_pretrained(
+            str(folder),
+            cameras=[Camera(key=key, height=SIZE, width=SIZE) for key in keys],
+            process_res=arguments.process_res,
+            device=arguments.device,
+        )
+        if engine == "compiled":
+            print(f"compiled in {encoder.compile(1):.1f} s", flush=True)
+        encoders[encoder.engine] = encoder
+    return encoders
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=tuple(SIZES), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--da3", type=Path, help="a DA3 folder; without it, random weights in a temporary one")
+    parser.add_argument("--da3", type=Path, help="a DA3 folder; it is made with random weights where it does not exist")
     parser.add_argument("--process-res", type=int, default=504)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--cameras", type=integers, default=[1, 2], metavar="N,N", help="1 or 2 (%(default)s)")
+    parser.add_argument("--engines", type=lambda text: text.split(","), default=["eager"], metavar="NAME,NAME")
+    parser.add_argument("--target-hw", type=integers, default=[14], metavar="N,N", help="sides of the target grids")
     arguments = parser.parse_args()
     options = dict(SIZES[arguments.device])
     name = options.pop("da3")
     torch.manual_seed(0)
     pictures = {key: torch.randint(0, 256, (1, 3, SIZE, SIZE)) / 255 for key in CAMERAS}
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.da3 is None:
-            save_random_da3(Path(folder), name)
-        for count in (1, 2):
-            encoder = DA3Encoder.from_pretrained(
-                str(arguments.da3 or folder),
-                cameras=[Camera(key=key, height=SIZE, width=SIZE) for key in CAMERAS[:count]],
-                process_res=arguments.process_res,
-                device=arguments.device,
-            )
+    with da3_folder(arguments.da3, name) as folder:
+        for count in arguments.cameras:
             seen = {key: pictures[key] for key in CAMERAS[:count]}
-            measured = measure(encoder, seen, arguments.repeats, **options)
+            encoders = make_encoders(folder, CAMERAS[:count], arguments)
+            measured = measure(encoders, seen, arguments.target_hw, arguments.repeats, **options)
             rows += [row(count, way, times) for way, times in measured.items()]
-            spec = encoder.spec
+            spec = next(iter(encoders.values())).spec
     size = f"Pi0.5 {options['model_size']}, {spec.model_name} at {spec.process_res} px in {spec.compute_dtype}"
     table(
         f"One chunk of actions: {size}",
-        f"Batch of one, {arguments.repeats} chunks each, the three in turn, after one to warm up. Median, milliseconds"
-        " and share; prefix is all that is neither DA3 nor denoising (10 steps).",
+        f"Batch of one, {arguments.repeats} chunks each, all ways in turn, after one to warm up. Median, milliseconds"
+        " and share; prefix is all that is neither DA3 nor denoising (10 steps). DA3 online on the first target grid.",
         ("cameras", "", "chunk", "p95", "DA3", "prefix", "denoising"),
         rows,
     )

@@ -1,12 +1,13 @@
-"""What does a training step cost with geometry from the cache, beside plain Pi0.5 and beside DA3 in the loop?
+"""What does a training step cost with geometry from the cache, compared with plain Pi0.5 and with DA3 in the loop?
 
     python benchmarks/bench_train.py [--da3 DIR] [--process-res 504] [--batch-size 8] [--rounds 10]
+                                     [--target-hw 14,10,7,4]
 
-LeRobot's own trainer takes the steps, with the loader and worker processes that `geomcache train` gives it. Beside its
-dataset factory, two of its functions are replaced: the one that repeats the loader, so that the ways to train take
+LeRobot's own trainer takes the steps, with the loader and worker processes that `geomcache train` gives it. Its dataset
+factory is replaced, and two more of its functions: the one that repeats the loader, so that the ways to train take
 turns, and the one that updates, so that the clock is read and geometry is added where no loader brings it. On a GPU the
 real sizes: Pi0.5 in bfloat16 with gradient checkpointing, and DA3-LARGE; on a CPU the small variant and DA3-SMALL.
-Random weights serve: speed does not depend on them.
+Random weights are good enough: speed does not depend on them.
 """
 
 import argparse
@@ -30,17 +31,17 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from benchmarks.common import ROOT, table
+from benchmarks.common import ROOT, da3_folder, initialised_on, table
 from geomcache.cache.store import GeometryStore
 from geomcache.geometry import batch_key
 from geomcache.training.dataset import GeometryDataset, Item
-from pipelines.make_random_da3 import save_random_da3
 
 REPO_ID = "geomcache/bench"
 PICTURES = {"observation.images.image": "front.png", "observation.images.image2": "wrist.png"}  # 256x256, as in LIBERO
 STATE_DIM, ACTION_DIM = 8, 7
 GRID = "36x36"  # the patch grid of 504 px: what is read is of the real size also where the encoder sees less
 PLAIN, CONSTANT, CACHED, ONLINE = WAYS = ("(a) plain Pi0.5", "(b) constant tensor", "(c) cache", "(d) DA3 online")
+OTHER_GRID = "(c) cache, {side}x{side} tokens"
 FULL = (
     "--policy.device=cuda",
     "--policy.random_init=true",
@@ -63,6 +64,14 @@ class Setup:
     steps: int
     """Of a turn."""
     num_workers: int
+    target_sides: tuple[int, ...] = (14,)
+    """Of the square grids that geometry is resampled to. All ways have the first; cached geometry also the others."""
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """The side of each way's target grid."""
+        first, *others = self.target_sides
+        return dict.fromkeys(WAYS, first) | {OTHER_GRID.format(side=side): side for side in others}
 
     def options(self, turns: int) -> list[str]:
         """Of `geomcache train`."""
@@ -75,6 +84,7 @@ class Setup:
             f"--batch_size={self.batch_size}",
             f"--num_workers={self.num_workers}",
             f"--steps={turns * self.steps}",
+            f"--policy.geom_target_hw=[{self.target_sides[0]},{self.target_sides[0]}]",
             "--save_checkpoint=false",
             "--log_freq=0",
         ]
@@ -108,6 +118,7 @@ class Turns:
 
     def __init__(self, setup: Setup, ways: Sequence[str], rounds: int, store: GeometryStore) -> None:
         self.ways, self.rounds, self.steps, self.cuda = ways, rounds, setup.steps, setup.device == "cuda"
+        self.sides = setup.sides
         self.from_cache = multiprocessing.get_context("spawn").Value("b", 0)
         geometry = store.batch(np.arange(setup.batch_size)).to_batch()
         self.constant = {key: torch.from_numpy(values).to(setup.device) for key, values in geometry.items()}
@@ -122,7 +133,7 @@ class Turns:
         for number in range(self.rounds + 1):
             for way in self.ways:
                 self.way, self.number, self.step, self.waited = way, number, 0, 0.0
-                self.from_cache.value = way == CACHED
+                self.from_cache.value = way not in (PLAIN, CONSTANT, ONLINE)
                 loader.iteration = number  # LeRobot's sampler makes its order of it
                 self.began = time.perf_counter()
                 yield from loader
@@ -131,10 +142,11 @@ class Turns:
         """In place of LeRobot's `update_policy`, which it calls."""
 
         def update(tracker: Any, policy: Any, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            assert (batch_key("ray") in batch) == (self.way == CACHED)
+            assert (batch_key("ray") in batch) == bool(self.from_cache.value)
             frames = batch["index"].tolist()
             assert self.order.setdefault((self.number, self.step), frames) == frames
             policy.config.use_geom_prefix = self.way != PLAIN  # off, the same network runs as plain Pi0.5
+            policy.model.geometry_adapter.target_hw = (self.sides[self.way],) * 2
             if self.way == CONSTANT:
                 batch = batch | self.constant
             elif self.way == ONLINE:
@@ -186,7 +198,7 @@ def train_in_turn(setup: Setup, ways: Sequence[str], rounds: int) -> Turns:
         "update_policy": turns.updating(lerobot_train.update_policy),
     }
     logging.disable(logging.INFO)
-    with mock.patch.multiple(lerobot_train, **replaced):
+    with mock.patch.multiple(lerobot_train, **replaced), initialised_on(setup.device):
         lerobot_train.train(config)
     return turns
 
@@ -200,7 +212,7 @@ def in_own_processes(setup: Setup) -> dict[str, tuple[float, ...]]:
     """Peak memory of each way in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        return {way: pool.submit(memory_alone, setup, way).result() for way in WAYS}
+        return {way: pool.submit(memory_alone, setup, way).result() for way in setup.sides}
 
 
 def record(root: Path, frames: int) -> None:
@@ -258,14 +270,16 @@ def spread(over: Sequence[float], under: Sequence[float]) -> str:
 def report(setup: Setup, turns: Turns, memory: dict[str, tuple[float, ...]]) -> None:
     store = GeometryStore.open(setup.cache)
     spec = store.spec
-    seconds = {way: turns.seconds[way][1:] for way in WAYS}
-    medians = {way: float(np.median(seconds[way])) for way in WAYS}
+    seconds = {way: turns.seconds[way][1:] for way in setup.sides}
+    medians = {way: float(np.median(seconds[way])) for way in setup.sides}
     rows = []
-    for way in WAYS:
+    for way, side in setup.sides.items():
         fetched = float(np.median(turns.waiting[way][1:]))
-        beside = float(np.median(np.divide(seconds[way], seconds[CONSTANT])))
+        compared = [float(np.median(np.divide(seconds[way], seconds[other]))) for other in (CONSTANT, PLAIN)]
+        tokens = 0 if way == PLAIN else len(spec.cameras) * side**2
         sizes = [f"{size:.2f}" if turns.cuda else f"{size:.0f}" for size in memory[way]]
-        rows.append([way, f"{medians[way]:.4f}", f"{fetched:.4f}", f"{beside:.3f}", *sizes])
+        ratios = [f"{ratio:.3f}" for ratio in compared]
+        rows.append([way, str(tokens), f"{medians[way]:.4f}", f"{fetched:.4f}", *ratios, *sizes])
     measured = (
         "Peak memory of the device in the first round, before a later way has allocated anything."
         if turns.cuda
@@ -278,7 +292,15 @@ def report(setup: Setup, turns: Turns, memory: dict[str, tuple[float, ...]]) -> 
         f" {spec.grid_hw[0]}x{spec.grid_hw[1]}; {setup.num_workers} worker(s) of the loader. In turn, in one run of"
         f" LeRobot's trainer, {turns.rounds} rounds after one to warm up; a turn is {setup.steps} steps, from workers"
         f" that are idle to workers that are idle, and a round's batches are the same. Medians. {measured}",
-        ["", "s/step", "fetching", "beside b", *(["GPU, GiB"] if turns.cuda else ["process, MiB", "worker, MiB"])],
+        [
+            "",
+            "tokens",
+            "s/step",
+            "fetching",
+            "over b",
+            "over a",
+            *(["GPU, GiB"] if turns.cuda else ["process, MiB", "worker, MiB"]),
+        ],
         rows,
     )
     print(f"c/b: {spread(seconds[CACHED], seconds[CONSTANT])}")
@@ -286,9 +308,9 @@ def report(setup: Setup, turns: Turns, memory: dict[str, tuple[float, ...]]) -> 
     parts = added_by_cache(setup)
     table(
         "What the cache adds to a batch",
-        "Median of 200 batches of random frames, warm, in one process, beside a step of (b). Left out: handing two more"
-        " tensors from a worker to the trainer. Workers do their part while the trainer trains, where there are cores"
-        " for both.",
+        "Median of 200 batches of random frames, warm, in one process, as a share of a step of (b). Left out: handing"
+        " two more tensors from a worker to the trainer. Workers do their part while the trainer trains, where there"
+        " are cores for both.",
         ["", "ms", "of a step"],
         [
             [name, f"{1e3 * part:.2f}", f"{part / medians[CONSTANT]:.3%}"]
@@ -300,14 +322,20 @@ def report(setup: Setup, turns: Turns, memory: dict[str, tuple[float, ...]]) -> 
 def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--da3", type=Path, help="a DA3 folder; without it, random weights in a temporary one")
+    parser.add_argument("--da3", type=Path, help="a DA3 folder; it is made with random weights where it does not exist")
     parser.add_argument("--process-res", type=int, default=504 if cuda else 252)
     parser.add_argument("--batch-size", type=int, default=8 if cuda else 2)
     parser.add_argument("--steps", type=int, default=16 if cuda else 4, help="of a turn")
     parser.add_argument("--rounds", type=int, default=5 if cuda else 10)
     parser.add_argument("--num-workers", type=int, default=4 if cuda else 1)
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: on a CPU it needs more runs")
+    parser.add_argument("--target-hw", default="14", metavar="N,N", help="sides of the target grids (%(default)s)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-train-") as name:
+    preset = "da3-large" if cuda else "da3-small"
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-train-") as name,
+        da3_folder(arguments.da3, preset) as model,
+    ):
         folder = Path(name)
         setup = Setup(
             root=folder / "dataset",
@@ -316,11 +344,9 @@ def main() -> None:
             batch_size=arguments.batch_size,
             steps=arguments.steps,
             num_workers=arguments.num_workers,
+            target_sides=tuple(int(side) for side in arguments.target_hw.split(",")),
         )
         record(setup.root, setup.batch_size * setup.steps)
-        model = arguments.da3 or folder / "da3"
-        if arguments.da3 is None:
-            save_random_da3(model, "da3-large" if cuda else "da3-small")
         command = [sys.executable, "-m", "geomcache", "extract", "--model", str(model), "--dataset", REPO_ID]
         command += ["--root", str(setup.root), "--output", str(setup.cache)]
         subprocess.run(
@@ -328,8 +354,8 @@ def main() -> None:
             check=True,
             stdout=sys.stderr,
         )
-        memory = {} if cuda else in_own_processes(setup)
-        turns = train_in_turn(setup, WAYS, arguments.rounds)
+        memory = {} if cuda or arguments.no_memory else in_own_processes(setup)
+        turns = train_in_turn(setup, tuple(setup.sides), arguments.rounds)
         report(setup, turns, memory or turns.memory)
 
 

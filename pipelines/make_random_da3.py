@@ -42,9 +42,17 @@ It is for tests and demonstrations of the software. Geometry computed with it is
 """
 
 
-def save_random_da3(folder: Path, name: str = "da3-small", seed: int = 0) -> None:
-    """Write config.json, model.safetensors, README.md (upstream's) and RANDOM_WEIGHTS.txt into `folder`."""
-    with _upstream_api() as api, torch.random.fork_rng(devices=[]):
+def save_random_da3(folder: Path, name: str = "da3-small", seed: int = 0, device: str = "cpu") -> None:
+    """Write config.json, model.safetensors, README.md (upstream's) and RANDOM_WEIGHTS.txt into `folder`.
+
+    Args:
+        folder: where to.
+        name: upstream's preset.
+        seed: of the weights.
+        device: that draws them; a GPU is faster and draws others.
+    """
+    gpus = [] if device == "cpu" else [device]
+    with _upstream_api() as api, torch.random.fork_rng(devices=gpus), torch.device(device):
         torch.manual_seed(seed)
         model = api.DepthAnything3(model_name=name)
         _make_maps_vary(model.model)
@@ -104,8 +112,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--name", choices=NAMES, default="da3-small", help="upstream's preset (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="that draws them; a GPU is faster, and draws others")
     arguments = parser.parse_args()
-    save_random_da3(arguments.output, arguments.name, arguments.seed)
+    save_random_da3(arguments.output, arguments.name, arguments.seed, arguments.device)
     print(f"{arguments.output}: {arguments.name} with RANDOM weights. Geometry computed with them is MEANINGLESS.")
 
 

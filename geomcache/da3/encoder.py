@@ -10,11 +10,13 @@ The head's maps are averaged over the cells of the spec's grid, in float32, as t
 before or after, confidences are not taken as logarithms. Then they are rounded to float16, saturating.
 """
 
+import copy
 import dataclasses
+import functools
 import importlib.metadata
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -28,12 +30,13 @@ from depth_anything_3.cfg import create_object, load_config
 from depth_anything_3.registry import MODEL_REGISTRY
 from depth_anything_3.utils.io.input_processor import InputProcessor
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from geomcache.da3.catalog import find_model
 from geomcache.da3.checks import Images, check_device, check_images, check_same, choose_grid_hw, raise_nan
-from geomcache.da3.ray_head import ray_forward
+from geomcache.da3.engine import EngineName, NetworkForward, is_out_of_memory
 from geomcache.da3.weights import load_weights, sha256
 from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import (
@@ -48,14 +51,49 @@ from geomcache.geometry import (
 )
 
 NetworkInput = Tensor | list[Tensor]
-"""float32 [B, V, 3, H, W], or V of [B, 3, H_v, W_v] where the processed sizes differ."""
+"""uint8 [B, V, H, W, 3], or V of [B, H_v, W_v, 3] where the processed sizes differ: pictures before normalisation."""
 
 RESIZE_METHOD, REFERENCE_VIEW = GeometrySpec.resize_method, GeometrySpec.reference_view  # the only ones in use
 
 
+class _Resizer(InputProcessor):  # type: ignore[misc]
+    """Upstream's processor up to its last step: a picture of the network's size, not yet normalised."""
+
+    def _normalize_image(self, img: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(img)).permute(2, 0, 1)  # upstream goes on with its shape, [3, H, W]
+
+
+def normalise(pictures: Tensor) -> Tensor:
+    """Return what upstream's normalisation makes of pictures, to the bit, on every device.
+
+    Each of a channel's 256 values is looked up among those that upstream computes on the CPU: another device's division
+    rounds differently.
+
+    Args:
+        pictures: uint8 [..., H, W, 3].
+
+    Returns:
+        float32 [..., 3, H, W] on the same device, contiguous.
+    """
+    table = _normalised_values().to(pictures.device)  # [3, 256]
+    normalised = torch.empty(*pictures.shape[:-3], 3, *pictures.shape[-3:-1], device=pictures.device)
+    for channel, values in enumerate(table):
+        codes = pictures[..., channel].flatten().int()
+        normalised[..., channel, :, :] = values.index_select(0, codes).reshape(pictures.shape[:-1])
+    return normalised
+
+
+@functools.cache
+def _normalised_values() -> Tensor:
+    """Return upstream's normalisation of every value of each channel, float32 [3, 256]."""
+    ramp = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)  # [1, 256, 3]
+    values: Tensor = InputProcessor()._normalize_image(Image.fromarray(ramp))
+    return values[:, 0]
+
+
 @dataclass(frozen=True)
 class DA3Preprocessor:
-    """Images -> what the network sees, by upstream's InputProcessor. No weights: decoding workers run it."""
+    """Upstream's resizing of images to what the network sees. It holds no weights: decoding workers run it."""
 
     cameras: tuple[Camera, ...]
     process_res: int
@@ -67,13 +105,15 @@ class DA3Preprocessor:
         object.__setattr__(self, "sizes", tuple(self._processed_size(camera) for camera in self.cameras))
 
     def __call__(self, images: Images) -> NetworkInput:
-        """Resize to `process_res`, round to whole patches and normalise, image by image, in the calling thread.
+        """Resize to `process_res` and round to whole patches, image by image, in the calling thread.
+
+        Normalisation follows on the encoder's device: a quarter of the bytes travels there.
 
         Args:
             images: uint8 [B, V, H, W, 3], or a sequence of V arrays [B, H_v, W_v, 3]; NumPy or torch, RGB.
 
         Returns:
-            float32 [B, V, 3, H, W] on the CPU; V tensors [B, 3, H_v, W_v] where the processed sizes differ.
+            uint8 [B, V, H, W, 3] on the CPU; V tensors [B, H_v, W_v, 3] where the processed sizes differ.
 
         Raises:
             GeometryError: shapes, dtype or number of views are not those of the cameras.
@@ -82,24 +122,24 @@ class DA3Preprocessor:
         batch = len(views[0])
         inputs: NetworkInput
         if len(set(self.sizes)) == 1:
-            inputs = torch.empty(batch, len(views), 3, *self.sizes[0])
+            inputs = torch.empty(batch, len(views), *self.sizes[0], 3, dtype=torch.uint8)
             targets = list(inputs.unbind(1))
         else:
-            inputs = targets = [torch.empty(batch, 3, *size) for size in self.sizes]
+            inputs = targets = [torch.empty(batch, *size, 3, dtype=torch.uint8) for size in self.sizes]
         for view, target in zip(views, targets, strict=True):
             for image, row in zip(view, target, strict=True):
                 row.copy_(self._process(image))
         return inputs
 
     def _process(self, image: NDArray[np.uint8]) -> Tensor:
-        """uint8 [H_v, W_v, 3] -> float32 [3, H, W]: the step that InputProcessor's call runs in a pool of threads."""
-        processed: Tensor = InputProcessor()._process_one(
+        """Run the step that InputProcessor's call runs in a pool of threads: uint8 [H_v, W_v, 3] -> [H, W, 3]."""
+        resized: Tensor = _Resizer()._process_one(
             image, process_res=self.process_res, process_res_method=self.resize_method
         )[0]
-        return processed
+        return resized.permute(1, 2, 0)
 
     def _processed_size(self, camera: Camera) -> tuple[int, int]:
-        height, width = self._process(np.zeros((camera.height, camera.width, 3), np.uint8)).shape[1:]
+        height, width = self._process(np.zeros((camera.height, camera.width, 3), np.uint8)).shape[:2]
         if height % PATCH_SIZE or width % PATCH_SIZE:
             raise UserInputError(
                 f"process-res: at {self.process_res}, {camera.key} of {camera.height}x{camera.width} becomes narrower"
@@ -144,7 +184,33 @@ class DA3Encoder:
         self.calls = 0
         """How often `forward` ran."""
         self._network = network
+        self._forward = NetworkForward(network, device, spec.compute_dtype)
+        self._batch_frames = 0  # of every call of a compiled network; fewer are padded
         self._copies: torch.cuda.Stream | None = None
+
+    @property
+    def engine(self) -> EngineName:
+        """What runs the network."""
+        return self._forward.engine
+
+    def compile(self, frames: int) -> float:
+        """Compile the network for batches of so many frames, and run one; from now on, smaller ones are padded to it.
+
+        Where compilation fails, the log says so, and the network runs as before.
+
+        Returns:
+            Seconds that it took.
+
+        Raises:
+            RuntimeError: the device has not the memory for such a batch.
+        """
+        began = time.perf_counter()
+        self._forward.compile()
+        self._batch_frames = frames
+        pictures = [np.zeros((frames, camera.height, camera.width, 3), np.uint8) for camera in self.spec.cameras]
+        self.launch(self.preprocess(pictures)).result()
+        self.calls -= 1
+        return time.perf_counter() - began
 
     @classmethod
     def from_pretrained(
@@ -243,7 +309,9 @@ class DA3Encoder:
         """
         spec = dataclasses.replace(self.spec, grid=grid)
         spec = dataclasses.replace(spec, grid_hw=choose_grid_hw(spec, self.preprocessor.sizes))
-        return type(self)(spec, self.preprocessor, self._network, self.device)
+        other = copy.copy(self)
+        other.spec, other.calls = spec, 0
+        return other
 
     def preprocess(self, images: Images) -> NetworkInput:
         """What `preprocessor` does."""
@@ -283,16 +351,11 @@ class DA3Encoder:
         """Rounded maps [B, V, h, w, ...] of each output, and whether each has a NaN, bool [B, V, outputs]."""
         self._check_inputs(inputs)
         self.calls += 1
-        with torch.inference_mode(), _default_numerics():
-            if isinstance(inputs, list):
-                parts = [self._maps(view[:, None]) for view in inputs]  # [B, 1, h, w, ...] each
-                maps = {name: torch.cat([part[name] for part in parts], dim=1) for name in self.spec.outputs}
-            elif self.spec.views == "joint":
-                maps = self._maps(inputs)
-            else:
-                maps = self._maps(inputs.flatten(0, 1)[:, None])  # [B*V, 1, h, w, ...]
-                maps = {name: values.reshape(*inputs.shape[:2], *values.shape[2:]) for name, values in maps.items()}
-        # Outside of inference_mode, so that what is returned are ordinary tensors.
+        if isinstance(inputs, list):
+            parts = [self._maps(view[:, None]) for view in inputs]  # [B, 1, h, w, ...] each
+            maps = {name: torch.cat([part[name] for part in parts], dim=1) for name in self.spec.outputs}
+        else:
+            maps = self._maps(inputs)
         rounded = {
             name: values.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16, memory_format=torch.contiguous_format)
             for name, values in maps.items()
@@ -312,31 +375,37 @@ class DA3Encoder:
         uploaded.record_stream(computing)  # its memory is not given away while it is in use there
         return uploaded
 
-    def _maps(self, images: Tensor) -> dict[str, Tensor]:
-        """float32 [N, S, 3, H, W] -> float32 [N, S, h, w, ...] of each output, on the spec's grid."""
-        images = self._upload(images)
-        height, width = images.shape[-2:]
-        backbone, head = self._network["backbone"], self._network["head"]
-        bf16 = self.spec.compute_dtype == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            features, _ = backbone(
-                images, cam_token=None, export_feat_layers=[], ref_view_strategy=self.spec.reference_view
-            )
-        with torch.autocast(self.device.type, enabled=False):
-            if set(self.spec.outputs) <= {"ray", "ray_conf"}:
-                maps = ray_forward(head, [feature for feature, _ in features], height, width)
-            else:
-                maps = head(features, height, width, patch_start_idx=0)
-        return {name: _average(maps[name], self.spec.grid_hw) for name in self.spec.outputs}
+    def _maps(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Compute uint8 [B, V, H, W, 3] -> float32 [B, V, h, w, ...] of each output, on the spec's grid."""
+        batch, views = pictures.shape[:2]
+        images = normalise(self._upload(pictures))  # [B, V, 3, H, W]
+        if self.engine == "compiled":
+            self._batch_frames = max(self._batch_frames, batch)
+            missing = self._batch_frames - batch
+            images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1, -1)]) if missing else images
+        scenes = images if self.spec.views == "joint" else images.flatten(0, 1)[:, None]
+        try:
+            maps = self._forward(scenes, self.spec.outputs)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                self._batch_frames = 0  # the next batch, a smaller one, sets the shape anew
+            raise
+        averaged = {name: _average(maps[name], self.spec.grid_hw) for name in self.spec.outputs}  # [N, S, h, w, ...]
+        return {name: values.reshape(-1, views, *values.shape[2:])[:batch] for name, values in averaged.items()}
 
     def _check_inputs(self, inputs: NetworkInput) -> None:
         sizes = self.preprocessor.sizes
         one_size = len(set(sizes)) == 1
-        found = [list(inputs.shape)] if isinstance(inputs, Tensor) else [list(view.shape) for view in inputs]
+        tensors = [inputs] if isinstance(inputs, Tensor) else inputs
+        found = [list(view.shape) for view in tensors]
         batch = found[0][0] if found and found[0] else 0
-        expected = [[batch, len(sizes), 3, *sizes[0]]] if one_size else [[batch, 3, *size] for size in sizes]
-        if isinstance(inputs, Tensor) != one_size or found != expected or batch == 0:
-            raise GeometryError(f"inputs: expected what preprocess gives, {expected}, got shapes {found}")
+        expected = [[batch, len(sizes), *sizes[0], 3]] if one_size else [[batch, *size, 3] for size in sizes]
+        right_type = isinstance(inputs, Tensor) == one_size and all(view.dtype == torch.uint8 for view in tensors)
+        if not right_type or found != expected or batch == 0:
+            raise GeometryError(
+                f"inputs: expected what preprocess gives, uint8 {expected}, got"
+                f" {', '.join(f'{view.dtype} {shape}' for view, shape in zip(tensors, found, strict=True))}"
+            )
 
 
 def _average(values: Tensor, grid_hw: tuple[int, int]) -> Tensor:
@@ -347,23 +416,6 @@ def _average(values: Tensor, grid_hw: tuple[int, int]) -> Tensor:
         return adaptive_avg_pool2d(values, grid_hw)
     averaged = adaptive_avg_pool2d(values.flatten(0, 1).movedim(-1, 1), grid_hw)  # [N*S, C, h, w]
     return averaged.movedim(1, -1).reshape(*values.shape[:2], *grid_hw, values.shape[-1])
-
-
-@contextmanager
-def _default_numerics() -> Iterator[None]:
-    """CUDA's switches as torch starts with them and upstream runs.
-
-    LeRobot's training and evaluation turn on TF32 matrix products and cuDNN's benchmark mode: online geometry would not
-    be what extraction computed. Convolutions may use TF32, as they do by default.
-    """
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, benchmark=False, allow_tf32=True):
-            yield
-    finally:
-        matmul.allow_tf32 = allowed
 
 
 def _load_network(preset: str, weights: Path, device: torch.device) -> nn.ModuleDict:

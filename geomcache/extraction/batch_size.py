@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from geomcache.da3.encoder import DA3Encoder
+from geomcache.da3.engine import is_out_of_memory
 from geomcache.errors import EncoderMemoryError
 
 MOST_FRAMES = 256
@@ -30,12 +31,12 @@ def find_batch_size(encoder: DA3Encoder, *, most: int = MOST_FRAMES) -> tuple[in
     Raises:
         EncoderMemoryError: not even one frame fits.
     """
-    rate = _views_per_s(encoder, 1)
+    rate = measure_views_per_s(encoder, 1)
     if rate is None:
         raise memory_error(encoder)
     size, reason = 1, f"at most {most} frames are tried"
     while 2 * size <= most:
-        doubled = _views_per_s(encoder, 2 * size) if _fits_twice(encoder.device) else None
+        doubled = measure_views_per_s(encoder, 2 * size) if _fits_twice(encoder.device) else None
         if doubled is None:
             reason = f"{2 * size} do not fit into the memory of {encoder.device}"
             break
@@ -44,11 +45,6 @@ def find_batch_size(encoder: DA3Encoder, *, most: int = MOST_FRAMES) -> tuple[in
             break
         size, rate = 2 * size, doubled
     return size, f"{rate:.1f} views/s; {reason}"
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell torch's out-of-memory errors: a class for accelerators, a plain RuntimeError for the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def memory_error(encoder: DA3Encoder) -> EncoderMemoryError:
@@ -60,7 +56,7 @@ def memory_error(encoder: DA3Encoder) -> EncoderMemoryError:
     )
 
 
-def _views_per_s(encoder: DA3Encoder, frames: int) -> float | None:
+def measure_views_per_s(encoder: DA3Encoder, frames: int) -> float | None:
     """Time a batch of so many frames; None if memory does not suffice."""
     inputs = encoder.preprocess(
         [np.zeros((frames, camera.height, camera.width, 3), np.uint8) for camera in encoder.spec.cameras]

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from geomcache.da3.encoder import DA3Encoder, PendingGeometry
+from geomcache.da3.engine import is_out_of_memory
 from geomcache.errors import NonFiniteGeometryError
-from geomcache.extraction.batch_size import is_out_of_memory, memory_error
+from geomcache.extraction.batch_size import memory_error
 from geomcache.extraction.decoding import NetworkBatch
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import GeomcacheError, OutOfSpaceError
 from geomcache.extraction.decoding import BatchDecoder
 from geomcache.frames.source import FrameDataset
-from geomcache.geometry import GeometrySpec
+from geomcache.geometry import PATCH_SIZE, GeometrySpec
 from geomcache.progress import human_bytes, human_time
 from geomcache.ranges import count_rows
 
@@ -35,6 +35,7 @@ def describe_plan(
     yield f"model     {spec.model_id} ({spec.model_name}) on {encoder.device}, {spec.compute_dtype}"
     cells = "x".join(map(str, spec.grid_hw))
     yield f"grid      {cells} ({spec.grid} at {spec.process_res} px), {', '.join(spec.outputs)}, {spec.storage_dtype}"
+    yield from _enlarged(spec)
     size = human_bytes(shards_nbytes(spec, frames)) + (f", less what {codec.name} saves" if codec.compresses else "")
     yield f"output    {path}: {size}; free {human_bytes(_free_bytes(path))}"
     encode_s, decode_s = _time_batches(dataset, encoder, rows[0], batch_size)
@@ -42,6 +43,18 @@ def describe_plan(
         f"time      about {human_time(frames * encode_s)} for this process, {1e3 * encode_s:.0f} ms a frame;"
         f" decoding takes {1e3 * decode_s:.0f} ms a frame in each worker, in parallel"
     )
+
+
+def _enlarged(spec: GeometrySpec) -> Iterator[str]:
+    """Yield a line if the network sees larger pictures than the cameras give."""
+    side = max(max(camera.height, camera.width) for camera in spec.cameras)
+    native = max(PATCH_SIZE, side // PATCH_SIZE * PATCH_SIZE)
+    if spec.process_res > side:
+        factor = (spec.process_res / native) ** 2
+        yield (
+            f"enlarged  from {side} px: {factor:.1f} times the work of --process-res {native}; only a run with real"
+            " weights can tell what that gains"
+        )
 
 
 def _time_batches(

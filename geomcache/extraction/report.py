@@ -19,6 +19,8 @@ class ExtractReport:
     nbytes: int = 0
     workers: int = 0
     """Decoding processes."""
+    engine: str = "eager"
+    """What ran the network."""
     seconds: float = 0.0
     """From the first claim to the seal."""
     startup_s: float = 0.0
@@ -43,7 +45,9 @@ class ExtractReport:
         if not self.frames:
             return [f"{self.path}: complete, {self.frames_total} frames; nothing to do"]
         rate = self.views_per_s
-        steady = "one batch" if rate is None else f"then {human_time(self.steady_s)} at {rate:.1f} views/s"
+        steady = (
+            "one batch" if rate is None else f"then {human_time(self.steady_s)} at {rate:.1f} views/s, {self.engine}"
+        )
         processes = max(1, self.workers)
         return [
             f"{self.path}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"

@@ -22,6 +22,7 @@ from geomcache.da3.encoder import DA3Encoder
 from geomcache.extraction.batch_size import find_batch_size
 from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
 from geomcache.extraction.encoding import BatchEncoder
+from geomcache.extraction.engine_choice import choose_engine
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import describe_plan, require_space
@@ -70,6 +71,7 @@ def extract(options: ExtractOptions) -> ExtractReport:
         return ExtractReport(path=options.output_path)
     with _open_writer(options, dataset, encoder, rows, process) as writer:
         total = _announce(writer, options, process)
+        choose_engine(options.engine, encoder, (total - writer.frames_done()) // process.count, batch_size)
         run = _Run(dataset, encoder, writer, batch_size, workers, server, process, began)
         return run.until_sealed(total)
 
@@ -177,6 +179,7 @@ class _Run:
         report.seconds = time.perf_counter() - began
         report.views = report.frames * views
         report.encode_s = self._stage.encode_s
+        report.engine = self._encoder.engine
         return report
 
     def _log_wait(self, pending: Sequence[int]) -> None:

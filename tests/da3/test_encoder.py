@@ -19,12 +19,14 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from depth_anything_3.cfg import create_object, load_config
+from depth_anything_3.model.dinov2.layers import RotaryPositionEmbedding2D
 from depth_anything_3.model.dualdpt import DualDPT
 from depth_anything_3.utils.io.input_processor import InputProcessor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from geomcache.da3 import encoder as encoder_module
-from geomcache.da3.encoder import DA3Encoder, DA3Preprocessor
+from geomcache.da3.encoder import DA3Encoder, DA3Preprocessor, normalise
 from geomcache.da3.ray_head import ray_forward
 from geomcache.errors import (
     CacheMismatchError,
@@ -105,15 +107,24 @@ def test_preprocessing_is_upstreams(height: int, width: int, process_res: int, e
     reference, _, _ = InputProcessor()(list(images[:, 0]), process_res=process_res)
     actual = preprocessor(images)
     assert preprocessor.sizes == (expected,)
+    assert actual.dtype == torch.uint8
+    assert torch.equal(normalise(actual)[:, 0], reference)
+
+
+def test_normalisation_is_upstreams_for_every_value() -> None:
+    every_value = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    expected = InputProcessor()._normalize_image(Image.fromarray(every_value))
+    actual = normalise(torch.from_numpy(every_value))
     assert actual.dtype == torch.float32
-    assert torch.equal(actual[:, 0], reference)
+    assert actual.is_contiguous()
+    assert torch.equal(actual, expected)
 
 
 def test_preprocessing_takes_numpy_and_torch_and_travels_to_workers() -> None:
     preprocessor = DA3Preprocessor((FRONT, WRIST), 56, "upper_bound_resize")
     images = np.stack(pictures(2, FRONT, WRIST), axis=1)
     inputs = preprocessor(images)
-    assert inputs.shape == (2, 2, 3, 42, 56)
+    assert inputs.shape == (2, 2, 42, 56, 3)
     packed = pickle.dumps(preprocessor)
     assert len(packed) < 2000
     assert torch.equal(pickle.loads(packed)(torch.from_numpy(images)), inputs)
@@ -125,9 +136,9 @@ def test_preprocessing_takes_numpy_and_torch_and_travels_to_workers() -> None:
 def test_preprocessing_of_cameras_of_different_sizes() -> None:
     images = pictures(2, FRONT, SQUARE)
     inputs = DA3Preprocessor((FRONT, SQUARE), 56, "upper_bound_resize")(images)
-    assert [list(view.shape) for view in inputs] == [[2, 3, 42, 56], [2, 3, 56, 56]]
+    assert [list(view.shape) for view in inputs] == [[2, 42, 56, 3], [2, 56, 56, 3]]
     for view, camera_images in zip(inputs, images, strict=True):
-        assert torch.equal(view, InputProcessor()(list(camera_images), process_res=56)[0])
+        assert torch.equal(normalise(view), InputProcessor()(list(camera_images), process_res=56)[0])
 
 
 @pytest.mark.parametrize(
@@ -216,14 +227,21 @@ def test_cameras_of_different_sizes(load: Callable[..., DA3Encoder], network: to
                 assert_one_step(actual[frame, view], area_average(expected[name], (3, 3))[0])
 
 
-def test_bf16_is_upstreams_autocast(load: Callable[..., DA3Encoder], network: torch.nn.Module) -> None:
+def test_bf16_is_upstreams_autocast_with_rotations_in_float32(
+    load: Callable[..., DA3Encoder], network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = pictures(1, FRONT, WRIST)
     scene = [view[0] for view in images]
     half, single = load(dtype="bf16", grid="native"), load(dtype="fp32", grid="native")
     assert half.spec.compute_dtype == "bf16"
     in_half, in_single = half.encode(images).ray[0], single.encode(images).ray[0]
-    assert_one_step(in_half, upstream_maps(network, scene, 56, bf16=True)["ray"])
     assert_one_step(in_single, upstream_maps(network, scene, 56)["ray"])
+    # On CUDA autocast's norms give the rotations float32, on a CPU bfloat16: there upstream's tables are bfloat16 too.
+    rotate = RotaryPositionEmbedding2D.forward
+    monkeypatch.setattr(
+        RotaryPositionEmbedding2D, "forward", lambda self, x, positions: rotate(self, x.float(), positions).to(x.dtype)
+    )
+    assert_one_step(in_half, upstream_maps(network, scene, 56, bf16=True)["ray"])
     assert (in_half - in_single).abs().max() > 0.01
     with torch.autocast("cpu", dtype=torch.bfloat16):  # a policy's own autocast changes nothing
         assert torch.equal(half.encode(images).ray[0], in_half)
@@ -629,11 +647,13 @@ def test_geometry_is_ordinary_tensors(load: Callable[..., DA3Encoder]) -> None:
 @pytest.mark.parametrize(
     "inputs",
     [
-        torch.zeros(2, 2, 3, 56, 56),
-        torch.zeros(2, 1, 3, 42, 56),
-        torch.zeros(0, 2, 3, 42, 56),
-        torch.zeros(2, 3, 42, 56),
-        [torch.zeros(2, 3, 42, 56), torch.zeros(2, 3, 42, 56)],
+        torch.zeros(2, 2, 56, 56, 3, dtype=torch.uint8),
+        torch.zeros(2, 1, 42, 56, 3, dtype=torch.uint8),
+        torch.zeros(0, 2, 42, 56, 3, dtype=torch.uint8),
+        torch.zeros(2, 42, 56, 3, dtype=torch.uint8),
+        torch.zeros(2, 2, 42, 56, 3),
+        torch.zeros(2, 2, 3, 42, 56, dtype=torch.uint8),
+        [torch.zeros(2, 42, 56, 3, dtype=torch.uint8)] * 2,
         [],
     ],
 )
@@ -644,8 +664,11 @@ def test_inputs_that_preprocess_does_not_give(load: Callable[..., DA3Encoder], i
     assert encoder.calls == 0
 
 
-def test_a_trainers_cuda_switches_do_not_reach_the_network(load: Callable[..., DA3Encoder]) -> None:
-    encoder = load()
+@pytest.mark.parametrize(("dtype", "tf32_convolutions"), [("bf16", True), ("fp32", False)])
+def test_a_trainers_cuda_switches_do_not_reach_the_network(
+    load: Callable[..., DA3Encoder], dtype: str, tf32_convolutions: bool
+) -> None:
+    encoder = load(dtype=dtype)
     inputs = encoder.preprocess(pictures(1, FRONT, WRIST))
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     seen: list[tuple[bool, bool, bool]] = []
@@ -654,12 +677,13 @@ def test_a_trainers_cuda_switches_do_not_reach_the_network(load: Callable[..., D
     )
     before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     try:
-        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, True
-        encoder.forward(inputs)
-        assert (cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32) == (True, False, True)
+        for allowed in (False, True):
+            cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, allowed, True
+            encoder.forward(inputs)
+            assert (cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32) == (True, allowed, True)
     finally:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
-    assert set(seen) == {(False, True, False)}
+    assert set(seen) == {(False, tf32_convolutions, False)}
 
 
 # The model of the tests

@@ -163,7 +163,18 @@ def test_every_option_reaches_the_dataclass(monkeypatch: pytest.MonkeyPatch, ask
         "independent",
     ]
     words += ["--process-res", "28", "--grid", "2x2", "--outputs", "ray,depth", "--codec", "zstd", "--dtype", "bf16"]
-    words += ["--model-revision", "2", "--device", "cpu", "--batch-size", "auto", "--num-workers", "0"]
+    words += [
+        "--model-revision",
+        "2",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "auto",
+        "--num-workers",
+        "0",
+        "--engine",
+        "compiled",
+    ]
     assert call(monkeypatch, "extract", *words) == 0
     (options,) = asked
     assert options == ExtractOptions(
@@ -187,6 +198,7 @@ def test_every_option_reaches_the_dataclass(monkeypatch: pytest.MonkeyPatch, ask
         device="cpu",
         batch_size="auto",
         num_workers=0,
+        engine="compiled",
     )
     defaults = ExtractOptions(model="", dataset="")
     assert [

@@ -1,0 +1,71 @@
+"""How far apart two computations of the same geometry are, in units that mean something.
+
+    ray direction    the angle between the directions, degrees
+    ray origin       the distance between the origins, over the spread of the origins
+    ray_conf, depth, depth_conf    the difference over the larger of both values
+
+Float16 steps are distances in units of the gap between neighbouring float16 numbers, at the larger of two values. They
+tell rounding from anything else, but exaggerate near zero: there, where float16's gaps become finer than float32's own
+noise, a step is the one at 2^-8, 3.8e-6.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+SMALLEST_STEP_AT = 2.0**-8
+DIRECTION, ORIGIN = "ray direction", "ray origin"
+UNITS = {DIRECTION: "degrees", ORIGIN: "of the spread"}
+RELATIVE = "relative"
+# One camera alone is the origin of its own rays: their spread is then noise, and no length to measure by.
+LEAST_SPREAD = 0.02  # over the mean length of the directions
+
+Maps = Mapping[str, NDArray[np.float16]]
+
+
+def measure(stored: Maps, computed: Maps, spread: float) -> dict[str, NDArray[np.float64]]:
+    """Compare maps cell by cell.
+
+    Args:
+        stored: [n, V, h, w, 6] of ``ray``, [n, V, h, w] of other outputs.
+        computed: the same outputs and shapes.
+        spread: of the origins, as `origin_spread` gives it.
+
+    Returns:
+        float64 [n, V, h, w] of each measure. NaN where a value is.
+    """
+    measures = {}
+    for name, left in stored.items():
+        a, b = left.astype(np.float64), computed[name].astype(np.float64)
+        if name == "ray":
+            measures[DIRECTION] = _angles(a[..., :3], b[..., :3])
+            measures[ORIGIN] = np.linalg.norm(a[..., 3:] - b[..., 3:], axis=-1) / spread
+        else:
+            largest = np.maximum(np.abs(a), np.abs(b))
+            measures[name] = np.abs(a - b) / np.where(largest == 0, 1.0, largest)
+    return measures
+
+
+def origin_spread(ray: NDArray[np.float16]) -> float:
+    """Return the root mean square distance of the origins of [..., 6] from their mean, at least `LEAST_SPREAD`."""
+    rays = ray.reshape(-1, 6).astype(np.float64)
+    spread = np.sqrt(rays[:, 3:].var(axis=0).sum())
+    return float(max(spread, LEAST_SPREAD * np.linalg.norm(rays[:, :3], axis=-1).mean(), np.finfo(np.float16).tiny))
+
+
+def float16_steps(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
+    """Return the distance of float16 numbers in float16 steps; NaN where one is."""
+    left, right = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    size = np.maximum(np.maximum(np.abs(left), np.abs(right)), SMALLEST_STEP_AT)
+    exponent = np.floor(np.log2(size))
+    steps: NDArray[np.float64] = np.abs(left - right) / np.exp2(exponent - 10)  # 10 bits behind the first
+    return steps
+
+
+def _angles(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the angles between vectors [..., 3], degrees: exact for small ones, which arccos is not."""
+    angles: NDArray[np.float64] = np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1)))
+    lengths = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
+    only_one_is_zero = (lengths[0] == 0) != (lengths[1] == 0)
+    return np.where(only_one_is_zero, 180.0, angles)
