@@ -1,13 +1,13 @@
-# Everything that a user or CI runs. `make demo` and `make test` do all the set-up by themselves.
+# Everything that a user or CI runs. `make demo`, `make test` and the others set everything up by themselves.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-# uv where there is one that pyproject.toml's required-version takes, else one in a venv of its own: a system Python may
-# refuse `pip install` outside a venv.
+# Use an installed uv if pyproject.toml's required-version accepts it, otherwise one in its own venv: a system Python may
+# refuse `pip install` outside of a venv.
 UV := $(or $(shell uv tree --frozen --depth 0 >/dev/null 2>&1 && command -v uv),.tools/bin/uv)
-# The system's certificates where there are any: behind a company's proxy uv's own list is not enough.
+# Use the system's certificates if there are any: behind a company's proxy uv's own list is not enough.
 export UV_SYSTEM_CERTS := $(if $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt),true,false)
 RUN := .venv/bin
 READY := .venv/.ready
@@ -25,15 +25,17 @@ setup: $(READY) ## Make .venv with everything that uv.lock names
 	@python3 -m venv .tools || { echo "make: python3 has no venv module: install it (Debian: apt-get install python3-venv), or uv itself" >&2; exit 1; }
 	@.tools/bin/pip install --quiet --disable-pip-version-check uv
 
+# A short command spends its time on imports: without compiled bytecode `extract` compiles 4,400 modules, each time that
+# it runs where Python may not write them (a read-only venv, PYTHONDONTWRITEBYTECODE, which many images set).
 $(READY): pyproject.toml uv.lock | $(filter .tools/bin/uv,$(UV))
 	@echo "installing what uv.lock names into .venv"
-	@$(UV) sync --locked --quiet --all-extras
+	@$(UV) sync --locked --quiet --all-extras --compile-bytecode
 	@touch $@
 
 system-libraries:
 	@bash pipelines/system_libraries.sh
 
-demo: $(READY) ## Extract the shipped episodes with DA3-SMALL; MODEL=DA3-SMALL takes the real weights from the Hub
+demo: $(READY) ## Extract the shipped episodes with DA3-SMALL; MODEL=DA3-SMALL downloads the real weights
 	@MODEL="$(MODEL)" PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/demo.sh
 
 eval-libero: $(READY) system-libraries ## Evaluate POLICY=... in LIBERO [SUITE=libero_10] [TASKS=0,1] [N_EPISODES=10]
@@ -58,7 +60,7 @@ lint: $(READY) ## Check style, types and shell scripts
 	$(RUN)/lint-imports pyproject.toml --no-cache
 	$(RUN)/shellcheck .ci/run pipelines/*.sh pipelines/slurm/*.sh
 
-coverage: $(READY) system-libraries ## Run the tests and say which lines of geomcache/ they miss (slower than `test`)
+coverage: $(READY) system-libraries ## Run the tests and list the lines of geomcache/ that they miss (slower than `test`)
 	$(RUN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 format: $(READY) ## Format the code
@@ -68,9 +70,9 @@ format: $(READY) ## Format the code
 bench: $(READY) ## Print the tables of benchmarks/RESULTS.md again
 	@for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(RUN)/python "$$bench"; done
 
-docs: $(READY) ## Build the documents into outputs/site, and check their links
+docs: $(READY) ## Build the documentation into outputs/site, and check its links
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 	@echo "outputs/site/index.html"
 
-clean: ## Remove what was built and fetched
+clean: ## Remove what was built and downloaded
 	rm -rf .venv .tools outputs dist .pytest_cache .mypy_cache .ruff_cache

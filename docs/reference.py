@@ -1,4 +1,4 @@
-"""What the pages say of the code, made out of the code: commands, options of the policy, models.
+"""Make the parts of the pages that describe the code from the code: commands, options of the policy, models.
 
 `docs/hooks.py` puts these texts into the pages when the site is built. None of them imports torch or LeRobot.
 """
@@ -20,13 +20,13 @@ TYPES = {"str": "text", "int": "integer", "float": "number"}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def command_reference() -> str:
-    """Every command of `geomcache` in its panel, and the options before a command."""
+    """Describe every command of `geomcache` in its panel, and the options before a command."""
     from geomcache.cli.main import app
 
     group: Any = typer.main.get_command(app)
@@ -84,7 +84,7 @@ def _kind(option: Any, context: typer.Context) -> str:
 def _default(option: Any) -> str:
     if option.required:
         return "required"
-    if isinstance(option.show_default, str):  # in words, where the code finds it out
+    if isinstance(option.show_default, str):  # in words, for a default that the code works out
         return option.show_default
     if option.is_flag:
         return "on" if option.default else "off"
@@ -92,7 +92,7 @@ def _default(option: Any) -> str:
 
 
 def _examples(epilog: str) -> str:
-    """The text below a command's help: rich's markup -> Markdown, indented lines -> a block of commands."""
+    """Turn the text below a command's help into Markdown; indented lines become a block of commands."""
     blocks: list[str] = []
     for paragraph in epilog.strip().split("\n\n"):
         lines = paragraph.replace("[bold]", "**").replace("[/bold]", "**").replace("\\[", "[").splitlines()
@@ -104,14 +104,14 @@ def _examples(epilog: str) -> str:
 
 
 def _code_spans(text: str) -> str:
-    """Options in a sentence as code."""
+    """Mark the options in a sentence as code."""
     parts = text.split("`")  # every second one is code already
     parts[::2] = [re.sub(r"(?<!\S)--[\w.=-]*\w", r"`\g<0>`", part) for part in parts[::2]]
     return "`".join(parts)
 
 
 def policy_options() -> str:
-    """Options that `pi05_geometry` adds to Pi0.5's, from the docstrings under the fields."""
+    """Describe the options that `pi05_geometry` adds to Pi0.5's, from the docstrings under the fields."""
     return table(
         ("option", "type", "default", "meaning"),
         [(f"`--policy.{name}`", f"`{kind}`", default, text) for name, kind, default, text in _policy_fields()],
@@ -119,7 +119,7 @@ def policy_options() -> str:
 
 
 def _policy_fields() -> Iterator[tuple[str, str, str, str]]:
-    """Name, annotation, default and docstring of each field; read, not imported: the class imports LeRobot."""
+    """Read name, annotation, default and docstring of each field, without importing the class: it imports LeRobot."""
     module = ast.parse(POLICY_CONFIG.read_text(encoding="utf-8"))
     (config,) = (node for node in module.body if isinstance(node, ast.ClassDef))
     for field, below in zip(config.body, config.body[1:], strict=False):
@@ -134,7 +134,7 @@ def _policy_fields() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _as_typed(value: object) -> str:
-    """A value as LeRobot's command line takes it."""
+    """Return a value as LeRobot's command line takes it."""
     if value is None:
         return NO_DEFAULT
     if isinstance(value, tuple):
@@ -143,9 +143,9 @@ def _as_typed(value: object) -> str:
 
 
 def model_licences() -> str:
-    """The published DA3 models and the licences of their weights."""
+    """List the published DA3 models and the licences of their weights."""
     rows = [
-        (f"`{model.name}`", model.license, "yes" if model.ray_head else "no: of no use here", model.replaced_by or "")
+        (f"`{model.name}`", model.license, "yes" if model.ray_head else "no: cannot be used", model.replaced_by or "")
         for model in MODELS.values()
     ]
     return table(("model", "licence of the weights", "predicts rays", "upstream recommends instead"), rows)
@@ -156,4 +156,4 @@ MARKERS: dict[str, Callable[[], str]] = {
     "policy options": policy_options,
     "model licences": model_licences,
 }
-"""What can stand in a page as ``<!-- generated: NAME -->``."""
+"""The names that a page may have in ``<!-- generated: NAME -->``."""

@@ -17,7 +17,6 @@ REPOSITORY = Path(__file__).parents[1]
 MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _ARROW = re.compile(r"^\s*(\w+) --> (\w+)$", re.MULTILINE)
 _CORE = "core"
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "geomcache", "font.family": "monospace", "font.size": 11}
 
 
 def arrows(page: str) -> set[tuple[str, str]]:
@@ -41,7 +40,9 @@ def svg(page: str) -> str:
         for number, row in enumerate(rows)
         for column, room in enumerate(row)
     }
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "geomcache", "font.family": "monospace", "font.size": 11}
+    ):
         figure = Figure(figsize=(9, 6))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, 10), ylim=(0.9, len(rows) * 1.4 + 0.5))

@@ -1,8 +1,8 @@
-"""How `libero_object_demo` was cut: the three shortest episodes of a LIBERO recording, with LeRobot's own tools.
+"""Cut `libero_object_demo`: the three shortest episodes of a LIBERO recording, with LeRobot's own tools.
 
     python examples/make_demo_dataset.py ../shared/libero_object_mini examples/libero_object_demo
 
-Re-encoded a little harder than the recording (AV1, crf 34, a key frame every 5 frames), so that it fits into 3 MB.
+The video is compressed more than the recording (AV1, crf 34, a key frame every 5 frames), so that it fits into 3 MB.
 """
 
 import shutil
@@ -18,7 +18,7 @@ EPISODES = 3
 
 
 def main(source: Path, target: Path) -> None:
-    """Cut `source` into `target`, which must not be there."""
+    """Cut `source` into `target`, which must not exist."""
     dataset = LeRobotDataset("geomcache/libero_object", root=source, video_backend="pyav")
     lengths = dataset.meta.episodes["length"]
     shortest = sorted(sorted(range(len(lengths)), key=lengths.__getitem__)[:EPISODES])

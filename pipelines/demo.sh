@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on three short episodes that ship with the repository, in about a minute on two CPU cores.
 #
-#   make demo                    DA3-SMALL with random weights, made here: shows that everything works, not what DA3 sees
+#   make demo                    DA3-SMALL with random weights: shows that everything works, not what DA3 sees
 #   make demo MODEL=DA3-SMALL    the published weights, from the Hugging Face Hub
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +25,7 @@ if [ -z "$MODEL" ]; then
   *  RANDOM WEIGHTS: the geometry below means nothing. The real run is   *
   *      make demo MODEL=DA3-SMALL                                       *
   *  and for a whole dataset, on a GPU,                                  *
-  *      geomcache extract --model DA3-LARGE \                           *
+  *      geomcache extract --model DA3-LARGE-1.1 \                       *
   *          --dataset HuggingFaceVLA/libero --output libero.zarr        *
   ************************************************************************
 NOTE
@@ -35,7 +35,7 @@ step "Stage one: DA3 once over every frame, into a cache"
 geomcache extract --model "$MODEL" --dataset geomcache/libero_object_demo --root examples/libero_object_demo \
   --output "$CACHE" --process-res 112 --overwrite
 
-step "The same command again: nothing is computed twice"
+step "The same command again: nothing is left to do"
 geomcache extract --model "$MODEL" --dataset geomcache/libero_object_demo --root examples/libero_object_demo \
   --output "$CACHE" --process-res 112
 
@@ -70,5 +70,5 @@ geomcache verify "$CACHE" --parity 8 --root examples/libero_object_demo --device
 
 cat <<NOTE
 
-What there is to look at: $OUT/probe.png, $OUT/train.log, $CACHE
+Files to look at: $OUT/probe.png, $OUT/train.log, $CACHE
 NOTE

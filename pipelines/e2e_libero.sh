@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole promise in one command, on two CPU cores in half an hour: geometry of a demonstration into a cache, a small
-# Pi0.5 trained from the cache, and that policy in LIBERO with DA3 online, from the state that the demonstration began in.
+# From a demonstration to a solved task, on two CPU cores in half an hour: extract its geometry into a cache, train a
+# small Pi0.5 from the cache, and run that policy in LIBERO with DA3 online, from the state where the demonstration began.
 #
 #   make e2e-libero
 #
-# A policy that overfits one demonstration must solve its task; one that fails in its own training scene shows that
-# training and inference do not see the same. The same weights are then evaluated with the geometry tokens left out
-# and with the two views' geometry swapped: what that costs is how much the policy goes by its geometry.
+# A policy that overfits one demonstration must solve its task. If it fails in its own training scene, training and
+# inference do not see the same geometry. The same weights are then evaluated without geometry tokens, and with the two
+# views' geometry swapped: the difference shows how much the policy uses its geometry.
 #
-# DA3-SMALL has random weights: its maps mean nothing to us, and still tell one frame from another.
+# DA3-SMALL has random weights: its maps have no meaning, but they differ from frame to frame.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,13 +21,13 @@ export LIBERO_ASSETS="${LIBERO_ASSETS:-../shared/libero/assets}"
 
 for folder in "$DEMONSTRATIONS" "$LIBERO_ASSETS"; do
     if [[ ! -d "$folder" ]]; then
-        echo "e2e_libero.sh: there is no $folder: name the demonstrations in DEMONSTRATIONS, the assets in LIBERO_ASSETS" >&2
+        echo "e2e_libero.sh: $folder: expected a folder, found none: set DEMONSTRATIONS to the demonstrations and LIBERO_ASSETS to the assets" >&2
         exit 2
     fi
 done
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-# glibc gives large blocks back to the system and asks for them again in every step; keeping them saves a third of the time.
+# By default glibc returns large blocks to the system after every step; keeping them saves a third of the time.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=1073741824
 
 BOLD="" PLAIN=""

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Success rates of a checkpoint in LIBERO, geometry encoded online.
+# Success rates of a checkpoint in LIBERO, with geometry encoded online.
 #
 #   make eval-libero POLICY=outputs/pi05_geometry/checkpoints/last/pretrained_model
 #   make eval-libero POLICY=... SUITE=libero_object TASKS=0,1 N_EPISODES=1
 #   make eval-libero POLICY=... ARGS='--policy.n_action_steps=10 --seed=7'     any option of lerobot-eval
 #
-# Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90; several with commas. LIBERO's assets come from
-# the folder that LIBERO_ASSETS names, else from the Hub. Rendering: EGL where there is a GPU, else OSMesa.
+# Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90; separate several by commas. LIBERO's assets
+# come from the folder in LIBERO_ASSETS, otherwise from the Hub. Rendering uses EGL on a GPU, otherwise OSMesa.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 POLICY="${POLICY:-}"
 SUITE="${SUITE:-libero_10}"
-TASKS="${TASKS:-}"            # numbers, such as 0,1; all where empty
-N_EPISODES="${N_EPISODES:-10}" # of each task
+TASKS="${TASKS:-}"            # numbers, such as 0,1; empty: all
+N_EPISODES="${N_EPISODES:-10}" # for each task
 OUTPUT="${OUTPUT:-outputs/eval/${SUITE//,/+}}"
 ARGS="${ARGS:-}"
 
 if [[ -z "$POLICY" ]]; then
-    echo "eval_libero.sh: POLICY is missing: give a checkpoint's folder or Hub id, POLICY=outputs/.../pretrained_model" >&2
+    echo "eval_libero.sh: POLICY: expected a checkpoint's folder or Hub id, found none: set it, POLICY=outputs/.../pretrained_model" >&2
     exit 2
 fi
 

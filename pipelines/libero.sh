@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LIBERO, start to end: geometry of every frame (stage one), Pi0.5 with geometry (stage two), success rates (evaluation).
+# LIBERO, start to end: geometry of every frame (stage one), Pi0.5 with geometry (stage two), success rates.
 #
 #   pipelines/libero.sh                     all three, on one GPU
 #   pipelines/libero.sh extract             one of them: extract, train or evaluate
@@ -10,23 +10,23 @@
 #   GPUS=16 MACHINES=2 MACHINE_RANK=0 MAIN_IP=10.0.0.1 pipelines/libero.sh
 #   GPUS=16 MACHINES=2 MACHINE_RANK=1 MAIN_IP=10.0.0.1 pipelines/libero.sh
 #
-# Every stage goes on where it stopped when the script is started again. The cache takes about 10 GB of disk beside the
-# dataset; evaluation needs `geomcache[libero]`.
+# Start the script again to resume where it stopped. The cache needs about 10 GB of disk in addition to the dataset;
+# evaluation needs `geomcache[libero]`.
 set -euo pipefail
 
 # ---- settings; the environment overrides them ------------------------------------------------------------------------
 
 DATASET="${DATASET:-HuggingFaceVLA/libero}"             # 1,693 episodes, 273,465 frames, two cameras of 256x256
-MODEL="${MODEL:-DA3-LARGE}"                             # CC BY-NC 4.0; DA3-BASE is Apache-2.0
+MODEL="${MODEL:-DA3-LARGE-1.1}"                         # CC BY-NC 4.0; DA3-BASE is Apache-2.0
 CACHE="${CACHE:-libero.zarr}"
 BASE_POLICY="${BASE_POLICY:-lerobot/pi05_libero_base}"  # plain Pi0.5; the geometry adapter starts fresh
 OUTPUT="${OUTPUT:-outputs/pi05_geometry}"
 STEPS="${STEPS:-2000}"
-BATCH_SIZE="${BATCH_SIZE:-8}"                           # of each GPU: with GPUS=8 a step sees 64 frames
+BATCH_SIZE="${BATCH_SIZE:-8}"                           # for each GPU: with GPUS=8 a step sees 64 frames
 SUITE="${SUITE:-libero_10}"                             # or libero_spatial, libero_object, libero_goal
-N_EPISODES="${N_EPISODES:-10}"                          # of each task
+N_EPISODES="${N_EPISODES:-10}"                          # for each task
 
-GPUS="${GPUS:-1}"                                       # of all machines together
+GPUS="${GPUS:-1}"                                       # on all machines together
 MACHINES="${MACHINES:-1}"
 MACHINE_RANK="${MACHINE_RANK:-0}"                       # this machine's number, from 0
 MAIN_IP="${MAIN_IP:-127.0.0.1}"                         # address of machine 0
@@ -34,7 +34,7 @@ MAIN_PORT="${MAIN_PORT:-29500}"
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
-# geomcache on one GPU, or a process of it on each GPU of each machine.
+# Run geomcache on one GPU, or one process on each GPU of each machine.
 run() {
     if [[ "$GPUS" == 1 ]]; then
         geomcache "$@"
@@ -45,13 +45,13 @@ run() {
     fi
 }
 
-# Stage one. The two cameras of a frame are the views of one scene; 36x36 cells each, 9.9 GB. The processes share the
+# Stage one. The two cameras of a frame are views of one scene, with 36x36 cells each: 9.9 GB. The processes share the
 # work shard by shard.
 extract() {
     run extract --model "$MODEL" --dataset "$DATASET" --output "$CACHE" --views joint --process-res 504 --grid patch
 }
 
-# Stage two. LeRobot's trainer, with the options of the design; autocast follows --policy.dtype.
+# Stage two: LeRobot's trainer. Autocast follows --policy.dtype.
 train() {
     local last="$OUTPUT/checkpoints/last/pretrained_model/train_config.json"
     if [[ -e "$last" ]]; then
@@ -63,8 +63,8 @@ train() {
     fi
 }
 
-# Closed loop; DA3 runs online once a new chunk of actions is predicted. Cameras are of 256x256 pixels, as in the
-# dataset: what `geomcache eval` takes from the checkpoint.
+# Closed loop. DA3 runs online, once for each new chunk of actions. Cameras have 256x256 pixels as in the dataset:
+# `geomcache eval` takes the size from the checkpoint.
 evaluate() {
     if [[ "$MACHINE_RANK" == 0 ]]; then
         geomcache eval --policy "$OUTPUT/checkpoints/last/pretrained_model" --env.task="$SUITE" \

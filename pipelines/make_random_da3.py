@@ -1,14 +1,14 @@
-"""Write a Depth Anything 3 folder with seeded RANDOM weights, exactly as upstream writes one: for tests and the demo.
+"""Write a Depth Anything 3 folder with seeded RANDOM weights, as upstream writes one: for tests and the demo.
 
     python pipelines/make_random_da3.py --output FOLDER [--name da3-small] [--seed 0]
 
-The published weights cannot ship with this repository. A random model takes the same road as a real one, and its
-geometry means nothing. Upstream's own class is built and its own `save_pretrained` called; the folder gets a file more,
-RANDOM_WEIGHTS.txt, that says so. The same name and seed give the same bytes.
+The published weights cannot ship with this repository. A random model runs the same code as a real one, but its
+geometry has no meaning. The script builds upstream's own class and calls its `save_pretrained`; one more file in the
+folder, RANDOM_WEIGHTS.txt, says that the weights are random. The same name and seed give the same bytes.
 
-Upstream's initialisation gives maps that hardly follow the picture: over a frame of LIBERO depth varies by half a
-percent, and the rays of two frames differ by less than 0.01, so that a comparison of such maps proves little. Larger
-gains make them differ by a tenth of their range and more; depth and confidences stay far from float16's limit.
+With upstream's initialisation, maps hardly depend on the picture: over a frame of LIBERO depth varies by half a
+percent, and the rays of two frames differ by less than 0.01, so comparing such maps proves little. Larger gains make
+them differ by a tenth of their range and more; depth and confidences stay far from float16's limit.
 """
 
 import argparse
@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("DA3_LOG_LEVEL", "ERROR")
 
 import torch
 from torch import nn
 
-NAMES = ("da3-small", "da3-base", "da3-large")  # the others need packages of the exporters
+NAMES = ("da3-small", "da3-base", "da3-large")  # the others need packages of upstream's exporters
 PATCH_GAIN, HEAD_GAIN = 4.0, 1.6
 
 # `depth_anything_3.api` imports these for exporting files and aligning poses; their packages are not installed here.
@@ -61,7 +62,7 @@ def save_random_da3(folder: Path, name: str = "da3-small", seed: int = 0, device
 
 
 @torch.no_grad()
-def _make_maps_vary(network: nn.Module) -> None:
+def _make_maps_vary(network: Any) -> None:
     network.backbone.pretrained.patch_embed.proj.weight.mul_(PATCH_GAIN)
     for module in network.head.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -69,7 +70,7 @@ def _make_maps_vary(network: nn.Module) -> None:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Give equal weights equal bytes: safetensors writes its metadata in another order every time.
+    """Sort the metadata of a safetensors file, which is written in a random order: equal weights then have equal bytes.
 
     A file starts with the header's length (8 bytes, little endian) and the header (JSON, padded with spaces).
     """
@@ -85,7 +86,7 @@ def _sort_metadata(path: Path) -> None:
 
 @contextmanager
 def _upstream_api() -> Iterator[ModuleType]:
-    """`depth_anything_3.api`, imported beside stand-ins and forgotten again: nobody else gets to see it."""
+    """Import `depth_anything_3.api` with stand-ins for what it imports, and remove both from sys.modules afterwards."""
     import depth_anything_3
 
     before = {name: sys.modules.get(name) for name in (*STAND_INS, "depth_anything_3.api")}

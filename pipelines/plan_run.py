@@ -1,11 +1,11 @@
-"""How long stage one takes and how much disk its cache needs, before anything is there: the tables of README.md here.
+"""Estimate how long stage one takes and how much disk its cache needs: the tables of README.md in this folder.
 
     python pipelines/plan_run.py                                                  LIBERO, DROID and a million episodes
-    python pipelines/plan_run.py --frames 273465 --views 2 --rate 80 --gpus 8     one's own run, at a measured rate
+    python pipelines/plan_run.py --frames 273465 --views 2 --rate 80 --gpus 8     your run, at a measured rate
 
-Bytes are those of geomcache's own layout, exact for a cache of all frames, without what has nothing to do with the grid
-(journal, coordinates, metadata: under 0.1 %). Hours are frames x views / rate. The rate is an input: measure it with
-`geomcache extract --dry-run` on the machine, or read it off the first minutes of a run.
+Bytes come from geomcache's own layout and are exact for the shards of all frames; journal, coordinates and metadata add
+less than 0.1 %. Hours are frames x views / rate. The rate is an input: measure it with `geomcache extract --dry-run` on
+your machine, or take it from the first minutes of a run.
 """
 
 import argparse
@@ -17,19 +17,19 @@ from geomcache.errors import UserInputError
 from geomcache.geometry import DEFAULT_OUTPUTS, Camera, GeometrySpec
 from geomcache.progress import human_bytes
 
-RATES = (50.0, 100.0, 200.0)  # views a second of one GPU: round numbers to read the table by, measured by nobody
+RATES = (50.0, 100.0, 200.0)  # views/s of one GPU: round numbers; one H200 was measured at 114 with DA3-LARGE
 GRIDS = ((14, 14), (36, 36))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A dataset, as far as its size goes."""
+    """The size of a dataset."""
 
     name: str
     frames: int
     views: int
     grids: tuple[tuple[int, int], ...] = GRIDS
-    """Cells (h, w) of a view's maps."""
+    """Cells (h, w) of a map."""
 
 
 RUNS = (
@@ -40,7 +40,7 @@ RUNS = (
 
 
 def cache_nbytes(frames: int, views: int, grid_hw: tuple[int, int], outputs: Sequence[str] = DEFAULT_OUTPUTS) -> int:
-    """Bytes of all shards of a cache of so many frames."""
+    """Return the bytes of all shards of a cache."""
     spec = GeometrySpec(
         model_id="plan",
         model_revision=None,
@@ -59,12 +59,12 @@ def cache_nbytes(frames: int, views: int, grid_hw: tuple[int, int], outputs: Seq
 
 
 def gpu_hours(frames: int, views: int, rate: float) -> float:
-    """Of one GPU that encodes so many views a second."""
+    """Return the hours of one GPU that encodes `rate` views a second."""
     return frames * views / rate / 3600
 
 
 def table(runs: Iterable[Run], rates: Sequence[float], outputs: Sequence[str], gpus: int) -> list[str]:
-    """A line for each run and grid, in Markdown."""
+    """Return a Markdown table with a line for each run and grid."""
     unit = "GPU hours" if gpus == 1 else f"hours on {gpus} GPUs"
     head = ["dataset", "frames", "views", "grid", "disk", *(f"{unit} at {rate:g} views/s" for rate in rates)]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
@@ -79,9 +79,9 @@ def table(runs: Iterable[Run], rates: Sequence[float], outputs: Sequence[str], g
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--frames", type=positive, help="of one's own dataset; with --views")
+    parser.add_argument("--frames", type=positive, help="frames of your dataset; with --views")
     parser.add_argument("--views", type=positive, help="cameras a frame")
-    parser.add_argument("--grid", type=cells, action="append", help="cells of a view, such as 14x14; may be repeated")
+    parser.add_argument("--grid", type=cells, action="append", help="cells of a map, such as 14x14; may be repeated")
     parser.add_argument("--outputs", default=",".join(DEFAULT_OUTPUTS), help="what is cached (%(default)s)")
     parser.add_argument("--rate", type=float, action="append", help="views/s of a GPU, measured; may be repeated")
     parser.add_argument("--gpus", type=positive, default=1, help="that share the work (%(default)s)")
@@ -95,7 +95,7 @@ def main() -> None:
         grids = tuple(arguments.grid or GRIDS)
         runs = [Run(name="this run", frames=arguments.frames, views=arguments.views, grids=grids)]
     elif arguments.grid:
-        parser.error("--grid: expected --frames and --views beside it")
+        parser.error("--grid: expected --frames and --views with it")
     outputs = tuple(name.strip() for name in arguments.outputs.split(","))
     try:
         lines = table(runs, arguments.rate or RATES, outputs, arguments.gpus)

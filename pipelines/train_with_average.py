@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.99, help="share that each step keeps (%(default)s)")
     arguments, lerobot_args = parser.parse_known_args()
     if not given("output_dir", lerobot_args):
-        parser.error("--output_dir is needed: its last checkpoint has the processors")
+        parser.error("--output_dir: expected a folder, got none: its last checkpoint has the processors")
 
     averages: list[AveragedModel] = []
     make_policy = lerobot_train.make_policy

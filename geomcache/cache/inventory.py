@@ -8,9 +8,8 @@
 The control files of a remote cache are downloaded to a folder first; the inventory is read from that copy.
 """
 
-import contextlib
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +19,7 @@ from geomcache.cache.header import GROUP, Header
 from geomcache.cache.journal import Journal
 from geomcache.cache.layout import Layout
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
-from geomcache.errors import CacheCorruptError, CacheError, CacheIncompleteError
+from geomcache.errors import CacheCorruptError, CacheIncompleteError
 from geomcache.ranges import Ranges, clip_ranges, merge_ranges
 
 CONTROL_LIMITS = {GROUP: 16 << 20, MANIFEST: 256 << 20, JOURNAL: 1 << 30}
@@ -90,16 +89,6 @@ def files_of(layout: Layout, manifest: Manifest, shards: Collection[int] | None 
             entries = zip(layout.files(shard), written.sizes, written.digests, strict=True)
             stored |= {name: Stored(size, digest.hex()) for name, size, digest in entries}
     return stored
-
-
-@contextlib.contextmanager
-def named_as(folder: Path, address: str) -> Iterator[None]:
-    """Let the messages of errors about the copy in a folder name the address that the copy was made from."""
-    try:
-        yield
-    except CacheError as error:
-        error.args = (str(error).replace(str(folder), address),)
-        raise
 
 
 def _compare(folder: Path, header: Header, manifest: Manifest, journal: Journal, group: bytes) -> None:

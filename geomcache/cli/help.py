@@ -1,4 +1,4 @@
-"""The longer texts below `--help` of each command, in rich's markup, and the panels that group the commands."""
+"""Longer texts for the end of each command's `--help`, in rich's markup, and the panels that group the commands."""
 
 from textwrap import dedent
 
@@ -8,7 +8,7 @@ MODELS = "Models"
 
 
 def epilog(text: str) -> str:
-    """Lines of a paragraph flow together, an empty line ends it; an indented line, a command, stays as it is."""
+    """Join the lines of each paragraph; an indented line, a command, stays as it is."""
     paragraphs = []
     for paragraph in dedent(text).strip().split("\n\n"):
         lines: list[str] = []
@@ -18,18 +18,18 @@ def epilog(text: str) -> str:
             else:
                 lines.append(line)
         paragraphs.append("\n".join(lines))
-    return "\n" + "\n\n".join(paragraphs)  # without the first, typer takes the indentation of a command off
+    return "\n" + "\n\n".join(paragraphs)  # without the first newline, typer removes the indentation of a command
 
 
 EXTRACT = epilog("""
     [bold]Example[/bold]
-      geomcache extract --model DA3-LARGE --dataset HuggingFaceVLA/libero \\
+      geomcache extract --model DA3-LARGE-1.1 --dataset HuggingFaceVLA/libero \\
         --output libero.zarr
 
     [bold]Several GPUs[/bold]
-      accelerate launch -m geomcache extract --model DA3-LARGE --dataset ...
+      accelerate launch -m geomcache extract --model DA3-LARGE-1.1 --dataset ...
 
-    [bold]The run that made libero.zarr, once more[/bold]: its options are kept beside it
+    [bold]Repeat the run that made libero.zarr[/bold]: its options are kept next to it
       geomcache extract --config libero.run.yaml --output again.zarr
 """)
 
@@ -47,14 +47,14 @@ PROBE = epilog("""
 """)
 
 TRAIN = epilog("""
-    [bold]All other options are lerobot-train's[/bold] and go to it as they are: `lerobot-train --help`; those of the
-    policy:
+    [bold]All other options are lerobot-train's[/bold] and are passed to it: see `lerobot-train --help`, and for the
+    policy's options:
       lerobot-train --discover_packages_path=geomcache.policy \\
         --policy.type=pi05_geometry --help
 
     Two defaults differ: --policy.type=pi05_geometry, and nothing is uploaded unless --policy.repo_id or
-    --policy.push_to_hub is given. Each logged step has the adapter's alpha, the norm of its gradient, and the norms of
-    geometry and image tokens.
+    --policy.push_to_hub is given. Each logged step has the adapter's alpha, the norm of its gradient, and the norms
+    of geometry and image tokens.
 
     [bold]Example[/bold]
       geomcache train --cache libero.zarr \\
@@ -73,12 +73,12 @@ TRAIN = epilog("""
 """)
 
 EVAL = epilog("""
-    [bold]All other options are lerobot-eval's[/bold] and go to it as they are: `lerobot-eval --help`. Two defaults
-    differ: --env.type=libero, and its pictures have the size of those that the policy's cache was made of. DA3 is
-    found under the name that the cache was made with; --policy.geom_model_id names another place.
+    [bold]All other options are lerobot-eval's[/bold] and are passed to it: see `lerobot-eval --help`. Two defaults
+    differ: --env.type=libero, and the simulator's pictures have the size of those in the policy's cache. DA3 is loaded
+    under the name that the cache was made with; --policy.geom_model_id names another folder or Hub id.
 
-    [bold]LIBERO[/bold]: assets are in the folder that LIBERO_ASSETS names, else LIBERO's own download; rendering is
-    EGL where there is a GPU, OSMesa elsewhere, or as MUJOCO_GL says.
+    [bold]LIBERO[/bold]: assets come from the folder that LIBERO_ASSETS names, otherwise from LIBERO's own download.
+    Rendering uses EGL on a GPU and OSMesa without one, unless MUJOCO_GL is set.
 
     [bold]Example[/bold]
       geomcache eval --env.task=libero_10 --env.task_ids=\\[0,1] \\
@@ -87,13 +87,13 @@ EVAL = epilog("""
 """)
 
 VERIFY = epilog("""
-    Every shard, frame and row against the hashes in manifest and journal: exit code 0 where all is as it was written,
-    1 with a list where something is not. Nobody should write the cache meanwhile.
+    Every shard, frame and row is compared with the hashes in manifest and journal. Exit code 0 if all is as it was
+    written, 1 with a list if not. Do not write to the cache meanwhile.
 
     [bold]Example[/bold]
       geomcache verify libero.zarr
 
-    [bold]Repair[/bold]: then the extract command that it prints makes what was dropped again, and seals
+    [bold]Repair[/bold]: then run the extract command that it prints, which makes the dropped shards again
       geomcache verify libero.zarr --repair
 
     [bold]Parity[/bold]

@@ -1,4 +1,4 @@
-"""The command line: parses, delegates, and turns errors into one line.
+"""The command line: parse the options, call a room, and turn errors into one line.
 
 Heavy imports stay inside the commands, so that `geomcache --help` answers at once.
 """
@@ -49,10 +49,10 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options before the command."""
+    """Take the options before the command."""
 
 
 cli_extract.register(app)
@@ -63,7 +63,7 @@ def info(
     path: Annotated[Path, typer.Argument(help="A cache.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
-    """Say what is in a cache: model, dataset, grid, bytes, episodes, statistics."""
+    """Print what is in a cache: model, dataset, grid, bytes, episodes, statistics."""
     import json
 
     from geomcache.cache.info import describe, describe_lines
@@ -117,7 +117,7 @@ def evaluate(
     context: typer.Context,
     policy: Annotated[str, typer.Option(help="A pi05_geometry or pi05 checkpoint: a folder or a Hub id.")],
     allow_resize: Annotated[
-        bool, typer.Option("--allow-resize", help="Accept pictures of another size than the cache's.")
+        bool, typer.Option("--allow-resize", help="Accept pictures of a size other than the cache's.")
     ] = False,
 ) -> None:
     """Evaluate a checkpoint in closed loop with DA3 online, and print success rates and latency."""
@@ -131,23 +131,25 @@ def evaluate(
 def verify(
     path: Annotated[Path, typer.Argument(help="A cache.")],
     repair: Annotated[
-        bool, typer.Option("--repair", help="Give damaged shards up, so that extract makes just those again.")
+        bool, typer.Option("--repair", help="Drop damaged shards, so that extract makes just those again.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
     parity: Annotated[
-        int | None, typer.Option(help="Instead: encode so many random frames again and compare.", metavar="N")
+        int | None, typer.Option(help="Instead, encode N random frames again and compare.", metavar="N")
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="The dataset's name.", show_default="as in the cache")] = None,
-    root: Annotated[Path | None, typer.Option(help="The dataset's folder, where it is local.", metavar="DIR")] = None,
+    root: Annotated[Path | None, typer.Option(help="The folder of a local dataset.", metavar="DIR")] = None,
     revision: Annotated[str | None, typer.Option(help="The dataset's branch, tag or commit.", metavar="REV")] = None,
-    model: Annotated[str | None, typer.Option(help="Where to find the DA3, if not where the cache says.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A DA3 folder or Hub id, if not the one that the cache names.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT)] = None,
     max_steps: Annotated[
         float | None, typer.Option(help="Largest difference, in float16 steps.", show_default="1 in fp32, 512 in bf16")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of frames.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of frames.")] = 0,
 ) -> None:
-    """Check that a cache is as it was written; with --parity, that the online encoder gives here what it holds."""
+    """Check every byte of a cache; with --parity, compare cached frames with the online encoder."""
     if parity is None:
         given = {"dataset": dataset, "root": root, "revision": revision, "model": model, "device": device}
         _refuse("without --parity", {**given, "max-steps": max_steps})
@@ -189,14 +191,14 @@ def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
 
 
 def _refuse(when: str, options: dict[str, object]) -> None:
-    """Options that would be read by nobody."""
+    """Refuse options that would have no effect."""
     for name, value in options.items():
         if value is not None:
             raise UserInputError(f"--{name}: expected none {when}, got one: leave it out")
 
 
 class _Stopped(BaseException):
-    """A signal asked to stop. No Exception: nothing between the command and `main` may take it for a failure."""
+    """A signal asked to stop. Not an Exception: no code between the command and `main` may take it for a failure."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -208,7 +210,7 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 class _Echo(logging.Handler):
-    """Prints what the package logs: one plain line, warnings to standard error."""
+    """Print what the package logs: one plain line each, warnings to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(self.format(record), err=record.levelno >= logging.WARNING)
@@ -231,13 +233,13 @@ def _printed_log() -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point: an error of the user's becomes one line and exit code 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # both unwind: what is half written is dropped in order
+    """Run the command line; a user's mistake becomes one line and exit code 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # both unwind the stack: files in progress are removed
         signal.signal(number, _stop)
     try:
         with _printed_log():
             code = app(prog_name="geomcache", standalone_mode=False)
-    except TyperException as error:  # a call that cannot be parsed; typer has shown the help where nothing was given
+    except TyperException as error:  # a call that cannot be parsed; without arguments typer has shown the help already
         if error.format_message():
             _fail(_usage_message(error), EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
@@ -264,14 +266,14 @@ def _how_to_resume(stopped: _Stopped) -> str:
 
 
 def _usage_message(error: TyperException) -> str:
-    """Typer's words on one line, where options came from if not from the command line, and where help is."""
+    """Put typer's message on one line, with the file that options came from and the command that shows help."""
     context: typer.Context | None = getattr(error, "ctx", None)
     message = " ".join(error.format_message().split()).rstrip(".")
     if context is None:
         return f"{message}: see `geomcache --help`"
     config = context.params.get("config")
-    beside = f" (other options are from {config})" if config is not None else ""
-    return f"{message}{beside}: see `{context.command_path} --help`"
+    source = f" (other options are from {config})" if config is not None else ""
+    return f"{message}{source}: see `{context.command_path} --help`"
 
 
 def _fail(message: str, code: int) -> NoReturn:

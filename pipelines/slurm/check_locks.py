@@ -1,7 +1,7 @@
-"""Whether one machine's POSIX lock keeps another machine out, as two tasks of a Slurm job: see check_locks.sh.
+"""Check that one machine's POSIX lock keeps another machine out, as two tasks of a Slurm job: see check_locks.sh.
 
-The first task locks a byte of a file in the folder and leaves a sign that it has; the second one tries the same byte,
-and leaves a sign that it is done. On a file system whose locks hold on one machine alone (Lustre with localflock, NFS
+The first task locks a byte of a file in the folder and creates a file to say so; the second tries to lock the same byte
+and creates a file when it is done. On a file system whose locks hold only on one machine (Lustre with localflock, NFS
 with nolock) the second task gets the lock: jobs there would write the same shards, each unaware of the others.
 """
 
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def hold(lock: Path, locked: Path, tried: Path) -> int:
-    """The first task: hold the lock until the other has tried."""
+    """Hold the lock until the other task has tried: the first task."""
     with lock.open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
@@ -46,19 +46,19 @@ def hold(lock: Path, locked: Path, tried: Path) -> int:
 
 
 def attempt(lock: Path, locked: Path, tried: Path) -> int:
-    """The second task: try the lock that the first one holds."""
+    """Try the lock that the first task holds: the second task."""
     wait_for(locked)
-    where = f"{lock.parent} on {socket.gethostname()}"
+    place = f"{lock.parent} on {socket.gethostname()}"
     with lock.open("r+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
         except (BlockingIOError, PermissionError):
-            print(f"{where}: locks hold between machines: jobs may share a cache here")
+            print(f"{place}: locks hold between machines: jobs may share a cache here")
             return 0
         finally:
             tried.touch()
     print(
-        f"{where}: expected the other machine's lock to keep this one out, it did not: mount the file system with"
+        f"{place}: expected the other machine's lock to keep this one out, it did not: mount the file system with"
         " global locks (Lustre: -o flock), or extract on one machine",
         file=sys.stderr,
     )
@@ -72,7 +72,7 @@ def wait_for(path: Path) -> None:
             raise SystemExit(
                 f"check_locks.py: expected {path} within {WAIT_S:g} s, found none: did the other task start?"
             )
-        list(path.parent.iterdir())  # a network file system looks again
+        list(path.parent.iterdir())  # makes a network file system refresh the folder
         time.sleep(0.2)
 
 

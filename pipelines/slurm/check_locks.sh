@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Whether a folder's file system keeps POSIX locks between machines, which jobs that share a cache rely on.
+# Check that a folder's file system supports POSIX locks between machines, which jobs that share a cache rely on.
 #
 #   sbatch pipelines/slurm/check_locks.sh FOLDER      the verdict is in geomcache-locks-JOB.log
 #
@@ -15,5 +15,5 @@ if [[ $# -ne 1 ]]; then
     echo "check_locks.sh: expected a folder on the shared file system, got $# arguments" >&2
     exit 2
 fi
-# sbatch runs a copy of this script from elsewhere; the folder that it was submitted in is the repository's root.
+# sbatch runs a copy of this script in another folder; submit it from the root of the repository.
 exec srun --kill-on-bad-exit=1 python "${SLURM_SUBMIT_DIR:-.}/pipelines/slurm/check_locks.py" "$1"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Stage one on a Slurm cluster: an array of independent jobs, one GPU each, on one shared cache.
 #
-#   sbatch pipelines/slurm/extract_array.sh --model DA3-LARGE --dataset HuggingFaceVLA/libero --output /shared/libero.zarr
+#   sbatch pipelines/slurm/extract_array.sh --model DA3-LARGE-1.1 --dataset HuggingFaceVLA/libero --output /shared/libero.zarr
 #   sbatch --array=0-63 pipelines/slurm/extract_array.sh --config /shared/libero.run.yaml
 #
-# What follows the script goes to `geomcache extract` as it is. The jobs need no plan of who does what and no rank: each
-# claims shards by POSIX locks on the cache's lock file until none is left, the last one seals. So the array may be of any
-# size, jobs may start whenever they get a node, die, be preempted or be added while others run: what a dead job had
-# claimed is free at once, and made by another. When the array has ended without a seal, submit the same command again.
+# Arguments after the script are passed to `geomcache extract`. Jobs need no ranks: each claims shards by POSIX locks on
+# the cache's lock file until none is left, and the last one seals. So the array may have any size, and jobs may start at
+# any time, die, be preempted or be added while others run: the claims of a dead job are free at once. If the array ends
+# without a sealed cache, submit the same command again.
 #
-# The file system must keep POSIX locks between machines (NFSv4, Lustre with -o flock, GPFS, CephFS,
-# BeeGFS with tuneUseGlobalFileLocks do). Ask it once, before the first run:   sbatch pipelines/slurm/check_locks.sh /shared
-# Fetch model and dataset before, so that the jobs need not all ask the Hub at once:
+# The file system must support POSIX locks between machines (NFSv4, Lustre with -o flock, GPFS, CephFS,
+# BeeGFS with tuneUseGlobalFileLocks do). Check it once, before the first run:   sbatch pipelines/slurm/check_locks.sh /shared
+# Download model and dataset first, so that the jobs do not all ask the Hub at once:
 #
 #   geomcache extract --dry-run --model ... --dataset ...
 #
@@ -27,7 +27,7 @@
 set -euo pipefail
 
 if [[ $# -eq 0 ]]; then
-    echo "extract_array.sh: expected options of geomcache extract, got none: such as --model DA3-LARGE --dataset ..." >&2
+    echo "extract_array.sh: expected options of geomcache extract, got none: such as --model DA3-LARGE-1.1 --dataset ..." >&2
     exit 2
 fi
 for option in "$@"; do
@@ -38,5 +38,5 @@ for option in "$@"; do
 done
 
 echo "task ${SLURM_ARRAY_TASK_ID:-0} of job ${SLURM_ARRAY_JOB_ID:-none} on $(hostname)"
-# srun hands the end of the time limit and a preemption on to geomcache, which drops its unfinished shard in order.
+# srun passes the signals of the time limit and of preemption to geomcache, which then drops its unfinished shard.
 exec srun --ntasks=1 --kill-on-bad-exit=1 geomcache extract "$@"

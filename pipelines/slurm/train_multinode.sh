@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Stage two on several nodes of a Slurm cluster: `accelerate launch` on each, one process a GPU.
+# Stage two on several nodes of a Slurm cluster: one `accelerate launch` on each, one process for each GPU.
 #
 #   sbatch --nodes=2 pipelines/slurm/train_multinode.sh --cache /shared/libero.zarr --output_dir=/shared/pi05_geometry \
 #       --dataset.repo_id=HuggingFaceVLA/libero --policy.pretrained_path=lerobot/pi05_libero_base \
 #       --policy.dtype=bfloat16 --policy.gradient_checkpointing=true --steps=2000 --batch_size=8
 #
-# What follows the script goes to `geomcache train` as it is; --batch_size is of each GPU. A job that is requeued, or
-# submitted again with the same --output_dir, resumes from its last checkpoint, with the options that are kept there. Every
-# node reads the cache: it lies on a shared file system or, faster, as a copy under the same path on each node's disk.
+# Arguments after the script are passed to `geomcache train`; --batch_size counts for each GPU. A job that is requeued, or
+# submitted again with the same --output_dir, resumes from its last checkpoint with the options stored there. Every node
+# reads the cache: put it on a shared file system or, faster, under the same path on each node's disk.
 #
 #SBATCH --job-name=geomcache-train
 #SBATCH --nodes=2
@@ -38,10 +38,10 @@ if [[ -z "$CACHE" || -z "$OUTPUT_DIR" ]]; then
     exit 2
 fi
 
-# The first line of them. No `| head -n 1`: scontrol would be killed by SIGPIPE where head is through before it.
+# Take the first line without `| head -n 1`: scontrol could be killed by SIGPIPE when head exits first.
 HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 export MAIN_NODE="${HOSTS%%$'\n'*}"
-export MAIN_PORT="${MAIN_PORT:-$((20000 + SLURM_JOB_ID % 20000))}" # two jobs on one node take two ports
+export MAIN_PORT="${MAIN_PORT:-$((20000 + SLURM_JOB_ID % 20000))}" # two jobs on one node need two ports
 export GPUS_PER_NODE="${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}"
 
 LAST="$OUTPUT_DIR/checkpoints/last/pretrained_model/train_config.json"
@@ -49,7 +49,7 @@ if [[ -e "$LAST" ]]; then
     set -- --cache "$CACHE" --resume=true --config_path="$LAST"
 fi
 
-# SLURM_NODEID is each node's own: it is read there, not here.
+# SLURM_NODEID differs on each node, so it is expanded there and not here.
 # shellcheck disable=SC2016
 exec srun --kill-on-bad-exit=1 bash -c '
     exec accelerate launch --multi_gpu --num_machines="$SLURM_NNODES" --machine_rank="$SLURM_NODEID" \

@@ -1,4 +1,4 @@
-"""The plan of a run: bytes against a cache's files, and the tables in the document against the script."""
+"""Check the plan of a run: bytes against a cache's files, and the tables in the document against the script."""
 
 import subprocess
 import sys

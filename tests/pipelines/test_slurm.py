@@ -1,4 +1,4 @@
-"""The recipes for a cluster, run by a Slurm that is played here: the scripts themselves, with many processes."""
+"""Run the recipes for a cluster, the scripts themselves, with a simulated Slurm and many processes."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from tests.support.slurm import add_command, sbatch
 SLURM = Path("pipelines/slurm")
 SCRIPTS = sorted(ROOT.glob("pipelines/**/*.sh"))
 LENGTHS = (30, 27, 33)  # six shards
-# Says with which arguments it was called.
+# Writes down the arguments that it was called with.
 ACCELERATE = 'printf "%s\\0" "$@" >"accelerate-$SLURM_NODEID"\n'
 
 
@@ -53,14 +53,14 @@ def test_the_jobs_of_an_array_share_one_cache(random_da3_folder: Path, tmp_path:
         output=tmp_path / "alone.zarr",
     )
     extract(alone)
-    here, there = GeometryStore.open(tmp_path / "shared.zarr"), GeometryStore.open(tmp_path / "alone.zarr")
-    assert here.sealed
-    assert here.fingerprint == there.fingerprint
+    shared, single = GeometryStore.open(tmp_path / "shared.zarr"), GeometryStore.open(tmp_path / "alone.zarr")
+    assert shared.sealed
+    assert shared.fingerprint == single.fingerprint
     rows = range(sum(LENGTHS))
-    for (_, ours), (_, theirs) in zip(here.batch([*rows]).items(), there.batch([*rows]).items(), strict=True):
+    for (_, ours), (_, theirs) in zip(shared.batch([*rows]).items(), single.batch([*rows]).items(), strict=True):
         assert_one_step(ours, theirs)
 
-    # Submitted again, by what the first run kept beside its cache.
+    # Submitted again, by what the first run kept next to its cache.
     (tmp_path / "shared.run.yaml").rename(tmp_path / "again.yaml")
     assert sbatch(tmp_path, "--array=0-1", SLURM / "extract_array.sh", "--config", "again.yaml", timeout=900) == 0
     assert "complete, 90 frames; nothing to do" in (tmp_path / "task-1.out").read_text()

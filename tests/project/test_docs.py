@@ -1,4 +1,4 @@
-"""The documents: texts made from the code are whole, messages that they quote exist, their links lead somewhere."""
+"""Test the documents: texts made from the code are complete, quoted messages exist, links lead somewhere."""
 
 import ast
 import dataclasses
@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +23,12 @@ from geomcache.da3.catalog import MODELS
 from geomcache.geometry import DatasetSpec, GeometrySpec
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("pipelines/*.md"), *ROOT.glob("benchmarks/*.md")]
-)
+PAGES = sorted(page for place in (".", "docs", "pipelines", "benchmarks") for page in (ROOT / place).glob("*.md"))
 UPSTREAM = {"LeRobot": "lerobot", "LIBERO": "libero", "MuJoCo": "mujoco"}
 
 
 def sections(markdown: str) -> dict[str, str]:
-    """Text below each third-level heading."""
+    """Return the text below each third-level heading."""
     parts = re.split(r"^### (.+)\n", markdown, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -103,7 +102,7 @@ def test_the_format_page_names_every_field_of_spec_and_dataset() -> None:
 
 
 def shown_commands(page: Path) -> Iterator[list[str]]:
-    """Words of each `geomcache COMMAND ...` in a page's blocks of commands, from COMMAND on."""
+    """Yield the words of each `geomcache COMMAND ...` in a page's blocks of commands, from COMMAND on."""
     for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             match = re.search(r"(?:^|-m )geomcache (\w+.*)", line.partition("  #")[0])
@@ -120,13 +119,13 @@ def test_options_of_the_commands_on_the_pages_exist() -> None:
             seen.add(name)
             known = {spelling for param in command.params for spelling in (*param.opts, *param.secondary_opts)}
             options = {word.partition("=")[0] for word in words if word.startswith("-")}
-            if not command.context_settings.get("ignore_unknown_options"):  # else the others are LeRobot's
+            if not command.context_settings.get("ignore_unknown_options"):  # otherwise the others are LeRobot's
                 assert options <= known, f"{page.name}: geomcache {name} {' '.join(words)}"
     assert seen == set(group.commands)
 
 
 def quoted_messages() -> Iterator[tuple[str, str]]:
-    """(package, message) of the code at the beginning of each row of the page on troubles."""
+    """Yield package and message of each row of the troubleshooting page that begins with a message."""
     for line in (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines():
         match = re.match(r"\| (?:(\w+): )?`([^`]+)`", line)
         if match and match[2] not in ("xformers", "HuggingFaceVLA/libero", "ModuleNotFoundError: addict"):
@@ -143,7 +142,7 @@ def test_messages_on_the_page_of_troubles_are_in_the_code(package: str) -> None:
     missing = set(messages)
     for file in Path(next(iter(spec.submodule_search_locations))).rglob("*.py"):
         source = file.read_text(encoding="utf-8", errors="replace")
-        # Only files that can have one are parsed: a message may be cut into literals of several lines.
+        # Parse only files that may have one: a message can be split into literals of several lines.
         if any(message.split()[0] in source for message in missing):
             literals = "\n".join(_literals(source))
             missing -= {message for message in missing if message in literals}
@@ -161,8 +160,10 @@ def test_links_of_the_repository_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     generated = {
         "benchmarks.md": "benchmarks/RESULTS.md",
-        "recipes.md": "pipelines/README.md",
         "changelog.md": "CHANGELOG.md",
+        "contributing.md": "CONTRIBUTING.md",
+        "recipes.md": "pipelines/README.md",
+        "security.md": "SECURITY.md",
     }
     for target in re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text):
         path = ROOT / generated[target] if page.parent.name == "docs" and target in generated else page.parent / target
@@ -171,31 +172,49 @@ def test_links_of_the_repository_lead_somewhere(page: Path) -> None:
 
 def test_figures_of_the_readme_are_those_of_the_results() -> None:
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8").replace(",", "")
-    table = (
-        (ROOT / "README.md")
-        .read_text(encoding="utf-8")
-        .partition("| from benchmarks/RESULTS.md |")[2]
-        .partition("\n\n")[0]
+    tables = (ROOT / "README.md").read_text(encoding="utf-8").split("| from benchmarks/RESULTS.md")[1:]
+    assert len(tables) == 2
+    for table in tables:
+        cells = re.findall(r"^\|[^|]+\|([^|]+)\|", table.partition("\n\n")[0], re.MULTILINE)[1:]
+        figures = [figure for cell in cells for figure in re.findall(r"\d+(?:\.\d+)?", cell.replace(",", ""))]
+        assert len(figures) > 5
+        for figure in figures:  # rounded in one of them
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}\d*(?!\d)", results) or _rounds_to(figure, results), figure
+
+
+def test_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    released = re.findall(
+        r"^## \[(\d[^\]]*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
     )
-    cells = re.findall(r"^\|[^|]+\|([^|]+)\|", table, re.MULTILINE)[1:]
-    figures = [figure for cell in cells for figure in re.findall(r"\d+(?:\.\d+)?", cell.replace(",", ""))]
-    assert len(figures) > 10
-    for figure in figures:  # rounded there or here
-        assert re.search(rf"(?<![\d.]){re.escape(figure)}\d*(?!\d)", results) or _rounds_to(figure, results), figure
+    assert project["version"] == released[0][0]
+    assert f"\nversion: {released[0][0]}\n" in citation
+    assert f'\ndate-released: "{released[0][1]}"\n' in citation
+
+
+def test_continuous_integration_calls_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    (matrix,) = re.findall(r"^        target: \[(.+)\]$", workflow, re.MULTILINE)
+    called = set(re.findall(r"^make ([\w-]+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE))
+    assert called == {"test", "lint", "demo"}
+    assert called <= set(matrix.split(", ")) <= targets
+
+
+def test_contributing_names_targets_rooms_and_tests_that_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?<=`make )[a-z0-9-]+(?=`)", page)) <= targets
+    rooms = {f"geomcache/{path.parent.name}/" for path in ROOT.glob("geomcache/*/__init__.py")}
+    assert rooms <= set(re.findall(r"`(geomcache/\w+/)`", page))
+    for path in re.findall(r"\btests/[\w/.]*\w", page):
+        assert (ROOT / path).exists(), path
 
 
 def _rounds_to(figure: str, text: str) -> bool:
     digits = len(figure.partition(".")[2])
     return any(f"{float(number):.{digits}f}" == figure for number in re.findall(r"\d+\.\d+", text))
-
-
-def test_the_file_map_of_the_readme_is_whole() -> None:
-    below = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where things are")[2]
-    named = set(re.findall(r"[\w/]+\.py|\w+/", below))
-    there = {path.name for path in (ROOT / "geomcache").glob("*.py")} - {"__init__.py", "__main__.py"}
-    there |= {f"{path.parent.name}/" for path in (ROOT / "geomcache").glob("*/__init__.py")}
-    assert there - named == set()
-    assert {name for name in named - there if name.endswith(".py")} <= {"hooks.py", "reference.py"}
 
 
 class _Html(html.parser.HTMLParser):
@@ -241,3 +260,8 @@ def test_the_site_is_built_without_a_warning_and_its_links_hold(tmp_path: Path) 
                 assert unquote(parts.fragment) in pages[target].anchors, f"{path.name}: {link}"
     assert "generated:" not in (tmp_path / "commands.html").read_text(encoding="utf-8")
     assert "--process-res" in (tmp_path / "commands.html").read_text(encoding="utf-8")
+    reference_page = (tmp_path / "api-reference.html").read_text(encoding="utf-8")
+    for name in ("GeometryStore", "Geometry", "GeometrySpec", "DA3Encoder", "GeometryDataset", "ExtractOptions"):
+        assert re.search(rf'id="geomcache\.[\w.]*{name}"', reference_page), name
+    assert "images/rooms.svg" in (tmp_path / "architecture.html").read_text(encoding="utf-8")
+    assert "mermaid" not in (tmp_path / "architecture.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The package as it is shipped: wheel and source distribution, built, looked into, and run outside of the checkout."""
+"""Test the package as shipped: build wheel and source distribution, inspect them, and run outside of the checkout."""
 
 import os
 import subprocess
@@ -18,14 +18,14 @@ LARGEST_SDIST = 5_000_000
 
 
 def build(kind: str, folder: Path) -> Path:
-    """What ``build_wheel`` or ``build_sdist`` of pyproject.toml's build system makes of the checkout."""
+    """Build the checkout with ``build_wheel`` or ``build_sdist`` of pyproject.toml's build system."""
     subprocess.run([sys.executable, "-c", BUILD, kind, str(folder)], cwd=ROOT, check=True, capture_output=True)
     (made,) = folder.glob("geomcache-*")
     return made
 
 
 def sources() -> set[str]:
-    """What git would keep of geomcache/."""
+    """List the files of geomcache/ that git keeps."""
     asked = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "geomcache"]
     return set(subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split())
 
@@ -52,23 +52,41 @@ def test_the_source_distribution_has_what_building_and_testing_need(tmp_path: Pa
     assert archive.stat().st_size < LARGEST_SDIST
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    needed = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "uv.lock", "PKG-INFO"}
+    needed = {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "Makefile",
+        "uv.lock",
+        "PKG-INFO",
+        "CITATION.cff",
+    }
     needed |= {"examples/libero_object_demo/meta/info.json", "tests/support/stores.py", "pipelines/demo.sh"}
     assert needed | sources() <= names
     places = {name.partition("/")[0] for name in names if "/" in name}
-    assert places <= {".ci", "benchmarks", "docs", "examples", "geomcache", "pipelines", "tests"}
+    assert places <= {".ci", ".github", "benchmarks", "docs", "examples", "geomcache", "pipelines", "tests"}
     assert not [name for name in names if name.endswith((".safetensors", ".pyc", ".log"))]
 
 
 @pytest.mark.slow
 def test_the_wheel_runs_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    """In an environment of its own, which finds the dependencies, and not the checkout, in this one's packages."""
+    """Run in a new environment, which finds the dependencies in this one's packages, and not the checkout."""
     place = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
-    install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--disable-pip-version-check", wheel]
+    install: list[str | Path] = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--disable-pip-version-check",
+        wheel,
+    ]
     subprocess.run([place / "bin" / "python", *install], check=True)
     (packages,) = place.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its .pth files are not read
     cache = make_store(tmp_path / "cache.zarr")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 

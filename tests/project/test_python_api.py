@@ -1,4 +1,4 @@
-"""The Python API: names that are imported late, and the document's examples, run from the top."""
+"""Test the Python API: names are imported late, and the document's examples run from top to bottom."""
 
 import contextlib
 import importlib
@@ -54,7 +54,7 @@ def test_the_documents_examples_print_what_they_say(
     (tmp_path / "examples").symlink_to(DEMO.parent)
     (tmp_path / "DA3-SMALL").symlink_to(random_da3_folder)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(progress, "LINE_EVERY_S", float("inf"))  # lines that a slow machine would see
+    monkeypatch.setattr(progress, "LINE_EVERY_S", float("inf"))  # progress lines, which only a slow machine prints
     logging.getLogger("lerobot").setLevel(logging.ERROR)
     text = DOCUMENT.read_text()
     names: dict[str, object] = {}
@@ -63,9 +63,9 @@ def test_the_documents_examples_print_what_they_say(
     for block in blocks:
         source = block[1]
         lines = "\n" * text.count("\n", 0, block.start(1))  # so that a traceback has the document's line numbers
-        told = io.StringIO()
-        with contextlib.redirect_stdout(told):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
             exec(compile(lines + source, str(DOCUMENT), "exec"), names)
         expected = re.findall(r"^\s*print\(.*\)  # (.+)$", source, re.MULTILINE)
         assert len(expected) == len(re.findall(r"^\s*print\(", source, re.MULTILINE))
-        assert told.getvalue().splitlines() == expected
+        assert printed.getvalue().splitlines() == expected

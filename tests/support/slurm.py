@@ -1,4 +1,4 @@
-"""Slurm, as far as the recipes see it: `sbatch`, `srun` and `scontrol` that run everything here, at once."""
+"""A simulated Slurm: `sbatch`, `srun` and `scontrol` that run everything on this machine, at once."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.support.datasets import ROOT
 
-# Options of the script, then of the command line; a copy of the script runs, from a folder of Slurm's own.
+# Reads options of the script, then of the command line, and runs a copy of the script in another folder, as Slurm does.
 SBATCH = """
 options=()
 while [[ "$1" == --* ]]; do options+=("$1"); shift; done
@@ -49,13 +49,13 @@ exit "$status"
 SCONTROL = """
 [[ "$1 $2" == "show hostnames" ]] || exit 1
 echo gpu1
-sleep 0.2 # a reader that leaves after the first line is gone by now
+sleep 0.2 # a reader that exits after the first line is gone by now
 echo gpu2
 """
 
 
 def add_command(folder: Path, name: str, script: str) -> None:
-    """A command of a folder on PATH."""
+    """Write a command into a folder on PATH."""
     folder.mkdir(exist_ok=True)
     file = folder / name
     file.write_text("#!/usr/bin/env bash\nset -u\n" + script)
@@ -63,8 +63,10 @@ def add_command(folder: Path, name: str, script: str) -> None:
 
 
 def sbatch(folder: Path, *arguments: object, timeout: float = 250) -> int:
-    """Submit a recipe in a folder and wait for its tasks: the worst of their exit codes, what they print is in
-    task-N.out and task-N.err there."""
+    """Submit a recipe in a folder, wait for its tasks, and return the worst exit code.
+
+    What the tasks print is in task-N.out and task-N.err in the folder.
+    """
     tools = folder / "bin"
     for name, script in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
         add_command(tools, name, script)
@@ -81,5 +83,5 @@ def sbatch(folder: Path, *arguments: object, timeout: float = 250) -> int:
     try:
         return process.wait(timeout)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # no task outlives a test that has had enough of it
+        with contextlib.suppress(ProcessLookupError):  # no task outlives its test
             os.killpg(process.pid, signal.SIGKILL)
