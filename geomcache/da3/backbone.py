@@ -2,10 +2,17 @@
 
 Upstream's blocks ask the device for ``int(positions.max())`` twice each, from `rope_start` on, so that a GPU stops 32
 times in a forward of DA3-LARGE. Here upstream's modules (``depth_anything_3/model/dinov2``) run on the same numbers,
-with the cosines and sines of every token made before. In float32 on the CPU the features are equal to upstream's to the
-bit, and on a GPU in float32 and bfloat16. On a CPU upstream makes its tables in bfloat16 under autocast, which moves
-angles by degrees; here they are float32 everywhere. Tests compare both forwards, and notice when upstream's code
+with the cosines and sines of every token made before. Tests compare both forwards, and notice when upstream's code
 changes.
+
+In float32 the features are equal to upstream's to the bit, on a CPU (tests) and on a GPU (benchmarks/RESULTS.md). Under
+autocast to bfloat16 it depends on what upstream's tables are:
+
+- On CUDA, ``einsum`` is among the operations that autocast casts (``AT_FORALL_LOWER_PRECISION_FP`` in
+  ``ATen/autocast_mode.h``): upstream's angles are rounded to bfloat16, their cosines are float32. Tables made in
+  autocast, as `engine` makes them, are the same ones.
+- On a CPU, autocast leaves ``einsum`` in float32, but norms give bfloat16, and upstream makes its tables in the dtype
+  of its tokens, which moves angles by degrees. Here they are float32.
 
 Legend:  N scenes   S views of a scene   n tokens of a view (one for the camera, then its patches)   C channels
 """
@@ -39,7 +46,7 @@ class RotaryTables(NamedTuple):
 
     @classmethod
     def make(cls, backbone: Any, height: int, width: int, device: torch.device) -> "RotaryTables | None":
-        """Compute the tables of a size, with upstream's frequencies.
+        """Compute the tables of a size with upstream's frequencies, in the precision of the current autocast.
 
         Args:
             backbone: a ``DinoV2``.

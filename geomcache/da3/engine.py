@@ -1,7 +1,7 @@
 """How the network's forward runs: module by module (eager), or compiled by torch for one shape of batches.
 
-Both compute in the same precision: ``bf16`` is autocast for the backbone with its residuals, norms and rotations in
-float32, and TF32 in the head's convolutions on CUDA; ``fp32`` is float32 everywhere, so that a GPU agrees with a CPU.
+Both compute in the same precision: ``bf16`` is autocast for the backbone with its residuals, norms and products of
+rotations in float32, and TF32 in the head's convolutions on CUDA; ``fp32`` is float32 everywhere, so that a GPU agrees with a CPU.
 """
 
 import logging
@@ -87,9 +87,9 @@ class NetworkForward:
 
     def _run(self, images: Tensor, outputs: Collection[str]) -> dict[str, Tensor]:
         height, width = images.shape[-2:]
-        if (height, width) not in self._tables:
-            self._tables[height, width] = RotaryTables.make(self._backbone, height, width, images.device)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            if (height, width) not in self._tables:  # made where upstream makes them: see backbone.py
+                self._tables[height, width] = RotaryTables.make(self._backbone, height, width, images.device)
             features = backbone_forward(self._backbone, images, self._tables[height, width], self._run_block)
         with torch.autocast(self._device.type, enabled=False):
             if set(outputs) <= {"ray", "ray_conf"}:

@@ -16,7 +16,7 @@ from depth_anything_3.model.dinov2.layers.rope import PositionGetter
 from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
 from depth_anything_3.registry import MODEL_REGISTRY
 
-from geomcache.da3.backbone import RotaryTables, backbone_forward
+from geomcache.da3.backbone import Rotation, RotaryTables, _rotate, backbone_forward
 from geomcache.da3.catalog import MODELS
 
 PRESETS = sorted({model.preset for model in MODELS.values() if model.ray_head})
@@ -125,6 +125,32 @@ def test_no_block_asks_the_device_for_positions(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(RotaryPositionEmbedding2D, "forward", asked)
     with torch.no_grad():
         backbone_forward(backbone, torch.randn(1, 2, 3, 42, 56), tables)
+
+
+def test_tables_have_the_precision_of_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's autocast casts `einsum`, in which upstream makes its angles; a CPU's does not, so it is imitated here."""
+    backbone = random_backbone("da3-small", heads=1)
+    rope = backbone.pretrained.rope
+    tokens, positions = torch.randn(1, 1, 12, 64), torch.cartesian_prod(torch.arange(3), torch.arange(4))[None] + 1
+    expected: dict[bool, torch.Tensor] = {}
+    einsum = torch.einsum
+
+    def as_on_cuda(equation: str, *operands: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            operands = tuple(operand.bfloat16() for operand in operands)
+        return einsum(equation, *operands)
+
+    monkeypatch.setattr(torch, "einsum", as_on_cuda)
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            rope.frequency_cache.clear()
+            expected[autocast] = rope(tokens, positions)
+            rope.frequency_cache.clear()
+            tables = RotaryTables.make(backbone, 42, 56, torch.device("cpu"))
+        assert tables is not None
+        local = Rotation(*(table[1:] for table in tables.local))
+        assert torch.equal(_rotate(tokens, local), expected[autocast])
+    assert not torch.equal(expected[False], expected[True])
 
 
 FOLLOWED: tuple[Callable[..., Any], ...] = (
