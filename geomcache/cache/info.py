@@ -1,13 +1,44 @@
 """Describe a cache, for people and for scripts."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from geomcache.cache.store import GeometryStore
 from geomcache.geometry import OUTPUTS
 from geomcache.progress import human_bytes
 from geomcache.ranges import format_ranges, rows_of
+
+_ENCODED_ON = re.compile(r"# encoded on: (?P<device>.+) \((?P<engine>eager|compiled)\)")
+
+
+class Machine(NamedTuple):
+    """What encoded frames of a cache. Not part of the cache: a comment line in the options of its run, next to it."""
+
+    device: str
+    """A GPU's name, or ``CPU``."""
+    engine: str
+
+    @property
+    def line(self) -> str:
+        """Return the comment line."""
+        return f"# encoded on: {self.device} ({self.engine})\n"
+
+
+def run_config_path(cache: Path) -> Path:
+    """Return where the options of a cache's last run are: ``libero.zarr`` -> ``libero.run.yaml``, next to it."""
+    return cache.with_name(cache.name.removesuffix(".zarr") + ".run.yaml")
+
+
+def recorded_machines(cache: Path) -> tuple[Machine, ...]:
+    """Return what encoded a cache, as far as that is recorded: a pulled or moved cache has no such record."""
+    try:
+        text = run_config_path(cache).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ()
+    found = [match for line in text.splitlines() if (match := _ENCODED_ON.fullmatch(line))]
+    return tuple(dict.fromkeys(Machine(match["device"], match["engine"]) for match in found))
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -20,6 +51,7 @@ def describe(path: Path) -> dict[str, Any]:
         return {
             "path": str(path),
             "sealed": store.sealed,
+            "encoded_on": [machine._asdict() for machine in recorded_machines(store.path)],
             "fingerprint": store.fingerprint,
             "spec": store.spec.to_dict(),
             "dataset": store.dataset.to_dict(),
@@ -53,6 +85,8 @@ def describe_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "model", f"{spec['model_id']} ({spec['model_name']}, {spec['compute_dtype']})"
     yield "  revision", spec["model_revision"] or "local"
     yield "  weights", f"sha256 {spec['weights_sha256']}"
+    for machine in facts["encoded_on"]:
+        yield "  encoded on", f"{machine['device']}, engine {machine['engine']}"
     yield "  package", f"depth-anything-3 {spec['da3_version']}"
     size = f"{dataset['frames']} frames, {dataset['episodes']} episodes, {dataset['fps']} fps"
     yield "dataset", f"{dataset['repo_id']}: {size}"

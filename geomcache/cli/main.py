@@ -145,7 +145,7 @@ def verify(
     ] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP, show_default=DEVICE_DEFAULT)] = None,
     max_steps: Annotated[
-        float | None, typer.Option(help="Largest difference, in float16 steps.", show_default="1 in fp32, 512 in bf16")
+        float | None, typer.Option(help="Refuse a larger difference, in float16 steps, too.", show_default="no bound")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of frames.")] = 0,
 ) -> None:
@@ -155,7 +155,11 @@ def verify(
         _refuse("without --parity", {**given, "max-steps": max_steps})
         _verify_files(path, repair=repair, as_json=as_json)
         return
-    _refuse("with --parity", {"repair": repair or None, "json": as_json or None})
+    _refuse("with --parity", {"repair": repair or None})
+    import json
+
+    if as_json:
+        logging.getLogger("geomcache").setLevel(logging.WARNING)  # standard output is the object alone
     from geomcache.extraction.parity import parity as run
 
     report = run(
@@ -169,7 +173,7 @@ def verify(
         max_steps=max_steps,
         seed=seed,
     )
-    for line in report.lines():
+    for line in [json.dumps(report.to_dict(), indent=2)] if as_json else report.lines():
         typer.echo(line)
     report.check()
 

@@ -193,6 +193,13 @@ class DA3Encoder:
         """What runs the network."""
         return self._forward.engine
 
+    @property
+    def device_name(self) -> str:
+        """Return the kind of device: a GPU's name, or ``CPU``."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type.upper()
+
     def compile(self, frames: int) -> float:
         """Compile the network for batches of so many frames, and run one; from now on, smaller ones are padded to it.
 

@@ -1,7 +1,8 @@
 """How the network's forward runs: module by module (eager), or compiled by torch for one shape of batches.
 
 Both compute in the same precision: ``bf16`` is autocast for the backbone with its residuals, norms and products of
-rotations in float32, and TF32 in the head's convolutions on CUDA; ``fp32`` is float32 everywhere, so that a GPU agrees with a CPU.
+rotations in float32, and TF32 in the head's convolutions on CUDA; ``fp32`` is float32 everywhere, so that a GPU agrees
+with a CPU.
 """
 
 import logging

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from geomcache.statistics import Moments
+
 SMALLEST_STEP_AT = 2.0**-8
 DIRECTION, ORIGIN = "ray direction", "ray origin"
 UNITS = {DIRECTION: "degrees", ORIGIN: "of the spread"}
@@ -21,10 +23,11 @@ RELATIVE = "relative"
 # One camera alone is the origin of its own rays: their spread is then noise, and no length to measure by.
 LEAST_SPREAD = 0.02  # over the mean length of the directions
 
-Maps = Mapping[str, NDArray[np.float16]]
+GeometryArrays = Mapping[str, NDArray[np.float16]]
+"""Output -> [n, V, h, w, 6] of ``ray``, [n, V, h, w] of others."""
 
 
-def measure(stored: Maps, computed: Maps, spread: float) -> dict[str, NDArray[np.float64]]:
+def measure(stored: GeometryArrays, computed: GeometryArrays, spread: float) -> dict[str, NDArray[np.float64]]:
     """Compare maps cell by cell.
 
     Args:
@@ -52,6 +55,13 @@ def origin_spread(ray: NDArray[np.float16]) -> float:
     rays = ray.reshape(-1, 6).astype(np.float64)
     spread = np.sqrt(rays[:, 3:].var(axis=0).sum())
     return float(max(spread, LEAST_SPREAD * np.linalg.norm(rays[:, :3], axis=-1).mean(), np.finfo(np.float16).tiny))
+
+
+def spread_of(ray: Moments) -> float:
+    """Return the spread of a whole cache's origins from the moments of its rays, at least `LEAST_SPREAD`."""
+    spread = np.linalg.norm(ray.std[3:])
+    length = np.sqrt(np.square(ray.mean[:3]).sum() + np.square(ray.std[:3]).sum())
+    return float(max(spread, LEAST_SPREAD * length, np.finfo(np.float16).tiny))
 
 
 def float16_steps(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:

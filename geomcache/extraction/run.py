@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from geomcache.cache.codecs import Codec
+from geomcache.cache.info import Machine
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.extraction.batch_size import find_batch_size
@@ -28,7 +29,7 @@ from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import describe_plan, require_space
 from geomcache.extraction.process import Process
 from geomcache.extraction.report import ExtractReport
-from geomcache.extraction.run_config import resolve, write_run_config
+from geomcache.extraction.run_config import record_machine, resolve, write_run_config
 from geomcache.extraction.workers import ForkServer, claimed_ranges, decode, naming_worker_death
 from geomcache.extraction.writer_thread import ShardWriterThread
 from geomcache.frames.source import FrameDataset, open_dataset
@@ -129,7 +130,7 @@ def _announce(writer: StoreWriter, options: ExtractOptions, process: Process) ->
     """Record the options, log what exists already, and require space for the rest; return the rows in total."""
     done, total = writer.frames_done(), count_rows(writer.wanted)
     if process.is_main:
-        write_run_config(writer.path, resolve(options, writer.spec, writer.dataset))
+        write_run_config(writer.path, resolve(options, writer.spec, writer.dataset), is_new=done == 0)
         if writer.removed_stale_files:
             logger.info("%s: removed %d stale files of an interrupted run", writer.path, writer.removed_stale_files)
         if 0 < done < total:
@@ -157,6 +158,7 @@ class _Run:
         self._stage = BatchEncoder(encoder, batch_size, dataset.reader.locate)
         self._first_encoded: float | None = None  # when the first batch was encoded: the end of the start-up
         self._waiting_logged = time.monotonic()
+        self._machines: set[Machine] = set()
         self._report = ExtractReport(path=writer.path, workers=workers)
 
     def until_sealed(self, total: int) -> ExtractReport:
@@ -223,6 +225,10 @@ class _Run:
 
     def _count(self, frames: int) -> None:
         """Count encoded frames; the first ones end the start-up."""
+        machine = Machine(self._encoder.device_name, self._encoder.engine)
+        if machine not in self._machines:  # the first batch, or one at which compiling failed
+            self._machines.add(machine)
+            record_machine(self._writer.path, machine)
         if self._first_encoded is None:
             self._first_encoded = time.perf_counter()
             self._report.startup_s = self._first_encoded - self._began

@@ -15,13 +15,14 @@ depends on the machine (device, workers, batch size) is written only if it was g
 
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geomcache.cache import durable, locks
 from geomcache.cache.commands import extract_settings
 from geomcache.cache.header import LOCK
+from geomcache.cache.info import Machine, recorded_machines, run_config_path
 from geomcache.errors import UserInputError, did_you_mean, one_line
 from geomcache.extraction.options import ExtractOptions, recorded_options
 
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEADER = "# Written by `geomcache extract`; `geomcache extract --config` of this file repeats the run.\n"
-SUFFIX = ".run.yaml"
-
-
-def run_config_path(cache: Path) -> Path:
-    """Return where the options of a cache's last run are: ``libero.zarr`` -> ``libero.run.yaml``, next to it."""
-    return cache.with_name(cache.name.removesuffix(".zarr") + SUFFIX)
 
 
 def read_run_config(file: Path, known: Collection[str]) -> dict[str, str]:
@@ -106,19 +101,44 @@ def _yaml_value(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def write_run_config(cache: Path, options: dict[str, object]) -> None:
-    """Write a run's options next to its cache, atomically. A file that the user wrote there stays, with a warning."""
+def write_run_config(cache: Path, options: dict[str, object], *, is_new: bool = False) -> None:
+    """Write a run's options next to its cache, atomically. A file that the user wrote there stays, with a warning.
+
+    Args:
+        cache: its path.
+        options: from `resolve`.
+        is_new: whether the cache is empty; otherwise the machines that encoded its frames stay recorded.
+    """
     import yaml
 
+    content = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=10_000)
+    with _locked_run_config(cache) as (path, previous):  # jobs that share a cache arrive here at the same time
+        machines = () if is_new else recorded_machines(cache)
+        if previous is not None and not previous.startswith(HEADER):
+            logger.warning("%s: not written by geomcache, left as it is; this run's options are not recorded", path)
+        else:
+            _replace(path, previous, HEADER + "".join(machine.line for machine in machines) + content)
+
+
+def record_machine(cache: Path, machine: Machine) -> None:
+    """Add to a run's options, once, what encodes its frames; not to a file that the user wrote."""
+    with _locked_run_config(cache) as (path, previous):
+        if previous is not None and previous.startswith(HEADER) and machine.line not in previous:
+            _replace(path, previous, HEADER + machine.line + previous.removeprefix(HEADER))
+
+
+@contextlib.contextmanager
+def _locked_run_config(cache: Path) -> Iterator[tuple[Path, str | None]]:
+    """Give the file's path and its content, None if there is no file, while no other process writes it."""
     path = run_config_path(cache)
-    content = HEADER.encode() + yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=10_000).encode()
-    # Jobs that share a cache arrive here at the same time, with the same name for the draft.
     with contextlib.closing(locks.LockFile(cache / LOCK)) as lock, lock.exclusive():
         try:
-            previous = path.read_bytes()
+            previous = path.read_bytes().decode(errors="replace")
         except FileNotFoundError:
             previous = None
-        if previous is not None and not previous.startswith(HEADER.encode()):
-            logger.warning("%s: not written by geomcache, left as it is; this run's options are not recorded", path)
-        elif previous != content:
-            durable.replace_file(path, content)
+        yield path, previous
+
+
+def _replace(path: Path, previous: str | None, content: str) -> None:
+    if content != previous:
+        durable.replace_file(path, content.encode())

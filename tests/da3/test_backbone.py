@@ -16,7 +16,7 @@ from depth_anything_3.model.dinov2.layers.rope import PositionGetter
 from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
 from depth_anything_3.registry import MODEL_REGISTRY
 
-from geomcache.da3.backbone import Rotation, RotaryTables, _rotate, backbone_forward
+from geomcache.da3.backbone import RotaryTables, Rotation, _rotate, backbone_forward
 from geomcache.da3.catalog import MODELS
 
 PRESETS = sorted({model.preset for model in MODELS.values() if model.ray_head})

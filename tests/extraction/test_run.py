@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from geomcache.cache.codecs import Codec
 from geomcache.cache.commands import extract_command
+from geomcache.cache.info import run_config_path
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import verify
 from geomcache.errors import (
@@ -34,7 +35,7 @@ from geomcache.errors import (
 from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.plan import require_space
 from geomcache.extraction.run import ExtractReport, extract
-from geomcache.extraction.run_config import read_run_config, run_config_path
+from geomcache.extraction.run_config import read_run_config
 from geomcache.frames.source import open_dataset
 from tests.support.da3 import area_average, assert_one_step, upstream_maps, upstream_network
 from tests.support.datasets import DEMO, make_dataset

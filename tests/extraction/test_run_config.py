@@ -14,13 +14,14 @@ import yaml
 from geomcache import geometry
 from geomcache.cache.codecs import CodecName
 from geomcache.cache.commands import extract_command
+from geomcache.cache.info import run_config_path
 from geomcache.cache.store import GeometryStore
 from geomcache.cli import main as cli
 from geomcache.errors import UserInputError
 from geomcache.extraction import run as extract
 from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.run import ExtractReport
-from geomcache.extraction.run_config import HEADER, read_run_config, resolve, run_config_path, write_run_config
+from geomcache.extraction.run_config import HEADER, read_run_config, resolve, write_run_config
 from tests.support.cli import call
 from tests.support.logs import logged_lines
 from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store

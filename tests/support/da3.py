@@ -3,10 +3,12 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_model
 
 from pipelines.make_random_da3 import save_random_da3
@@ -21,7 +23,7 @@ def random_da3_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     shutil.rmtree(folder)
 
 
-def upstream_network(folder: Path) -> torch.nn.Module:
+def upstream_network(folder: Path) -> Any:
     """Upstream's whole DepthAnything3Net with the folder's weights, loaded as upstream loads them."""
     from depth_anything_3.cfg import create_object, load_config
     from depth_anything_3.registry import MODEL_REGISTRY
@@ -33,8 +35,8 @@ def upstream_network(folder: Path) -> torch.nn.Module:
 
 
 def upstream_maps(
-    network: torch.nn.Module, images: Sequence[np.ndarray], process_res: int, *, bf16: bool = False
-) -> dict[str, np.ndarray]:
+    network: Any, images: Sequence[NDArray[np.uint8]], process_res: int, *, bf16: bool = False
+) -> dict[str, NDArray[np.float32]]:
     """What upstream's head gives for the views of ONE frame, as one scene: float32 [V, h, w, ...], native sizes.
 
     DepthAnything3Net.forward runs as a whole; the head's output is taken as it leaves the head: rays are deleted later.
@@ -42,7 +44,7 @@ def upstream_maps(
     from depth_anything_3.utils.io.input_processor import InputProcessor
 
     inputs, _, _ = InputProcessor()(list(images), process_res=process_res)
-    taken: dict[str, np.ndarray] = {}
+    taken: dict[str, NDArray[np.float32]] = {}
     hook = network.head.register_forward_hook(
         lambda _module, _args, output: taken.update({name: value[0].numpy() for name, value in output.items()})
     )
@@ -52,7 +54,7 @@ def upstream_maps(
     return taken
 
 
-def area_average(values: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
+def area_average(values: NDArray[np.float32], grid_hw: tuple[int, int]) -> NDArray[np.float64]:
     """[V, h', w', ...] -> [V, h, w, ...], each cell the mean of the cells that it touches: by hand, in float64."""
     height, width = values.shape[1:3]
     result = np.empty((len(values), *grid_hw, *values.shape[3:]))
@@ -64,7 +66,7 @@ def area_average(values: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
     return result
 
 
-def assert_one_step(actual: torch.Tensor | np.ndarray, expected: np.ndarray) -> None:
+def assert_one_step(actual: torch.Tensor | NDArray[Any], expected: NDArray[Any]) -> None:
     """Equal to one float16 step. Around zero, where steps are finer than float32's own noise, to a few millionths."""
     np.testing.assert_allclose(
         np.asarray(actual).astype(np.float64), expected.astype(np.float16).astype(np.float64), rtol=2.0**-10, atol=4e-6
