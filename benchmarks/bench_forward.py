@@ -73,7 +73,7 @@ def operations(run: Callable[[], Any]) -> float:
     """Return 10^9 operations of a call."""
     with FlopCounterMode(display=False) as counter:
         run()
-    return counter.get_total_flops() / 1e9
+    return float(counter.get_total_flops()) / 1e9
 
 
 def head_rows(encoder: DA3Encoder, repeats: int) -> list[list[str]]:

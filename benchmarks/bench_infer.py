@@ -51,7 +51,7 @@ def make_policy(encoder: DA3Encoder, pictures: dict[str, torch.Tensor], **option
     statistics = {name: Moments.of(name, values.cpu().numpy()) for name, values in geometry.items()}
     config.bind_cache(encoder.spec, statistics, "0" * 64)
     with initialised_on(encoder.device.type):
-        policy = PI05GeometryPolicy(config).eval()
+        policy: PI05GeometryPolicy = PI05GeometryPolicy(config).eval()
     assert policy.online is not None
     policy.online.encoder = encoder
     return policy
@@ -121,7 +121,7 @@ def row(cameras: int, way: str, times: list[ChunkTime]) -> tuple[str, ...]:
 
 def make_encoders(folder: Path, keys: tuple[str, ...], arguments: argparse.Namespace) -> dict[str, DA3Encoder]:
     """Return an encoder of each engine that can be had, by the engine that it ended with."""
-    encoders = {}
+    encoders: dict[str, DA3Encoder] = {}
     for engine in arguments.engines:
         encoder = DA3Encoder.from_pretrained(
             str(folder),

@@ -9,7 +9,7 @@ on the CPU: both should be equal to the bit. The second has random weights: real
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+from depth_anything_3.utils.io.input_processor import InputProcessor
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -62,7 +63,7 @@ def upstream_forward(network: nn.ModuleDict, images: Tensor, *, bf16: bool) -> d
     return maps
 
 
-def equal_to_upstream(encoder: DA3Encoder, folder: Path, images: list[NDArray[np.uint8]]) -> list[list[str]]:
+def equal_to_upstream(encoder: DA3Encoder, folder: Path, images: Sequence[NDArray[np.uint8]]) -> list[list[str]]:
     """Compare rays and confidences of two frames, and their normalisation."""
     bf16 = encoder.spec.compute_dtype == "bf16"
     files = find_model(str(folder))
@@ -70,7 +71,7 @@ def equal_to_upstream(encoder: DA3Encoder, folder: Path, images: list[NDArray[np
     pictures = encoder.preprocess([view[:2] for view in images])
     assert isinstance(pictures, Tensor)
     on_device = normalise(pictures.to(encoder.device))
-    processor = encoder_module.InputProcessor()
+    processor = InputProcessor()
     on_cpu = [
         [processor._process_one(image, process_res=encoder.spec.process_res, process_res_method="upper_bound_resize")[0]
          for image in frame] for frame in zip(*(view[:2] for view in images), strict=True)
@@ -88,7 +89,7 @@ def equal_to_upstream(encoder: DA3Encoder, folder: Path, images: list[NDArray[np
     return rows
 
 
-def maps_of(encoder: DA3Encoder, images: list[NDArray[np.uint8]], together: int | None = None) -> Maps:
+def maps_of(encoder: DA3Encoder, images: Sequence[NDArray[np.uint8]], together: int | None = None) -> Maps:
     frames = len(images[0])
     size = together or frames
     parts = [encoder.encode([view[start : start + size] for view in images]) for start in range(0, frames, size)]
@@ -105,7 +106,7 @@ def changed_weights(encoder: DA3Encoder, share: float) -> None:
 
 
 def measure_machine(
-    rows: Rows, make: Callable[..., DA3Encoder], images: list[NDArray[np.uint8]], dtype: str, *, compiled: bool
+    rows: Rows, make: Callable[..., DA3Encoder], images: Sequence[NDArray[np.uint8]], dtype: str, *, compiled: bool
 ) -> Maps:
     """Measure what batch size, engine and dtype do on this device; return the maps of float32."""
     frames, exact = len(images[0]), make(dtype="fp32")
@@ -132,7 +133,7 @@ def measure_machine(
 
 
 def measure_faults(
-    rows: Rows, make: Callable[..., DA3Encoder], images: list[NDArray[np.uint8]], dtype: str, process_res: int
+    rows: Rows, make: Callable[..., DA3Encoder], images: Sequence[NDArray[np.uint8]], dtype: str, process_res: int
 ) -> None:
     """Measure what parity has to refuse."""
     encoder = make(dtype=dtype)

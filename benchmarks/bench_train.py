@@ -192,7 +192,7 @@ def train_in_turn(setup: Setup, ways: Sequence[str], rounds: int) -> Turns:
     config = train.parse_config(setup.options(len(ways) * (rounds + 1)))
     train.bind(config, store)
     make_datasets = lerobot_train.make_train_eval_datasets
-    replaced = {
+    replaced: dict[str, Any] = {
         "make_train_eval_datasets": lambda asked: (InTurn(make_datasets(asked)[0], store, turns.from_cache), None),
         "cycle": turns.batches,
         "update_policy": turns.updating(lerobot_train.update_policy),

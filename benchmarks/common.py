@@ -129,7 +129,7 @@ def repeat_dataset(source: Path, target: Path, times: int) -> Path:
         target: the folder to write; its videos are links.
         times: how often.
     """
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
     shutil.copytree(source / "meta", target / "meta")
     (target / "videos").symlink_to((source / "videos").resolve())

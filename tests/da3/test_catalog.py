@@ -87,11 +87,11 @@ def test_parameters_are_those_of_upstreams_networks() -> None:
 
 
 def test_replacements_are_published_and_of_the_same_architecture() -> None:
-    replaced = [model for model in MODELS.values() if model.replaced_by is not None]
-    assert [model.name for model in replaced] == ["DA3-LARGE", "DA3-GIANT", "DA3NESTED-GIANT-LARGE"]
-    for model in replaced:
-        assert MODELS[model.replaced_by].preset == model.preset
-        assert model.replaced_by == model.name + "-1.1"
+    replaced = {model.name: model.replaced_by for model in MODELS.values() if model.replaced_by is not None}
+    assert list(replaced) == ["DA3-LARGE", "DA3-GIANT", "DA3NESTED-GIANT-LARGE"]
+    for name, replacement in replaced.items():
+        assert MODELS[replacement].preset == MODELS[name].preset
+        assert replacement == name + "-1.1"
 
 
 def test_hub_ids_and_licenses() -> None:

@@ -28,10 +28,10 @@ def upstream_network(folder: Path) -> Any:
     from depth_anything_3.cfg import create_object, load_config
     from depth_anything_3.registry import MODEL_REGISTRY
 
-    holder = torch.nn.Module()
-    holder.model = create_object(load_config(MODEL_REGISTRY["da3-small"]))
+    network = create_object(load_config(MODEL_REGISTRY["da3-small"]))
+    holder = torch.nn.ModuleDict({"model": network})
     load_model(holder, folder / "model.safetensors", strict=True)
-    return holder.model.eval()
+    return network.eval()
 
 
 def upstream_maps(
@@ -54,7 +54,7 @@ def upstream_maps(
     return taken
 
 
-def area_average(values: NDArray[np.float32], grid_hw: tuple[int, int]) -> NDArray[np.float64]:
+def area_average(values: NDArray[np.float32], grid_hw: tuple[int, int]) -> NDArray[Any]:
     """[V, h', w', ...] -> [V, h, w, ...], each cell the mean of the cells that it touches: by hand, in float64."""
     height, width = values.shape[1:3]
     result = np.empty((len(values), *grid_hw, *values.shape[3:]))
