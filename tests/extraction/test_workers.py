@@ -22,6 +22,7 @@ from geomcache.da3.encoder import DA3Preprocessor
 from geomcache.errors import FrameDecodeError, WorkerDiedError
 from geomcache.extraction import workers as workers_module
 from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
+from geomcache.extraction.handover import open_channel, receive, send
 from geomcache.extraction.workers import ForkServer, RowRange, claimed_ranges, decode
 from geomcache.frames.reader import FrameReader
 from geomcache.frames.source import FrameDataset, open_dataset
@@ -253,6 +254,18 @@ def test_workers_end_with_whoever_reads_their_batches(decoder: Marked) -> None:
     assert len(multiprocessing.active_children()) == 2
     batches.close()
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_ends_when_the_main_process_is_gone(decoder: Marked) -> None:
+    near, far = open_channel()
+    process = multiprocessing.get_context("forkserver").Process(target=workers_module._work, args=(decoder, far))
+    process.start()
+    far.close()
+    send(near, (0, 4))
+    assert receive(near).start == 0
+    near.close()  # as the kernel does
+    process.join(20)
+    assert process.exitcode == 0
 
 
 def test_the_fork_server_becomes_ready() -> None:
