@@ -15,6 +15,7 @@ from geomcache.geometry import PATCH_SIZE, GeometrySpec, differences
 from geomcache.statistics import Moments
 
 MODEL_SIZES = ("full", "small")
+ENGINES = ("eager", "compiled")  # as geomcache.da3.engine.EngineName, which is not imported for training
 # Enlarging invents nothing: a target grid may be finer than the cached one by a rounding difference, not by more.
 MAX_ENLARGED_CELLS = 4
 
@@ -30,6 +31,10 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     geom_model_id: str | None = None
     """The DA3 that the online encoder loads: a name, a Hub id or a folder, with the weights of the cache's. None: the
     cache's name."""
+
+    geom_engine: str = "eager"
+    """How the online encoder runs DA3. ``compiled``: faster, after 10 to 30 s of compiling at the first prediction; for
+    evaluations and robots that predict often."""
 
     geom_target_hw: tuple[int, int] = (14, 14)
     """Token grid (h, w) of each view; ``[14,14]`` on the command line."""
@@ -86,6 +91,8 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
             raise UserInputError(
                 f"geom_attention: expected {' or '.join(map(repr, GEOMETRY_ATTENTION))}, got {self.geom_attention!r}"
             )
+        if self.geom_engine not in ENGINES:
+            raise UserInputError(f"geom_engine: expected {' or '.join(map(repr, ENGINES))}, got {self.geom_engine!r}")
         if self.model_size not in MODEL_SIZES:
             raise UserInputError(f"model_size: expected {' or '.join(map(repr, MODEL_SIZES))}, got {self.model_size!r}")
         if not all(1 <= cells <= 9999 for cells in self.geom_target_hw):

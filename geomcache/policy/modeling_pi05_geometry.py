@@ -180,7 +180,7 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         self.reset()
         self.allow_resize = False
         spec = config.geometry_spec if config.use_geom_prefix else None
-        self.online = None if spec is None else OnlineEncoder(spec, config.geom_model_id)
+        self.online = None if spec is None else OnlineEncoder(spec, config.geom_model_id, config.geom_engine)
         self._adapter_grad_norm: Tensor | None = None
 
     @classmethod

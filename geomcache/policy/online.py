@@ -30,20 +30,27 @@ class OnlineEncoder:
         encoder: None before the first call. A copy or a pickle of this object starts without it.
     """
 
-    def __init__(self, spec: GeometrySpec, model: str | None) -> None:
+    def __init__(self, spec: GeometrySpec, model: str | None, engine: str = "eager") -> None:
         """Keep what to load at the first call.
 
         Args:
             spec: spec of the geometry that the policy was trained with.
             model: a DA3 name, Hub id or folder; None: the spec's `model_id`.
+            engine: ``eager``, or ``compiled`` to have torch compile the network at the first call. If that fails, the
+                log has one warning, and the network runs eagerly.
         """
         self.spec = spec
         self.model = model
+        self.engine = engine
         self.encoder: DA3Encoder | None = None
         self._lock = Lock()
 
-    def __reduce__(self) -> tuple[type, tuple[GeometrySpec, str | None]]:
-        return type(self), (self.spec, self.model)  # a copy starts without the encoder, with a lock of its own
+    def __reduce__(self) -> tuple[type, tuple[GeometrySpec, str | None, str]]:
+        return type(self), (
+            self.spec,
+            self.model,
+            self.engine,
+        )  # a copy starts without the encoder, with a lock of its own
 
     def __call__(self, batch: Mapping[str, Any], device: torch.device, *, allow_resize: bool) -> Geometry:
         """Encode all pictures of a batch in one call of the encoder.
@@ -76,7 +83,10 @@ class OnlineEncoder:
         spec = dataclasses.replace(self.spec, cameras=cameras)
         # Building a network draws random numbers. The policy's noise is the same whether or not it was built here.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return DA3Encoder.from_spec(spec, model=self.model, device=device)
+            encoder = DA3Encoder.from_spec(spec, model=self.model, device=device)
+            if self.engine == "compiled":
+                encoder.compile(len(images[0]))
+            return encoder
 
     def _pictures(self, batch: Mapping[str, Any], camera: Camera, *, allow_resize: bool) -> Tensor:
         """Return one view, [B, H, W, 3] uint8, equal to the bit to what the camera or the dataset gave."""
