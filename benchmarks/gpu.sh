@@ -11,7 +11,8 @@
 #
 # Each step has a time limit of its own; one that fails or is cut off does not stop the others. FOLDER (outputs/gpu) gets
 # log.txt, tables.jsonl with all tables, and summary.txt. STEPS="forward train" runs some of the steps.
-# DA3=FOLDER takes that model instead of making one. SMALL=1 runs small sizes on a CPU, to see that nothing fails for silly reasons. Unpacked without an installation
+# DA3=FOLDER takes that model instead of making one. SMALL=1 runs small sizes on a CPU, to see that nothing fails for
+# silly reasons. Unpacked without an installation
 # (PYTHONPATH, no registry), the script runs as well: PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1

@@ -9,8 +9,9 @@ from geomcache.progress import human_time
 
 logger = logging.getLogger(__name__)
 
-# Compiling DA3-LARGE takes 15 to 30 s and a compiled network 0.6 of the time (benchmarks/RESULTS.md): a run is shorter
-# with it from about 75 s of eager work on. Shorter ones would also start later, for nothing that anyone would notice.
+# Compiling DA3-LARGE takes about 20 s and a compiled network 0.63 of the time (one H200, benchmarks/RESULTS.md): a run
+# is shorter with it from about 55 s of eager work on. Shorter ones would also start later, for nothing that anyone
+# would notice.
 LONG_ENOUGH_S = 120.0
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +25,10 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import tokenizer_processor
 from safetensors.torch import load_file, save_file
 
+from geomcache.da3.engine import EngineName
 from geomcache.errors import CacheFormatError, CacheMismatchError, ModelError, ModelNotFoundError, UserInputError
 from geomcache.policy.checkpoint import check_options
-from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+from geomcache.policy.configuration_pi05_geometry import ENGINES, PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import (
     PALIGEMMA_TOKENIZER,
@@ -109,6 +111,7 @@ def test_defaults_are_the_designs() -> None:
     assert config.type == "pi05_geometry"
     assert config.use_geom_prefix is True
     assert config.geom_model_id is None
+    assert config.geom_engine == "eager"
     assert config.geom_target_hw == (14, 14)
     assert config.geom_init_alpha == 0.1
     assert config.freeze_geom_model is True
@@ -117,6 +120,10 @@ def test_defaults_are_the_designs() -> None:
     assert config.geom_modality_embedding is False
     plain = dataclasses.asdict(PI05Config(device="cpu"))
     assert {name: getattr(config, name) for name in plain} == plain
+
+
+def test_the_engines_are_those_of_the_encoder() -> None:
+    assert typing.get_args(EngineName) == ENGINES
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -152,6 +159,7 @@ def test_training_configuration_round_trip(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"freeze_geom_model": False}, "freeze_geom_model: expected true, got false"),
+        ({"geom_engine": "fast"}, "geom_engine: expected 'eager' or 'compiled', got 'fast'"),
         ({"geom_attention": "causal"}, "geom_attention: expected 'full' or 'isolated', got 'causal'"),
         ({"geom_target_hw": (9, 4)}, "at most 4 cells a side more than the cached grid 4x4, got 9x4"),
         ({"geom_target_hw": (4, 9)}, "at most 4 cells a side more than the cached grid 4x4, got 4x9"),

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from geomcache.geometry import Geometry, GeometrySpec
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy, PrefixInputs
 from geomcache.policy.online import OnlineEncoder, to_uint8
 from tests.support.geometry import example_geometry
+from tests.support.logs import logged_lines
 from tests.support.policy import (
     ACTION_DIM,
     CAMERAS,
@@ -715,6 +717,39 @@ def test_with_depth_anything_3_itself(random_da3_folder: Path) -> None:
     wrong = make_policy(spec=other, geom_model_id=str(random_da3_folder))
     with pytest.raises(ModelError, match=f"sha256 {'ab' * 32}, found {direct.spec.weights_sha256}"):
         wrong.predict_action_chunk(batch)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Depth Anything 3 imports
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_policy_whose_encoder_cannot_be_compiled_acts_as_an_eager_one(
+    random_da3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from geomcache.da3.encoder import DA3Encoder
+
+    def failing(*_: Any, **__: Any) -> Callable[..., Any]:
+        def run(*_: Any) -> None:
+            raise RuntimeError("no compiler")
+
+        return run
+
+    cameras = make_spec().cameras
+    spec = DA3Encoder.from_pretrained(str(random_da3_folder), cameras=cameras, process_res=56, grid="4x4").spec
+    eager, compiled = (
+        make_policy(spec=spec, geom_model_id=str(random_da3_folder), geom_engine=engine)
+        for engine in ("eager", "compiled")
+    )
+    batch = make_batch(geometry=False)
+    monkeypatch.setattr(torch, "compile", failing)
+    with logged_lines() as lines, torch.inference_mode():
+        chunks = [sampled_chunk(policy, batch) for policy in (eager, compiled)]
+        again = sampled_chunk(compiled, batch)
+    assert [line for line in lines if "no compiler" in line] == [lines[-1]]
+    assert torch.equal(chunks[0], chunks[1])
+    assert torch.equal(chunks[0], again)
+    assert compiled.online is not None
+    assert compiled.online.encoder is not None
+    assert (compiled.online.encoder.engine, compiled.online.encoder.calls) == ("eager", 2)
+    assert copy.deepcopy(compiled).online.engine == "compiled"  # a copy tries again
 
 
 def sampled_chunk(policy: PI05GeometryPolicy, batch: dict[str, Any]) -> torch.Tensor:
