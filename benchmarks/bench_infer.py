@@ -38,7 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def make_policy(encoder: DA3Encoder, pictures: dict[str, torch.Tensor], **options: Any) -> PI05GeometryPolicy:
-    """A policy for the encoder's cameras. It encodes with this encoder, which is warm."""
+    """Return a policy for the encoder's cameras that encodes with this encoder, which is warm."""
     visual = {key: PolicyFeature(type=FeatureType.VISUAL, shape=(3, SIZE, SIZE)) for key in pictures}
     config = PI05GeometryConfig(
         **options,
@@ -120,7 +120,7 @@ def row(cameras: int, way: str, times: list[ChunkTime]) -> tuple[str, ...]:
 
 
 def make_encoders(folder: Path, keys: tuple[str, ...], arguments: argparse.Namespace) -> dict[str, DA3Encoder]:
-    """Return an encoder of each engine that can be had, by the engine that it ended with."""
+    """Return an encoder for each engine, by the engine that it ended with: a compilation can fail."""
     encoders: dict[str, DA3Encoder] = {}
     for engine in arguments.engines:
         encoder = DA3Encoder.from_pretrained(

@@ -64,7 +64,7 @@ def upstream_forward(network: nn.ModuleDict, images: Tensor, *, bf16: bool) -> d
 
 
 def equal_to_upstream(encoder: DA3Encoder, folder: Path, images: Sequence[NDArray[np.uint8]]) -> list[list[str]]:
-    """Compare rays and confidences of two frames, and their normalisation."""
+    """Compare rays, confidences and normalisation of two frames with upstream's; return the table's rows."""
     bf16 = encoder.spec.compute_dtype == "bf16"
     files = find_model(str(folder))
     network = encoder_module._load_network(files.preset, files.weights, encoder.device)

@@ -182,7 +182,7 @@ def peak_memory(process: str) -> float:
 
 
 def train_in_turn(setup: Setup, ways: Sequence[str], rounds: int) -> Turns:
-    """One run of LeRobot's trainer, in which each way has a turn to warm up and `rounds` more."""
+    """Run LeRobot's trainer once; each way has a turn to warm up and `rounds` more."""
     from lerobot.scripts import lerobot_train
 
     from geomcache.training import trainer as train
@@ -204,12 +204,12 @@ def train_in_turn(setup: Setup, ways: Sequence[str], rounds: int) -> Turns:
 
 
 def memory_alone(setup: Setup, way: str) -> tuple[float, ...]:
-    """Peak memory of a way that has the process for itself."""
+    """Return the peak memory of a way that has the process for itself."""
     return train_in_turn(setup, (way,), rounds=0).memory[way]
 
 
 def in_own_processes(setup: Setup) -> dict[str, tuple[float, ...]]:
-    """Peak memory of each way in a process of its own."""
+    """Return the peak memory of each way, each in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn, max_tasks_per_child=1) as pool:
         return {way: pool.submit(memory_alone, setup, way).result() for way in setup.sides}

@@ -1,4 +1,4 @@
-"""What there is to choose from: the published DA3 models, what they cost in disk, and which are on this machine."""
+"""The published DA3 models, what their maps take on disk, and which are on this machine."""
 
 from collections.abc import Iterator
 from math import prod
@@ -13,7 +13,7 @@ _FLOAT16_NBYTES = 2
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """Facts of each published model, as JSON types. The Hub is not asked."""
+    """Return the facts of each published model as JSON types, without asking the Hub."""
     commits = _commits_here()
     grids = {"patch": (_PATCHES, _PATCHES), "native": (_PATCHES * RAYS_PER_PATCH,) * 2}
     channels = sum(len(OUTPUTS[name].channels) for name in DEFAULT_OUTPUTS)
@@ -37,7 +37,7 @@ def describe_models() -> list[dict[str, Any]]:
 
 
 def table_lines(facts: list[dict[str, Any]]) -> Iterator[str]:
-    """The same, for people."""
+    """Yield the facts as a table for people."""
     rows = [("model", "parameters", "licence of the weights", "rays", "native grid", "patch", "native", "here")]
     for model in facts:
         grid, nbytes = model["grid_hw"], model["view_nbytes"]
@@ -66,7 +66,7 @@ def table_lines(facts: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _commits_here() -> dict[str, list[str]]:
-    """By repository: commits whose configuration and weights are both in the Hub's cache."""
+    """Return, by repository, the commits whose configuration and weights are both in the Hub's local cache."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 

@@ -1,7 +1,7 @@
-"""Depth Anything 3 models: which are published, and where the files of one lie. No heavy imports.
+"""Depth Anything 3 models: which are published, and where the files of one are. Imports nothing heavy.
 
 Names, licenses and replacements are those of upstream's README (depth-anything-3 0.1.1, "Model Cards"). The ``-1.1``
-models have the architecture of the ones they replace: they were trained again after a bug had been fixed.
+models have the architecture of the ones they replace: they were trained again after a bug was fixed.
 """
 
 import json
@@ -18,27 +18,27 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedModel:
-    """One model of upstream's list."""
+    """A model of upstream's list."""
 
     name: str
     """As upstream writes it, such as ``DA3-LARGE-1.1``."""
     preset: str
     """Upstream's configuration, such as ``da3-large``: the architecture."""
     license: str
-    """Of the weights, as upstream's README says; a model's Hub page can say otherwise."""
+    """Licence of the weights in upstream's README; the model's Hub page can say otherwise."""
     ray_head: bool = True
-    """Whether it predicts rays. Those that do not are of no use here."""
+    """Whether the model predicts rays. geomcache can use no other."""
     replaced_by: str | None = None
     """The name of the model that upstream recommends instead."""
 
     @property
     def hub_id(self) -> str:
-        """Where the Hub has it."""
+        """Return the repository on the Hub."""
         return f"{HUB_OWNER}/{self.name}"
 
     @property
     def parameters(self) -> int:
-        """Of the whole network, also of parts that do not run here: camera decoder, gaussians, metric branch."""
+        """Return the parameters of the whole network, including camera decoder, gaussians and metric branch."""
         return _PARAMETERS[self.preset]
 
 
@@ -91,21 +91,21 @@ class ModelFiles:
 
 
 def published(name: str) -> PublishedModel | None:
-    """The published model of this name or Hub id, in any case; None when upstream has none."""
+    """Return the published model of this name or Hub id, in any case; None if there is none."""
     return MODELS.get(name.upper().removeprefix(f"{HUB_OWNER.upper()}/"))
 
 
 def find_model(model: str, revision: str | None = None) -> ModelFiles:
-    """Find a model's files: in a folder, or on the Hub, which is not asked where there is such a folder.
+    """Find a model's files in a folder, or on the Hub, which is not asked if the folder exists.
 
     Args:
         model: a folder with ``config.json`` and ``model.safetensors``, a published name in any case, or a Hub id.
         revision: branch, tag or commit on the Hub; None for a folder, or for the Hub's main branch.
 
     Raises:
-        ModelNotFoundError: there is no such folder, the files are not in it, or the Hub does not give them.
+        ModelNotFoundError: there is no such folder, it lacks the files, or the Hub does not give them.
         ModelError: the name is unknown, the model has no ray head, or its files are of another kind.
-        UserInputError: a revision of a folder was asked for.
+        UserInputError: a revision was given for a folder.
     """
     folder, known = Path(model).expanduser(), published(model)
     path_like = model.startswith((".", "/", "~")) or "\\" in model
@@ -144,7 +144,7 @@ def _read_folder(model: str, folder: Path, revision: str | None) -> ModelFiles:
 
 
 def _read_preset(config: Path, model: str) -> str:
-    """Upstream's configuration name in a ``config.json``, of a model that has a ray head."""
+    """Return the name of upstream's configuration from a ``config.json``; the model must have a ray head."""
     try:
         content = json.loads(config.read_bytes())
     except OSError as error:
@@ -181,7 +181,7 @@ def _weights_of_folder(folder: Path, model: str) -> Path:
 
 
 def _download(model_id: str, hub_id: str, revision: str | None) -> ModelFiles:
-    """Fetch a model from the Hub, or from the Hub's cache here; the weights only once the configuration is usable."""
+    """Download a model, or take it from the Hub's local cache; the weights only once the configuration is usable."""
     config = _download_file(hub_id, CONFIG_FILE, revision)
     preset = _read_preset(config, model_id)
     commit = config.parent.name  # of the cache's layout: snapshots/<commit>/<file>

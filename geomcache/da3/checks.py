@@ -1,4 +1,4 @@
-"""What the encoder checks: images that come in, options and installation before it is built, numbers that go out."""
+"""Checks of the encoder: its images, its options and installation before it is built, and its numbers."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ Images = NDArray[np.uint8] | Tensor | Sequence[NDArray[np.uint8] | Tensor]
 
 
 def check_images(images: Images, cameras: tuple[Camera, ...]) -> list[NDArray[np.uint8]]:
-    """V arrays uint8 [B, H_v, W_v, 3], as the cameras say.
+    """Return the images as V arrays uint8 [B, H_v, W_v, 3].
 
     Raises:
-        GeometryError: the images are not.
+        GeometryError: shapes, dtype or number of views are not those of the cameras.
     """
     if isinstance(images, np.ndarray | Tensor):
         if images.ndim != 5:
@@ -40,10 +40,10 @@ def check_images(images: Images, cameras: tuple[Camera, ...]) -> list[NDArray[np
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
-    """The device of this name; where None, CUDA if there is one, else the CPU.
+    """Return the device of this name; for None, CUDA if there is one, otherwise the CPU.
 
     Raises:
-        UserInputError: there is no such device here.
+        UserInputError: this machine has no such device.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,10 +60,14 @@ def check_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_grid_hw(spec: GeometrySpec, sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Cells (h, w) of the spec's grid, for views that the network sees in these sizes, (H, W).
+    """Return the cells (h, w) of the spec's grid.
+
+    Args:
+        spec: grid, views and cameras.
+        sizes: of each view as the network sees it, (H, W) pixels.
 
     Raises:
-        UserInputError: the views have not one grid, or not so many cells.
+        UserInputError: the views have no common grid, or fewer cells.
     """
     shown = ", ".join(f"{camera.key} {h}x{w}" for camera, (h, w) in zip(spec.cameras, sizes, strict=True))
     if spec.views == "joint" and len(set(sizes)) > 1:
@@ -90,13 +94,13 @@ def choose_grid_hw(spec: GeometrySpec, sizes: tuple[tuple[int, int], ...]) -> tu
     return wanted
 
 
-def check_same(spec: GeometrySpec, **here: object) -> None:
+def check_same(spec: GeometrySpec, **installed: object) -> None:
     """Compare fields of a spec with what this installation gives.
 
     Raises:
         CacheMismatchError: one differs.
     """
-    for name, value in here.items():
+    for name, value in installed.items():
         cached = getattr(spec, name)
         if cached != value:
             raise CacheMismatchError(
@@ -109,7 +113,7 @@ def check_same(spec: GeometrySpec, **here: object) -> None:
 
 
 def raise_nan(nan: Tensor, outputs: list[str], camera_keys: tuple[str, ...]) -> None:
-    """Name the maps with a NaN, if there are any.
+    """Raise an error that names the maps with a NaN, if there are any.
 
     Args:
         nan: bool [B, V, outputs].
@@ -117,7 +121,7 @@ def raise_nan(nan: Tensor, outputs: list[str], camera_keys: tuple[str, ...]) -> 
         camera_keys: of the views.
 
     Raises:
-        NonFiniteGeometryError: there are.
+        NonFiniteGeometryError: a map has a NaN.
     """
     places = tuple((frame, view, outputs[output]) for frame, view, output in nan.nonzero().tolist())
     if not places:

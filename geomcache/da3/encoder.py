@@ -1,4 +1,4 @@
-"""DA3Encoder: images -> Geometry, with Depth Anything 3's own network and preprocessing. Its only importer.
+"""DA3Encoder: images -> Geometry, with Depth Anything 3's own network and preprocessing. Only this room imports it.
 
 Legend:  B frames   V views   N, S batch and views as the network sees them   H, W pixels   h, w grid   C channels
 
@@ -60,7 +60,7 @@ class _Resizer(InputProcessor):  # type: ignore[misc]
     """Upstream's processor up to its last step: a picture of the network's size, not yet normalised."""
 
     def _normalize_image(self, img: Image.Image) -> Tensor:
-        return torch.from_numpy(np.array(img)).permute(2, 0, 1)  # upstream goes on with its shape, [3, H, W]
+        return torch.from_numpy(np.array(img)).permute(2, 0, 1)  # upstream continues with its shape, [3, H, W]
 
 
 def normalise(pictures: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class DA3Preprocessor:
 
 
 class PendingGeometry:
-    """Geometry that the device is computing, on its way to the host."""
+    """Geometry that the device is still computing."""
 
     def __init__(self, maps: dict[str, Tensor], nan: Tensor, camera_keys: tuple[str, ...]) -> None:
         # On CUDA into page-locked memory, without waiting for it.
@@ -162,7 +162,7 @@ class PendingGeometry:
             self._done.record(torch.cuda.current_stream(nan.device))
 
     def result(self) -> Geometry:
-        """Wait for it: what `DA3Encoder.forward` gives, on the CPU. Raises what that raises for NaN."""
+        """Wait for the geometry; return and raise what `DA3Encoder.forward` does, on the CPU."""
         if self._done is not None:
             self._done.synchronize()
         raise_nan(self._nan, list(self._maps), self._camera_keys)
@@ -172,7 +172,7 @@ class PendingGeometry:
 class DA3Encoder:
     """Depth Anything 3 with fixed settings: images of B frames -> their geometry.
 
-    It is no ``nn.Module``: a policy that holds one keeps it out of its parameters and checkpoints.
+    It is not an ``nn.Module``, which keeps it out of the parameters and checkpoints of a policy that holds it.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class DA3Encoder:
 
     @property
     def engine(self) -> EngineName:
-        """What runs the network."""
+        """Return what runs the network."""
         return self._forward.engine
 
     @property
@@ -201,15 +201,15 @@ class DA3Encoder:
         return self.device.type.upper()
 
     def compile(self, frames: int) -> float:
-        """Compile the network for batches of so many frames, and run one; from now on, smaller ones are padded to it.
+        """Compile the network for batches of this many frames, and run one; from now on, smaller ones are padded to it.
 
-        Where compilation fails, the log says so, and the network runs as before.
+        If compilation fails, the log says so, and the network runs as before.
 
         Returns:
-            Seconds that it took.
+            The seconds that it took.
 
         Raises:
-            RuntimeError: the device has not the memory for such a batch.
+            RuntimeError: the device lacks the memory for such a batch.
         """
         began = time.perf_counter()
         self._forward.compile()
@@ -242,8 +242,8 @@ class DA3Encoder:
             views: ``joint`` or ``independent``.
             process_res: longest side, in pixels, of what the network sees.
             grid: ``patch``, ``native``, or ``HxW``: an area average to so many cells, at most the native ones.
-            outputs: ``ray`` and any other of `OUTPUTS`. Without depth, the head takes about half the time.
-            device: None for CUDA where there is one, else the CPU.
+            outputs: ``ray`` and any other of `OUTPUTS`. The head takes about half the time without depth.
+            device: None for CUDA if there is one, otherwise the CPU.
             dtype: of the backbone; None for ``bf16`` on CUDA and ``fp32`` on the CPU. The head is always float32.
 
         Raises:
@@ -283,7 +283,7 @@ class DA3Encoder:
     def from_spec(
         cls, spec: GeometrySpec, *, model: str | None = None, device: str | torch.device | None = None
     ) -> Self:
-        """Build the encoder that a cache was made with.
+        """Build the encoder of a cache.
 
         Args:
             spec: the cache's.
@@ -291,7 +291,7 @@ class DA3Encoder:
             device: as in `from_pretrained`.
 
         Raises:
-            ModelError: the weights are not there, or not the spec's.
+            ModelError: the weights are missing, or not those of the spec.
             CacheMismatchError: this encoder would not compute what the spec says.
         """
         where = check_device(device)
@@ -309,7 +309,7 @@ class DA3Encoder:
         return cls(spec, preprocessor, _load_network(files.preset, files.weights, where), where)
 
     def with_grid(self, grid: str) -> Self:
-        """The same network and settings with another output grid. Its calls are counted apart.
+        """Return an encoder with the same network and settings and another output grid. It counts its own calls.
 
         Raises:
             UserInputError: the grid cannot be used with these cameras.
@@ -321,18 +321,18 @@ class DA3Encoder:
         return other
 
     def preprocess(self, images: Images) -> NetworkInput:
-        """What `preprocessor` does."""
+        """Resize images to the network's input, as `DA3Preprocessor` does."""
         return self.preprocessor(images)
 
     def encode(self, images: Images) -> Geometry:
-        """Geometry of B frames: uint8 images, as `DA3Preprocessor` takes them -> what `forward` gives."""
+        """Return the geometry of B frames from their images: `preprocess`, then `forward`."""
         return self.forward(self.preprocess(images))
 
     def forward(self, inputs: NetworkInput) -> Geometry:
-        """Geometry of B preprocessed frames.
+        """Return the geometry of B preprocessed frames.
 
         Args:
-            inputs: of `preprocess`, on any device.
+            inputs: from `preprocess`, on any device.
 
         Returns:
             float16 tensors [B, V, h, w, ...] on the encoder's device, contiguous. Values beyond float16, infinite
@@ -347,7 +347,7 @@ class DA3Encoder:
         return Geometry(**maps)
 
     def launch(self, inputs: NetworkInput) -> PendingGeometry:
-        """Start `forward` and do not wait for the device: the next batch can be handed over before this one is read.
+        """Start `forward` without waiting for the device: you can launch the next batch before you read this one.
 
         Raises:
             GeometryError: shapes are not those of `preprocess`.
@@ -355,7 +355,7 @@ class DA3Encoder:
         return PendingGeometry(*self._compute(inputs), self.spec.camera_keys)
 
     def _compute(self, inputs: NetworkInput) -> tuple[dict[str, Tensor], Tensor]:
-        """Rounded maps [B, V, h, w, ...] of each output, and whether each has a NaN, bool [B, V, outputs]."""
+        """Return each output's rounded maps [B, V, h, w, ...], and whether each has a NaN, bool [B, V, outputs]."""
         self._check_inputs(inputs)
         self.calls += 1
         if isinstance(inputs, list):
@@ -370,7 +370,7 @@ class DA3Encoder:
         return rounded, torch.stack([values.isnan().flatten(2).any(-1) for values in rounded.values()], dim=-1)
 
     def _upload(self, images: Tensor) -> Tensor:
-        """The images on the device. Page-locked ones are copied while the device computes what it was given before."""
+        """Return the images on the device. Page-locked ones are copied while the device computes the batch before."""
         if not images.is_pinned():
             return images.to(self.device)
         if self._copies is None:
@@ -416,7 +416,7 @@ class DA3Encoder:
 
 
 def _average(values: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-    """Area average: [N, S, h', w'] or [N, S, h', w', C] -> the same on `grid_hw`, the mean of the cells under each."""
+    """Average [N, S, h', w'] or [N, S, h', w', C] over the cells under each cell of `grid_hw`."""
     if values.shape[2:4] == grid_hw:
         return values
     if values.ndim == 4:
@@ -426,7 +426,7 @@ def _average(values: Tensor, grid_hw: tuple[int, int]) -> Tensor:
 
 
 def _load_network(preset: str, weights: Path, device: torch.device) -> nn.ModuleDict:
-    """Upstream's ``backbone`` and ``head`` of a preset, with their weights; the any-view branch of a nested one.
+    """Load upstream's ``backbone`` and ``head`` of a preset with their weights; of a nested one, the any-view branch.
 
     The file's names are those of ``api.DepthAnything3``. Parts that do not run are built for their names alone.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def ray_forward(head: Any, features: list[Tensor], height: int, width: int) -> dict[str, Tensor]:
-    """What ``DualDPT.forward`` gives as ``ray`` and ``ray_conf``, and nothing that they do not need.
+    """Return what ``DualDPT.forward`` gives as ``ray`` and ``ray_conf``, and compute nothing that they do not need.
 
     Args:
         head: a ``DualDPT``.

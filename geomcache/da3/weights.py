@@ -1,4 +1,4 @@
-"""Weights out of a safetensors file into a network: every tensor with its shape, or an error. Nothing stays random."""
+"""Load weights from a safetensors file: every tensor with its shape, or an error. Nothing stays random."""
 
 import hashlib
 import logging
@@ -15,14 +15,14 @@ from geomcache.errors import ModelError
 # What converts to float32 without a scale. Quantised weights would become wrong numbers.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
-_log = logging.getLogger("geomcache")
+logger = logging.getLogger(__name__)
 
 
 def sha256(path: Path) -> str:
-    """sha256 of a file, hexadecimal; read in pieces.
+    """Return the sha256 of a file, in hexadecimal.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -34,9 +34,9 @@ def sha256(path: Path) -> str:
 def load_weights(network: nn.Module, path: Path, *, prefix: str, unused: set[str], device: torch.device) -> None:
     """Give a network its weights, in float32 on a device, without gradients and in evaluation mode.
 
-    The network's own tensors are replaced, not filled: it can be built on the meta device. On the CPU they lie on the
-    mapped file. Names of the file that the network does not have, and those of `unused` that the file does not have,
-    are counted in one line of the log ``geomcache``.
+    The network's own tensors are replaced, not filled, so it can be built on the meta device. On the CPU the new ones
+    are views of the mapped file. One line of the log counts the file's names that the network does not have, and those
+    of `unused` that the file does not have.
 
     Args:
         network: all of its parameters and buffers are read.
@@ -46,7 +46,8 @@ def load_weights(network: nn.Module, path: Path, *, prefix: str, unused: set[str
         device: where the weights go.
 
     Raises:
-        ModelError: no safetensors file, or tensors are missing, of another shape or no plain floating point numbers.
+        ModelError: it is no safetensors file, or tensors are missing, have another shape, or are not plain floating
+            point numbers.
     """
     shapes = {prefix + name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     shared: dict[int, list[str]] = {}  # the names of each tensor
@@ -55,8 +56,8 @@ def load_weights(network: nn.Module, path: Path, *, prefix: str, unused: set[str
     try:
         with safe_open(path, framework="pt") as file:
             found = set(file.keys())
-            # save_pretrained writes a tensor of several names once. Where all are there, upstream's loading ends with
-            # the last.
+            # save_pretrained writes a tensor of several names once. If the file has all of them, upstream's loading
+            # ends with the last.
             sources = [next((name for name in reversed(names) if name in found), None) for names in shared.values()]
             missing = [names[0] for names, source in zip(shared.values(), sources, strict=True) if source is None]
             wrong = [
@@ -81,7 +82,7 @@ def load_weights(network: nn.Module, path: Path, *, prefix: str, unused: set[str
     network.to(device).requires_grad_(requires_grad=False).eval()
     assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
     absent = sorted(unused - found)
-    _log.log(
+    logger.log(
         logging.WARNING if unknown or absent else logging.INFO,
         "weights %s: %d tensors of backbone and head loaded; of parts that are not run, %d left out%s%s",
         path,
@@ -93,14 +94,14 @@ def load_weights(network: nn.Module, path: Path, *, prefix: str, unused: set[str
 
 
 def _misfit(name: str, part: Any, shape: list[int]) -> str | None:
-    """What is wrong with a tensor of the file; None when it fits."""
+    """Return what is wrong with a tensor of the file; None if it fits."""
     if part.get_shape() == shape and part.get_dtype() in _DTYPES:
         return None
     return f"{name} of {part.get_dtype()} {part.get_shape()}, expected {shape}"
 
 
 def _first(what: str, items: Iterable[str], shown: int = 3) -> str:
-    """``, missing 12: a, b, c ...``; nothing without items."""
+    """Return ``, missing 12: a, b, c ...``, or nothing if there are no items."""
     names = list(items)
     if not names:
         return ""

@@ -32,7 +32,7 @@ def choose_engine(asked: EngineName | None, encoder: DA3Encoder, frames: int, ba
         return
     try:
         seconds = encoder.compile(batch_size)
-    except RuntimeError as error:  # the run itself goes on with smaller batches
+    except RuntimeError as error:  # the run itself continues with smaller batches
         if not is_out_of_memory(error):
             raise
         return

@@ -9,7 +9,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from geomcache.da3 import engine
 from geomcache.da3.backbone import RotaryTables
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.geometry import OUTPUTS, Camera
@@ -156,7 +155,7 @@ def test_rotary_tables_are_made_under_the_networks_autocast(
         seen.append(torch.is_autocast_enabled("cpu"))
         return make(*args)
 
-    monkeypatch.setattr(engine.RotaryTables, "make", watched)
+    monkeypatch.setattr(RotaryTables, "make", watched)
     for dtype in ("fp32", "bf16"):
         encoder = load(random_da3_folder, dtype=dtype)
         encoder.encode(images(1))

@@ -14,14 +14,14 @@ import yaml
 from geomcache import geometry
 from geomcache.cache.codecs import CodecName
 from geomcache.cache.commands import extract_command
-from geomcache.cache.info import run_config_path
+from geomcache.cache.info import Machine, describe, describe_lines, recorded_machines, run_config_path
 from geomcache.cache.store import GeometryStore
 from geomcache.cli import main as cli
 from geomcache.errors import UserInputError
 from geomcache.extraction import run as extract
 from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.run import ExtractReport
-from geomcache.extraction.run_config import HEADER, read_run_config, resolve, write_run_config
+from geomcache.extraction.run_config import HEADER, read_run_config, record_machine, resolve, write_run_config
 from tests.support.cli import call
 from tests.support.logs import logged_lines
 from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store
@@ -321,3 +321,29 @@ def test_jobs_that_write_it_at_the_same_time_leave_one_of_theirs(tmp_path: Path)
     assert text.startswith(HEADER)
     assert yaml.safe_load(text)["model"] in {f"m{number}" * 1000 for number in range(3)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.run.yaml", "cache.zarr"]
+
+
+def test_what_encoded_a_cache_is_kept_with_its_options(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "libero.zarr")
+    file = run_config_path(path)
+    gpu, compiled = Machine("NVIDIA H200", "eager"), Machine("NVIDIA H200", "compiled")
+    record_machine(path, gpu)
+    assert not file.exists()  # whoever removed it does not get it back in part
+    write_run_config(path, {"model": "DA3-LARGE"})
+    for machine in (gpu, compiled, gpu):
+        record_machine(path, machine)
+    assert set(recorded_machines(path)) == {gpu, compiled}
+    assert file.read_text().count("NVIDIA") == 2
+    assert read_run_config(file, KNOWN) == {"model": "DA3-LARGE"}
+    lines = list(describe_lines(describe(path)))
+    assert sum("NVIDIA H200, engine" in line for line in lines) == 2
+
+    write_run_config(path, {"model": "DA3-BASE"})  # a run that resumes
+    assert set(recorded_machines(path)) == {gpu, compiled}
+    write_run_config(path, {"model": "DA3-BASE"}, is_new=True)
+    assert recorded_machines(path) == ()
+    file.write_text("model: mine\n")
+    record_machine(path, gpu)
+    assert file.read_text() == "model: mine\n"
+    file.write_bytes(b"\xff")
+    assert recorded_machines(path) == ()
