@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torchvision.transforms.v2 as v2
@@ -13,21 +14,37 @@ from geomcache.training import checks
 from tests.support.stores import CAMERAS, make_spec
 
 
-def test_renaming_a_cached_camera_is_refused() -> None:
+def renamed(rename_map: dict[str, str], *, of_checkpoint: bool) -> tuple[str, ...]:
+    features = {"observation.state": None} if of_checkpoint else {}
+    config = SimpleNamespace(rename_map=rename_map, policy=SimpleNamespace(input_features=features))
+    return checks.renamed_spec(make_spec(), config).camera_keys
+
+
+def test_the_spec_has_the_names_that_a_checkpoint_knows_the_cameras_by() -> None:
+    _, wrist = CAMERAS
+    assert renamed({}, of_checkpoint=True) == CAMERAS
+    assert renamed({wrist: "observation.images.other"}, of_checkpoint=True) == (CAMERAS[0], "observation.images.other")
+
+
+def test_renaming_a_cached_camera_for_a_policy_with_the_datasets_names_is_refused() -> None:
     front, wrist = CAMERAS
-    spec = make_spec()
-    checks.check_rename_map(spec, {})
-    checks.check_rename_map(spec, {"observation.images.top": "observation.images.x", front: front})
+    others = {"observation.images.top": "observation.images.x", front: front}
+    assert renamed(others, of_checkpoint=False) == CAMERAS
     with pytest.raises(UserInputError) as caught:
-        checks.check_rename_map(spec, {wrist: "observation.images.other"})
+        renamed({wrist: "observation.images.other"}, of_checkpoint=False)
     assert wrist in str(caught.value)
     assert "observation.images.other" in str(caught.value)
 
 
-def test_every_transform_known_to_keep_pixels_exists_and_is_none_of_torchvisions_geometric_ones() -> None:
+def test_cameras_cannot_share_a_name() -> None:
+    with pytest.raises(UserInputError, match=CAMERAS[0]):
+        renamed({CAMERAS[1]: CAMERAS[0]}, of_checkpoint=True)
+
+
+def test_every_transform_known_to_keep_content_in_place_exists_and_is_geometric_by_its_size_alone() -> None:
     geometric = {name for name, value in vars(v2).items() if "_geometry" in getattr(value, "__module__", "")}
     assert {"RandomAffine", "RandomResizedCrop", "RandomHorizontalFlip", "Resize", "RandomPerspective"} <= geometric
-    assert not checks.PIXELS_STAY & geometric
+    assert checks.PIXELS_STAY & geometric == {"RandomResize", "RandomShortestSize", "Resize", "ScaleJitter"}
     for name in checks.PIXELS_STAY:
         assert name in _CUSTOM_TRANSFORMS or issubclass(getattr(v2, name), v2.Transform)
     assert set(_CUSTOM_TRANSFORMS) <= checks.PIXELS_STAY, "look at the new one: does it move pixels?"
