@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from geomcache.errors import DatasetError, DatasetNotFoundError, did_you_mean, one_line
 from geomcache.frames.reader import DECODER, TOLERANCE_S, FrameReader, VideoColumn
 from geomcache.geometry import Camera, DatasetSpec, canonical_json, check_camera_key
+from geomcache.progress import human_bytes
 from geomcache.ranges import parse_episodes
 
 if TYPE_CHECKING:
@@ -321,10 +322,16 @@ def _require_files(
             " complete the copy, or leave --root out to use the Hub's"
         )
     import httpx
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.hf_api import RepoFile
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
-    try:  # into the folder that LeRobotDataset itself uses, so that training finds them
+    try:
+        entries = HfApi().list_repo_tree(repo_id, recursive=True, revision=revision, repo_type="dataset")
+        sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        total = human_bytes(sum(sizes.get(name, 0) for name in missing))
+        logger.info("dataset %s: downloading %s (files: %d) to %s", repo_id, total, len(missing), HF_LEROBOT_HUB_CACHE)
+        # into the folder that LeRobotDataset itself uses, so that training finds them
         snapshot_download(
             repo_id, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE, allow_patterns=missing
         )
