@@ -349,6 +349,7 @@ def _factory(
             compatibility.compare_cameras(store.spec, describe_cameras(meta))
             compatibility.compare_datasets(store.dataset, describe_dataset(meta, store.spec.camera_keys))
         checks.check_features(meta, config)
+        checks.use_colour_cameras(meta, config)
         if options.streaming:
             checks.check_streaming(meta, config.tolerance_s)
         try:

@@ -2,16 +2,25 @@
 
 import json
 import shlex
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torchvision.transforms.v2 as v2
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.transforms import ImageTransformConfig, ImageTransforms, ImageTransformsConfig
 from lerobot.transforms.transforms import _CUSTOM_TRANSFORMS
 
 from geomcache.errors import UserInputError
+from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.training import checks
+from tests.support.datasets import DEMO
+from tests.support.logs import logged_lines
 from tests.support.stores import CAMERAS, make_spec
+
+DEPTH = {"is_depth_map": True}
 
 
 def renamed(rename_map: dict[str, str], *, of_checkpoint: bool) -> tuple[str, ...]:
@@ -75,3 +84,41 @@ def test_what_moves_pixels_or_is_unknown_is_refused(kind: str) -> None:
         checks.check_image_transforms(ImageTransformsConfig(enable=True, tfs=tfs))
     assert "mine" in str(caught.value)
     assert kind in str(caught.value)
+
+
+@pytest.fixture
+def odd_cameras(tmp_path: Path) -> LeRobotDatasetMetadata:
+    """Metadata with two colour cameras, a grey and a depth one."""
+    root = Path(shutil.copytree(DEMO, tmp_path / "demo"))
+    path = root / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    grey = {"dtype": "image", "shape": [48, 64, 1], "names": ["height", "width", "channels"]}
+    info["features"] |= {"observation.images.mono": grey, "observation.images.depth": grey | {"info": DEPTH}}
+    path.write_text(json.dumps(info))
+    return LeRobotDatasetMetadata("demo", root=root)
+
+
+def test_the_policy_takes_the_colour_cameras_of_a_dataset(odd_cameras: LeRobotDatasetMetadata) -> None:
+    config = SimpleNamespace(policy=PI05GeometryConfig(device="cpu"))
+    with logged_lines() as lines:
+        checks.use_colour_cameras(odd_cameras, config)
+    pictures = {"observation.images.image": (3, 256, 256), "observation.images.image2": (3, 256, 256)}
+    assert {key: feature.shape for key, feature in config.policy.image_features.items()} == pictures
+    assert set(config.policy.input_features) == {*pictures, "observation.state"}
+    (line,) = lines
+    assert "observation.images.mono, observation.images.depth" in line
+
+
+def test_a_choice_of_cameras_stays(odd_cameras: LeRobotDatasetMetadata) -> None:
+    chosen = {"observation.images.image": PolicyFeature(type=FeatureType.VISUAL, shape=(3, 256, 256))}
+    config = SimpleNamespace(policy=PI05GeometryConfig(device="cpu", input_features=dict(chosen)))
+    checks.use_colour_cameras(odd_cameras, config)
+    assert config.policy.input_features == chosen
+
+
+def test_a_dataset_of_colour_cameras_leaves_the_choice_to_lerobot() -> None:
+    config = SimpleNamespace(policy=PI05GeometryConfig(device="cpu"))
+    with logged_lines() as lines:
+        checks.use_colour_cameras(LeRobotDatasetMetadata("demo", root=DEMO), config)
+    assert not config.policy.input_features
+    assert lines == []
