@@ -14,7 +14,7 @@ from geomcache.cache.store import GeometryStore
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
 from tests.support.datasets import ROOT, make_dataset
-from tests.support.hub_server import HubHere, Repository
+from tests.support.hub_server import HubHere, Repository, hub
 from tests.support.policy import make_config
 
 # The process of a command. Training is cut to two steps: LeRobot's default is 100,000.
@@ -29,6 +29,7 @@ if sys.argv[1] == "train":
 from geomcache.cli.main import main
 main()
 """
+__all__ = ["hub"]  # a fixture
 CAMERAS = {"observation.images.image": (56, 56), "observation.images.image2": (56, 56)}
 
 
