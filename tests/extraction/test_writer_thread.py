@@ -1,6 +1,7 @@
 """The thread that writes shards: order, errors, and a line if it cannot go on."""
 
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,11 +21,12 @@ class Writer:
     def __init__(self) -> None:
         self.path, self.spec = Path("cache.zarr"), SimpleNamespace(camera_keys=("a", "b"))
         self.committed: list[tuple[int, Any]] = []
-        self.may_go_on = threading.Event()
+        self.began, self.may_go_on = threading.Event(), threading.Event()
         self.may_go_on.set()
         self.error: Exception | None = None
 
     def commit(self, claim: Claim, maps: Any) -> int:
+        self.began.set()
         self.may_go_on.wait()
         if self.error is not None:
             raise self.error
@@ -84,14 +86,21 @@ def test_what_is_incomplete_is_dropped_with_the_callers_error() -> None:
     assert writer.committed == []
 
 
-def test_a_disk_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [None, ZeroDivisionError])
+def test_a_disk_that_is_waited_for_is_named(
+    monkeypatch: pytest.MonkeyPatch, error: type[ZeroDivisionError] | None
+) -> None:
+    """At the end, and after an error elsewhere."""
     monkeypatch.setattr(writer_thread, "WAIT_LINE_S", 0.3)
     writer = Writer()
     writer.may_go_on.clear()
     threading.Timer(1.0, writer.may_go_on.set).start()
-    with logged_lines() as lines, thread(writer) as writing:
+    with logged_lines() as lines, nullcontext() if error is None else pytest.raises(error), thread(writer) as writing:
         writing.expect(Claim(7, ((0, 1),)))
         writing.put(maps(0, 1))
+        assert writer.began.wait(10)
+        if error is not None:
+            raise error
     assert lines
     assert all(line.startswith("cache.zarr: ") and "shard 7" in line for line in lines)
     assert [shard for shard, _ in writer.committed] == [7]

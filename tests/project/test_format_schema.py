@@ -86,7 +86,7 @@ def test_caches_fit(tmp_path: Path, outputs: tuple[str, ...], codec: str) -> Non
     assert set(described["statistics"]["pooled"]) == set(outputs)  # the part that only a sealed cache has
 
 
-@pytest.mark.parametrize(("path", "value"), MUTATIONS, ids=lambda part: str(part))
+@pytest.mark.parametrize(("path", "value"), MUTATIONS, ids=lambda part: "missing" if part is MISSING else str(part))
 def test_what_the_schema_refuses_the_reader_refuses(
     sealed: Path, tmp_path: Path, path: tuple[str | int, ...], value: object
 ) -> None:
