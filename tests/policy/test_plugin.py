@@ -399,7 +399,7 @@ def test_a_plain_checkpoint_needs_a_configuration_of_ours(tmp_path: Path, monkey
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = make_config()
-    with pytest.raises(FileNotFoundError, match="nobody/nothing"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         PI05GeometryPolicy.from_pretrained(tmp_path / "nowhere", config=config)
     with pytest.raises(ModelNotFoundError, match="nobody/nothing"):
         PI05GeometryPolicy.from_pretrained("nobody/nothing", config=config, local_files_only=True)
