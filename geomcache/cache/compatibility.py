@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Not `repo_id`: copies of one dataset under two names have the same frames. Nor `decoder`: a run's own decoder makes
 # the pictures that the policy sees, and the geometry is computed already.
-COMPARED_DATASET_FIELDS = ("frames", "episodes", "fps", "episodes_sha256", "images_sha256")
+COMPARED_DATASET_FIELDS = ("frames", "episodes", "fps", "episodes_sha256", "identities_sha256", "images_sha256")
 
 
 def compare_datasets(cached: DatasetSpec, run: DatasetSpec) -> None:
@@ -34,7 +34,8 @@ def compare_datasets(cached: DatasetSpec, run: DatasetSpec) -> None:
         CacheMismatchError: the two differ; `field` is for example ``dataset.frames``.
     """
     fields: tuple[str, ...] = COMPARED_DATASET_FIELDS
-    if cached.revision is not None and run.revision is not None:  # a local folder has none
+    # A local folder has no revision. From schema version 2 on it is a label, and identities tell what the frames are.
+    if cached.schema_version == 1 and cached.revision is not None and run.revision is not None:
         fields = (*fields, "revision")
     for name in fields:
         cached_value, run_value = getattr(cached, name), getattr(run, name)

@@ -17,6 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from geomcache.cache.codecs import Codec
+from geomcache.cache.create import is_cache
+from geomcache.cache.header import Header
+from geomcache.cache.layout import SCHEMA_VERSION
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.extraction.batch_size import find_batch_size
@@ -112,9 +115,17 @@ def _open_writer(
         require_space(options.output_path, encoder.spec, count_rows(rows), codec)
 
     def open_writer(*, overwrite: bool) -> StoreWriter:
-        path, lengths = options.output_path, dataset.reader.episode_length
+        path = options.output_path
+        version = Header.read(path).schema_version if is_cache(path) and not overwrite else SCHEMA_VERSION
         return StoreWriter.create_or_open(
-            path, encoder.spec, dataset.spec, lengths, rows, codec=codec, overwrite=overwrite
+            path,
+            encoder.spec,
+            dataset.describe(version),  # a cache of an earlier version is continued as it was begun
+            dataset.reader.episode_length,
+            rows,
+            identities=dataset.identities,
+            codec=codec,
+            overwrite=overwrite,
         )
 
     with process.main_first():  # the others open what the main process has created or replaced
@@ -202,7 +213,7 @@ class _Run:
                 pin_memory=self._encoder.device.type == "cuda",
             )
             for encoded in self._stage.encode(self._timed(batches)):
-                thread.put(encoded.maps)
+                thread.put(encoded.maps, encoded.signatures)
                 self._count(encoded.stop - encoded.start)
                 frames_encoded += encoded.stop - encoded.start
                 progress.update(

@@ -42,5 +42,5 @@ def open_pictures(
         episodes=format_ranges(episodes),
     )
     compare_cameras(store.spec, {camera.key: camera for camera in opened.cameras})
-    compare_datasets(store.dataset, opened.spec)
+    compare_datasets(store.dataset, opened.describe(store.schema_version))
     return opened.reader

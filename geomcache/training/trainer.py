@@ -347,7 +347,8 @@ def _factory(
         meta = open_metadata(options.repo_id, None if options.root is None else Path(options.root), options.revision)
         if store is not None:
             compatibility.compare_cameras(store.spec, describe_cameras(meta))
-            compatibility.compare_datasets(store.dataset, describe_dataset(meta, store.spec.camera_keys))
+            dataset = describe_dataset(meta, store.spec.camera_keys, schema_version=store.schema_version)
+            compatibility.compare_datasets(store.dataset, dataset)
         checks.check_features(meta, config)
         if options.streaming:
             checks.check_streaming(meta, config.tolerance_s)

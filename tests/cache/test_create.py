@@ -32,6 +32,7 @@ from tests.support.stores import (
     as_lengths,
     fill,
     make_dataset_spec,
+    make_identities,
     make_spec,
     make_store,
     open_writer,
@@ -228,13 +229,13 @@ def test_overwrite_of_nothing_creates(tmp_path: Path) -> None:
 OPEN = """
 import sys
 from pathlib import Path
-from tests.support.stores import claim_rows, make_maps, open_writer
+from tests.support.stores import claim_rows, commit, make_maps, open_writer
 writer = open_writer(Path(sys.argv[1]))
 claim = writer.claim() if sys.argv[2] == "claim" else None
 print("open", flush=True)
 sys.stdin.readline()
 claim = claim or writer.claim()
-writer.commit(claim, make_maps(writer.spec, claim_rows(claim)))
+commit(writer, claim, make_maps(writer.spec, claim_rows(claim)))
 """
 
 
@@ -265,7 +266,9 @@ def test_a_cache_that_was_replaced_after_its_header_was_read_is_refused(tmp_path
 
 def test_a_cache_that_another_process_just_made_is_not_replaced_unasked(tmp_path: Path) -> None:
     path = make_store(tmp_path / "cache", [(0, 5)])
-    create(path, Header.new(SPEC, DATASET), as_lengths(LENGTHS))  # as if it had not been there a moment ago
+    create(
+        path, Header.new(SPEC, DATASET), as_lengths(LENGTHS), make_identities()
+    )  # as if it had not been there a moment ago
     assert GeometryStore.open(path).rows == ((0, 5),)
 
 

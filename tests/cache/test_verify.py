@@ -27,6 +27,7 @@ from geomcache.training.trainer import train
 from tests.support.cli import call
 from tests.support.stores import (
     CAMERAS,
+    commit,
     expected,
     fill,
     make_dataset_spec,
@@ -600,7 +601,7 @@ def test_repaired_rows_hold_what_is_made_again(path: Path) -> None:
         assert claim is not None
         maps = make_maps(SPEC, range(16, 32))
         maps[CAMERAS[1]]["ray"] = maps[CAMERAS[1]]["ray"] + np.float16(1)
-        writer.commit(claim, maps)
+        commit(writer, claim, maps)
         assert writer.seal()
     wanted = expected(SPEC, [19])["ray"]
     wanted[:, 1] += np.float16(1)
