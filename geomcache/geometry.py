@@ -206,13 +206,13 @@ class DatasetSpec:
     """An int if it is whole, so that the canonical JSON of such datasets stays what it was."""
     episodes_sha256: str
     """sha256 of the episodes' lengths in order, little-endian int64."""
-    decoder: str
-    """The decoder of the stored images: ``pyav``, ``torchcodec`` or ``image``. Decoders round differently."""
     identities_sha256: str | None = None
     """sha256 of the episodes' identities in order, little-endian uint64. In schema version 2 only."""
     images_sha256: str | None = None
     """sha256 of what the dataset's metadata says about the cameras' images: features, the place of each episode's
     frames, and statistics. In schema version 1 only."""
+    decoder: str
+    """The decoder of the stored images: ``pyav``, ``torchcodec`` or ``image``. Decoders round differently."""
 
     def __post_init__(self) -> None:
         if (self.identities_sha256 is None) == (self.images_sha256 is None):

@@ -13,6 +13,7 @@ another until nothing is left to claim.
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -32,8 +33,9 @@ from geomcache.extraction.plan import describe_plan, require_space
 from geomcache.extraction.process import Process
 from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import resolve, write_run_config
-from geomcache.extraction.workers import ForkServer, claimed_ranges, decode, naming_worker_death
+from geomcache.extraction.workers import ForkServer, claimed_ranges, decode
 from geomcache.extraction.writer_thread import ShardWriterThread
+from geomcache.frames.of_cache import compare_with_cache
 from geomcache.frames.source import FrameDataset, open_dataset
 from geomcache.progress import Progress
 from geomcache.ranges import count_rows, format_ranges
@@ -116,7 +118,10 @@ def _open_writer(
 
     def open_writer(*, overwrite: bool) -> StoreWriter:
         path = options.output_path
-        version = Header.read(path).schema_version if is_cache(path) and not overwrite else SCHEMA_VERSION
+        version = SCHEMA_VERSION
+        if is_cache(path) and not overwrite:
+            version = Header.read(path).schema_version
+            compare_with_cache(path, dataset)
         return StoreWriter.create_or_open(
             path,
             encoder.spec,
@@ -203,22 +208,17 @@ class _Run:
     def _make_shards(self, first: Claim, progress: Progress) -> None:
         """Decode, encode and write `first`, and every shard that can be claimed after it."""
         report, frames_encoded = self._report, 0
-        with ShardWriterThread(self._writer) as thread, naming_worker_death():
+        decoder = BatchDecoder(self._dataset.reader, self._encoder.preprocessor)
+        with ShardWriterThread(self._writer) as thread:
             ranges = claimed_ranges(self._writer, first, self._batch_size, on_claim=thread.expect)
-            batches = decode(
-                BatchDecoder(self._dataset.reader, self._encoder.preprocessor),
-                ranges,
-                report.workers,
-                server=self._server,
-                pin_memory=self._encoder.device.type == "cuda",
-            )
-            for encoded in self._stage.encode(self._timed(batches)):
-                thread.put(encoded.maps, encoded.signatures)
-                self._count(encoded.stop - encoded.start)
-                frames_encoded += encoded.stop - encoded.start
-                progress.update(
-                    unwritten=frames_encoded - thread.frames_written, nbytes=report.nbytes + thread.nbytes_written
-                )
+            with closing(decode(decoder, ranges, report.workers, server=self._server)) as batches:
+                for encoded in self._stage.encode(self._timed(batches)):
+                    thread.put(encoded.maps, encoded.signatures)
+                    self._count(encoded.stop - encoded.start)
+                    frames_encoded += encoded.stop - encoded.start
+                    progress.update(
+                        unwritten=frames_encoded - thread.frames_written, nbytes=report.nbytes + thread.nbytes_written
+                    )
         if self._first_encoded is not None:
             report.steady_s = time.perf_counter() - self._first_encoded
         report.frames += thread.frames_written
@@ -227,10 +227,11 @@ class _Run:
         report.write_s += thread.write_s
 
     def _timed(self, batches: Iterable[NetworkBatch]) -> Iterator[NetworkBatch]:
+        on_gpu = self._encoder.device.type == "cuda"
         for batch in batches:
             self._report.decode_s += batch.decode_s
             self._report.preprocess_s += batch.preprocess_s
-            yield batch
+            yield batch.pin_memory() if on_gpu else batch
 
     def _count(self, frames: int) -> None:
         """Count encoded frames; the first ones end the start-up."""

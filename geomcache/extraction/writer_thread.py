@@ -57,16 +57,13 @@ class ShardWriterThread:
     def close(self) -> None:
         """Wait until everything is on disk."""
         self._put(None)
-        began = time.monotonic()
-        while self._thread.is_alive():
-            self._thread.join(POLL_S)
-            self._log_wait(began)
+        self._join()
         self._raise_error()
 
     def abort(self) -> None:
         """Stop after the shard that is being written, and drop the incomplete one."""
         self._stop.set()
-        self._thread.join()
+        self._join()
 
     def __enter__(self) -> Self:
         return self
@@ -89,16 +86,22 @@ class ShardWriterThread:
             else:
                 return
 
+    def _join(self) -> None:
+        began = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(POLL_S)
+            self._log_wait(began)
+
     def _log_wait(self, began: float) -> None:
         """Say now and then that the disk, or another process that holds the cache's lock, is waited for."""
-        now = time.monotonic()
-        if now - max(began, self._waiting_logged) >= WAIT_LINE_S:
+        now, claims = time.monotonic(), tuple(self._claims)
+        if claims and now - max(began, self._waiting_logged) >= WAIT_LINE_S:
             self._waiting_logged = now
             logger.warning(
                 "%s: waiting for %.0f s to write shard %d: the disk is slow, or another process holds the cache's lock",
                 self._writer.path,
                 now - began,
-                self._claims[0].shard,
+                claims[0].shard,
             )
 
     def _raise_error(self) -> None:

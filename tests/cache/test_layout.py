@@ -63,7 +63,9 @@ def test_layout_names_the_files_of_a_shard() -> None:
     assert layout.raw_nbytes(20, 2) == 2 * sum(sizes)
 
 
-@pytest.mark.parametrize("key", ["lock", "episodes", "frame_index", "Zarr.json", "manifest.json", "frame_crc32c", "picture_hash"])
+@pytest.mark.parametrize(
+    "key", ["lock", "episodes", "frame_index", "Zarr.json", "manifest.json", "frame_crc32c", "picture_hash"]
+)
 def test_a_camera_cannot_take_the_name_of_another_part(key: str) -> None:
     with pytest.raises(UserInputError, match=f"camera key: expected none of .*, got '{key}'"):
         Layout.of(make_spec(cameras=(key,)), frames=90, shard_frames=16)
