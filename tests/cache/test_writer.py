@@ -84,7 +84,7 @@ def test_commit_returns_the_bytes_on_disk(tmp_path: Path) -> None:
         nbytes = commit(writer, claim, make_maps(SPEC, claim_rows(claim)))
     files = [*(tmp_path / "cache").rglob("c.0.0*")]
     assert nbytes == sum(file.stat().st_size for file in files)
-    assert len(files) == 5
+    assert len(files) == 7
 
 
 def test_resume_goes_on_where_the_last_run_stopped(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_files_of_a_dropped_shard_are_kept_until_it_is_made_again(tmp_path: Path
     path = make_store(tmp_path / "cache")
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("c.2.0*"))
     before = {name: (path / name).read_bytes() for name in names}
-    assert len(names) == 5
+    assert len(names) == 7
     with open_writer(path) as writer:
         assert writer.drop(2, writer._journal.commits[2].files, "damaged")
     for _ in range(2):  # whoever opens it, and however often
@@ -496,7 +496,7 @@ def test_an_interrupted_append_of_another_process_is_cut_off_by_the_next(tmp_pat
 WRITE = """
 import sys
 from pathlib import Path
-from tests.support.stores import claim_rows, make_maps, open_writer
+from tests.support.stores import claim_rows, commit, make_maps, open_writer
 with open_writer(Path(sys.argv[1]), lengths=(200, 120)) as writer:
     print("open", flush=True)
     sys.stdin.readline()
