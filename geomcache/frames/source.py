@@ -197,6 +197,7 @@ def _picture_statistics(
     LeRobot leaves these columns out when it reads the episode table.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     names = [f"stats/{key}/{name}" for key in camera_keys for name in IDENTITY_STATISTICS]
@@ -213,10 +214,10 @@ def _picture_statistics(
         for name in IDENTITY_STATISTICS:
             column = table.column(f"stats/{key}/{name}")
             while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-                column = column.combine_chunks().flatten()
-            values = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
-            if column.null_count or len(values) == 0 or len(values) % len(table):
+                column = pc.list_flatten(column)
+            if column.null_count or len(column) == 0 or len(column) % len(table):
                 return None
+            values = column.to_numpy()
             statistics.setdefault(key, {})[name] = values.astype(np.float64).reshape(len(table), -1)
     return statistics
 
