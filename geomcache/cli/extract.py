@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from geomcache.cli import defaults
 from geomcache.cli import help as cli_help
 from geomcache.extraction.options import ExtractOptions, FromText, recorded_options
 
@@ -38,6 +39,8 @@ def _with_options(command: Callable[[ExtractOptions], None]) -> Callable[..., No
         for marker in markers:
             parsers[field.name] = marker
             annotation = Annotated[str if default is not None else str | None, option]
+        if field.name == "dataset":  # the command chooses one, and says so
+            annotation, default = Annotated[str | None, option], None
         if isinstance(default, tuple):
             default = ",".join(default)
         parameters.append(_parameter(field.name, annotation, default))
@@ -47,6 +50,8 @@ def _with_options(command: Callable[[ExtractOptions], None]) -> Callable[..., No
         for name, marker in parsers.items():
             if given[name] is not None:
                 given[name] = marker.parse(given[name])
+        if given["dataset"] is None:
+            given["dataset"] = defaults.choose_dataset(given["root"])
         command(ExtractOptions(**given))
 
     run.__doc__ = command.__doc__

@@ -6,8 +6,10 @@ from typing import Self
 
 import torch
 
+from geomcache.cache.signatures import Signatures
 from geomcache.da3.encoder import DA3Preprocessor
 from geomcache.frames.reader import FrameReader
+from geomcache.frames.signature import sign_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,7 @@ class NetworkBatch:
     inputs: torch.Tensor | list[torch.Tensor]  # float32 [n, V, 3, H, W]; a list of [n, 3, H_v, W_v] if sizes differ
     decode_s: float
     preprocess_s: float
+    signatures: Signatures  # of the pictures, as they were decoded
 
     def pin_memory(self) -> Self:
         """Copy into page-locked memory, which a GPU reads while it computes."""
@@ -41,9 +44,15 @@ class BatchDecoder:
         """
         began = time.perf_counter()
         frames = self.reader.read(start, stop)
+        signatures = sign_pictures(frames.images)
         decoded = time.perf_counter()
         inputs = self.preprocessor(frames.images)
         done = time.perf_counter()
         return NetworkBatch(
-            start=start, stop=stop, inputs=inputs, decode_s=decoded - began, preprocess_s=done - decoded
+            start=start,
+            stop=stop,
+            inputs=inputs,
+            decode_s=decoded - began,
+            preprocess_s=done - decoded,
+            signatures=signatures,
         )

@@ -18,7 +18,10 @@ from contextlib import closing
 import numpy as np
 
 from geomcache.cache.codecs import Codec
+from geomcache.cache.create import is_cache
+from geomcache.cache.header import Header
 from geomcache.cache.info import Machine
+from geomcache.cache.layout import SCHEMA_VERSION
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.extraction.batch_size import find_batch_size
@@ -33,6 +36,7 @@ from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import record_machine, resolve, write_run_config
 from geomcache.extraction.workers import ForkServer, claimed_ranges, decode
 from geomcache.extraction.writer_thread import ShardWriterThread
+from geomcache.frames.of_cache import compare_with_cache
 from geomcache.frames.source import FrameDataset, open_dataset
 from geomcache.progress import Progress
 from geomcache.ranges import count_rows, format_ranges
@@ -114,9 +118,20 @@ def _open_writer(
         require_space(options.output_path, encoder.spec, count_rows(rows), codec)
 
     def open_writer(*, overwrite: bool) -> StoreWriter:
-        path, lengths = options.output_path, dataset.reader.episode_length
+        path = options.output_path
+        version = SCHEMA_VERSION
+        if is_cache(path) and not overwrite:
+            version = Header.read(path).schema_version
+            compare_with_cache(path, dataset)
         return StoreWriter.create_or_open(
-            path, encoder.spec, dataset.spec, lengths, rows, codec=codec, overwrite=overwrite
+            path,
+            encoder.spec,
+            dataset.describe(version),  # a cache of an earlier version is continued as it was begun
+            dataset.reader.episode_length,
+            rows,
+            identities=dataset.identities,
+            codec=codec,
+            overwrite=overwrite,
         )
 
     with process.main_first():  # the others open what the main process has created or replaced
@@ -200,7 +215,7 @@ class _Run:
             ranges = claimed_ranges(self._writer, first, self._batch_size, on_claim=thread.expect)
             with closing(decode(decoder, ranges, report.workers, server=self._server)) as batches:
                 for encoded in self._stage.encode(self._timed(batches)):
-                    thread.put(encoded.maps)
+                    thread.put(encoded.maps, encoded.signatures)
                     self._count(encoded.stop - encoded.start)
                     frames_encoded += encoded.stop - encoded.start
                     progress.update(
