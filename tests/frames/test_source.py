@@ -1,5 +1,6 @@
 """Finding a dataset and saying what it is."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -51,14 +52,14 @@ def test_the_reader_locates_every_row() -> None:
 def test_the_identity_is_of_the_pictures_not_of_the_name_or_place(demo: Path) -> None:
     here = describe_dataset(LeRobotDatasetMetadata("a", root=DEMO), ["observation.images.image"])
     there = describe_dataset(LeRobotDatasetMetadata("b", root=demo), ["observation.images.image"])
-    assert here.images_sha256 == there.images_sha256
+    assert here.identities_sha256 == there.identities_sha256
     other = describe_dataset(LeRobotDatasetMetadata("a", root=DEMO), ["observation.images.image2"])
-    assert other.images_sha256 != here.images_sha256
+    assert other.identities_sha256 != here.identities_sha256
     stats = json.loads((demo / "meta" / "stats.json").read_text())
     stats["observation.images.image"]["mean"][0][0][0] += 1e-6
     (demo / "meta" / "stats.json").write_text(json.dumps(stats))
     changed = describe_dataset(LeRobotDatasetMetadata("b", root=demo), ["observation.images.image"])
-    assert changed.images_sha256 != here.images_sha256
+    assert changed == dataclasses.replace(here, repo_id="b")  # aggregated statistics do not belong to it
     assert changed.episodes_sha256 == here.episodes_sha256
 
 
