@@ -102,7 +102,7 @@ def file_errors(path: Path) -> Iterator[None]:
                 f"{path}: expected room for it, found none ({error.strerror}): free some, then run the same command"
                 " again to resume"
             ) from error
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # another library's may have a text alone
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

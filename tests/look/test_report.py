@@ -21,7 +21,8 @@ from geomcache.errors import CacheIncompleteError, DatasetNotFoundError, UserInp
 from geomcache.look import charts
 from geomcache.look import gather as gather_module
 from geomcache.look.charts import Group, histogram, over_time
-from geomcache.look.gather import ReportOptions, choose_rows, disk_use, gather, lowest_confidence
+from geomcache.look.gather import choose_rows, disk_use, gather, lowest_confidence
+from geomcache.look.options import ReportOptions
 from geomcache.look.page import write_page
 from geomcache.look.report import report
 from tests.support.scene import KEYS, LENGTHS, Scene, make_scene, scene_maps

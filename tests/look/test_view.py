@@ -18,8 +18,9 @@ from geomcache.geometry import Camera
 from geomcache.look import video
 from geomcache.look.drawing import HEADING, MARGIN, NAME, PANEL, TITLE, scalar_colours, vector_colours
 from geomcache.look.episode import Frame, survey
+from geomcache.look.options import ViewOptions
 from geomcache.look.sheet import EpisodeSheet, pinhole_caption
-from geomcache.look.view import PRINT_SCALE, ViewOptions, view
+from geomcache.look.view import PRINT_SCALE, view
 from tests.support.datasets import make_dataset
 from tests.support.scene import KEYS, LENGTHS, SIZE, WALL, Scene, make_scene, scene_maps
 
