@@ -14,7 +14,6 @@ shard that another process makes again during the check may be reported as damag
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import sys
@@ -27,17 +26,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from geomcache.cache.commands import extract_command
-from geomcache.cache.contents import damaged_files, read_episodes
 from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_TABLE, GROUP, Header
+from geomcache.cache.inventory import damaged_files, read_episodes, small_files
 from geomcache.cache.journal import Journal
 from geomcache.cache.layout import CHECKSUMS, CRC_NBYTES, Column, Layout, ShardFiles, crc32c, without_crc
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheCorruptError, CacheError, CacheFormatError
 from geomcache.progress import human_bytes
-from geomcache.ranges import Ranges, RowSet, clip_ranges, count_rows, format_ranges, merge_ranges, rows_of
+from geomcache.ranges import Ranges, RowSet, clip_ranges, count_rows, format_ranges, merge_ranges, name_row, rows_of
 
 _LISTED = 100  # lines of problems; --json has all
 _SECOND_READ_S = 0.5  # after which a failed read is tried once more: time for an NFS client to renew a stale handle
@@ -108,9 +108,7 @@ class VerifyReport:
 def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     """Compare everything in a cache with what was written. Shows a progress bar on a terminal.
 
-    Args:
-        path: the cache.
-        repair: drop damaged shards, and make a damaged manifest again.
+    Repair drops damaged shards, and makes a damaged manifest again.
 
     Raises:
         CacheNotFoundError: nothing is at the path.
@@ -201,11 +199,12 @@ class _Check:
         self._check_shards(header.layout, sorted(self.shards)[share])
 
     def _check_shards(self, layout: Layout, shards: Sequence[int]) -> None:
-        with _progress_bar(sum(self.shards[shard].nbytes for shard in shards)) as advance:
+        nbytes = sum(self.shards[shard].nbytes for shard in shards)
+        with tqdm(total=nbytes, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
             for shard in shards:
                 rows = clip_ranges(self.rows, *layout.shard_rows(shard))
                 self.problems += _check_shard(self.folder, layout, shard, rows, self.shards[shard], self._name)
-                advance(self.shards[shard].nbytes)
+                bar.update(self.shards[shard].nbytes)
 
     def _add(self, file: str, message: str, *, repairable: bool = False) -> None:
         self.problems.append(Problem(file=file, message=message, repairable=repairable))
@@ -248,17 +247,14 @@ class _Check:
 
     def _check_files(self, header: Header, contents: Manifest | Journal) -> None:
         """Check metadata, coordinates and episode table."""
-        group = [GROUP] if isinstance(contents, Manifest) else []
-        # The attributes of a hostile cache may promise any number of chunks: check no more names than are recorded.
-        names = itertools.islice(itertools.chain(group, header.metadata(), header.chunks()), len(contents.files) + 1)
-        damaged = {}
-        for name, error in damaged_files(self.folder, names, contents.files):
-            damaged[name] = error
+        damaged = set()
+        for name, error in damaged_files(self.folder, small_files(header, contents), contents.files):
+            damaged.add(name)
             self._add(name, str(error), repairable=name == GROUP)
         for name, expected_shape in _array_shapes(header).items():
-            if f"{name}/{GROUP}" in contents.files.keys() - damaged.keys():
+            if f"{name}/{GROUP}" in contents.files.keys() - damaged:
                 self._check_shape(f"{name}/{GROUP}", expected_shape)
-        if damaged.keys() & {f"{name}/c.0" for name in EPISODE_TABLE}:
+        if damaged & {f"{name}/c.0" for name in EPISODE_TABLE}:
             return
         try:
             self.episodes = read_episodes(self.folder, header)
@@ -331,10 +327,7 @@ class _Check:
         return any(edge % self.header.shard_frames for edge in edges)
 
     def _name(self, row: int) -> str:
-        if self.episodes is None:
-            return f"row {row}"
-        episode = int(self.episodes[0].searchsorted(row, "right")) - 1
-        return f"episode {episode} frame {row - int(self.episodes[0][episode])}"
+        return f"row {row}" if self.episodes is None else name_row(self.episodes[0], row)
 
 
 def _report(check: _Check, repairs: tuple[str, ...] = ()) -> VerifyReport:
@@ -347,18 +340,6 @@ def _report(check: _Check, repairs: tuple[str, ...] = ()) -> VerifyReport:
         problems=tuple(check.problems),
         repairs=repairs,
     )
-
-
-@contextlib.contextmanager
-def _progress_bar(nbytes: int) -> Iterator[Callable[[int], object]]:
-    """Show a bar on a terminal; yields what takes the bytes that were done."""
-    if not sys.stderr.isatty():
-        yield lambda _nbytes: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=nbytes, unit="B", unit_scale=True, desc="verify") as bar:
-        yield bar.update
 
 
 def _array_shapes(header: Header) -> dict[str, tuple[int, ...]]:

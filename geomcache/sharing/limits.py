@@ -11,9 +11,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.contents import damaged_files, read_episodes
 from geomcache.cache.header import COORDINATE_CHUNK, EPISODE_TABLE, GROUP, Header
-from geomcache.cache.inventory import CONTROL_LIMITS, Inventory
+from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, damaged_files, read_episodes
 from geomcache.cache.layout import CRC_NBYTES
 from geomcache.cache.manifest import JOURNAL, MANIFEST
 from geomcache.cache.records import Files
@@ -32,10 +31,7 @@ def fetch_description(
 ) -> tuple[Inventory, NDArray[np.int64]]:
     """Download the few files that describe a sealed cache, check them, and compare them with each other.
 
-    Args:
-        remote: where the cache is.
-        folder: an empty one, for the copy.
-        metadata: also download the metadata of the arrays, not yet compared with their hashes.
+    They come to `folder`, which is empty; with `metadata` also those of the arrays, not yet compared with their hashes.
 
     Returns:
         The inventory, and the length of every episode, int64 [E].
