@@ -78,6 +78,15 @@ def _check_own(draft: Path) -> None:
             f"{draft}: expected nothing, or the folder of an interrupted pull of yours (user {user}), found {kind} of"
             f" user {status.st_uid}: remove it, or choose another path"
         )
+    if (draft / LOCK).is_symlink():
+        raise _foreign(draft, LOCK)
+
+
+def _foreign(draft: Path, name: str) -> CacheExistsError:
+    return CacheExistsError(
+        f"{draft}: expected only files of this cache, found {name}: a pull of another cache was interrupted, or"
+        " something else wrote here; remove the folder, or choose another path"
+    )
 
 
 def files_in(draft: Path, known: Set[str]) -> set[str]:
@@ -96,10 +105,7 @@ def files_in(draft: Path, known: Set[str]) -> set[str]:
         names |= {str(prefix / name) for name in files}
     names.discard(LOCK)
     if unknown := sorted(links | (names - known - _CONTROL)):
-        raise CacheExistsError(
-            f"{draft}: expected only files of this cache, found {unknown[0]}: a pull of another cache was interrupted,"
-            " or something else wrote here; remove the folder, or choose another path"
-        )
+        raise _foreign(draft, unknown[0])
     return names
 
 
