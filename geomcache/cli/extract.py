@@ -22,8 +22,7 @@ def extract(options: ExtractOptions) -> None:
 
     report = run(options)
     if not options.dry_run:
-        for line in report.lines():
-            typer.echo(line)
+        typer.echo("\n".join(report.lines()))
 
 
 def _read_config(context: typer.Context, file: Path | None) -> Path | None:
