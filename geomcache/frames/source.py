@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from geomcache.errors import DatasetError, DatasetNotFoundError, did_you_mean, one_line
 from geomcache.frames.reader import DECODER, TOLERANCE_S, FrameReader, VideoColumn
 from geomcache.geometry import Camera, DatasetSpec, canonical_json, check_camera_key
-from geomcache.ranges import parse_episodes
+from geomcache.ranges import parse_episodes, rows_of
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -75,9 +75,8 @@ def open_dataset(
     meta = open_metadata(repo_id, root, revision)
     keys = _choose_cameras(meta, cameras)
     wanted = parse_episodes(episodes, int(meta.total_episodes))
-    _require_files(meta, repo_id, keys, wanted, local=root is not None)
-    reader = _make_reader(meta, keys)
-    reader.tolerance_s = tolerance_s
+    reader = _make_reader(meta, keys, tolerance_s)
+    _require_files(meta, reader, wanted, local=root is not None)
     return FrameDataset(spec=describe_dataset(meta, keys), reader=reader), wanted
 
 
@@ -129,7 +128,7 @@ def episode_lengths(meta: "LeRobotDatasetMetadata") -> NDArray[np.int64]:
     """
     starts, stops = _column(meta, "dataset_from_index"), _column(meta, "dataset_to_index")
     lengths: NDArray[np.int64] = stops - starts
-    expected = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+    expected = np.cumsum(lengths) - lengths
     if len(lengths) != meta.total_episodes or not np.array_equal(starts, expected) or stops[-1] != meta.total_frames:
         raise DatasetError(
             f"dataset {meta.repo_id}: expected episodes that follow each other from index 0 to {meta.total_frames},"
@@ -139,12 +138,9 @@ def episode_lengths(meta: "LeRobotDatasetMetadata") -> NDArray[np.int64]:
 
 
 def describe_dataset(meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str], decoder: str = DECODER) -> DatasetSpec:
-    """Return what a cache records of its dataset; see `DatasetSpec`. Reads metadata only, no image.
+    """Return what a cache of these cameras records of its dataset; see `DatasetSpec`. Reads metadata only, no image.
 
-    Args:
-        meta: the dataset's metadata.
-        camera_keys: the cameras that matter.
-        decoder: what turns video into pixels; ``image`` is recorded if no camera is a video.
+    Where no camera is a video, ``image`` is recorded for the decoder.
     """
     lengths = episode_lengths(meta)
     content = hashlib.sha256()
@@ -257,7 +253,7 @@ def _file_table(
     return paths, file_of_episode.reshape(-1)
 
 
-def _make_reader(meta: "LeRobotDatasetMetadata", keys: Sequence[str]) -> FrameReader:
+def _make_reader(meta: "LeRobotDatasetMetadata", keys: Sequence[str], tolerance_s: float) -> FrameReader:
     lengths = episode_lengths(meta)
     data_paths, data_file = _file_table(
         meta.data_path, _column(meta, "data/chunk_index"), _column(meta, "data/file_index")
@@ -277,11 +273,12 @@ def _make_reader(meta: "LeRobotDatasetMetadata", keys: Sequence[str]) -> FrameRe
     return FrameReader(
         root=Path(meta.root),
         cameras=tuple(_camera(meta, key) for key in keys),
-        episode_start=np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64),
+        episode_start=np.cumsum(lengths) - lengths,
         episode_length=lengths,
         data_paths=data_paths,
         data_file=data_file,
         videos=videos,
+        tolerance_s=tolerance_s,
     )
 
 
@@ -303,11 +300,10 @@ def _image_shape(meta: "LeRobotDatasetMetadata", key: str) -> tuple[int, int, in
 
 
 def _require_files(
-    meta: "LeRobotDatasetMetadata", repo_id: str, keys: Sequence[str], wanted: list[tuple[int, int]], *, local: bool
+    meta: "LeRobotDatasetMetadata", reader: FrameReader, wanted: list[tuple[int, int]], *, local: bool
 ) -> None:
     """Require the files of these episodes; download those that are missing if the dataset is on the Hub."""
-    reader = _make_reader(meta, keys)
-    episodes = np.concatenate([np.arange(first, last) for first, last in wanted])
+    episodes = rows_of(wanted)
     files = {reader.data_paths[i] for i in np.unique(reader.data_file[episodes])}
     for column in reader.videos.values():
         files |= {column.paths[i] for i in np.unique(column.file[episodes])}
@@ -317,8 +313,8 @@ def _require_files(
     revision = _resolved_revision(meta)
     if local or revision is None:
         raise DatasetError(
-            f"dataset {repo_id}: {len(missing)} of {len(files)} files are missing, first {reader.root / missing[0]}:"
-            " complete the copy, or leave --root out to use the Hub's"
+            f"dataset {meta.repo_id}: {len(missing)} of {len(files)} files are missing, first"
+            f" {reader.root / missing[0]}: complete the copy, or leave --root out to use the Hub's"
         )
     import httpx
     from huggingface_hub import snapshot_download
@@ -326,9 +322,13 @@ def _require_files(
 
     try:  # into the folder that LeRobotDataset itself uses, so that training finds them
         snapshot_download(
-            repo_id, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE, allow_patterns=missing
+            meta.repo_id,
+            repo_type="dataset",
+            revision=revision,
+            cache_dir=HF_LEROBOT_HUB_CACHE,
+            allow_patterns=missing,
         )
     except (OSError, httpx.HTTPError) as error:
         raise DatasetError(
-            f"dataset {repo_id}: {len(missing)} files cannot be downloaded: {one_line(error)}"
+            f"dataset {meta.repo_id}: {len(missing)} files cannot be downloaded: {one_line(error)}"
         ) from error
