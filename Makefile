@@ -38,7 +38,7 @@ system-libraries:
 demo: $(READY) ## Extract the shipped episodes with DA3-SMALL; MODEL=DA3-SMALL downloads the real weights
 	@MODEL="$(MODEL)" PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/demo.sh
 
-eval-libero: $(READY) system-libraries ## Evaluate POLICY=... in LIBERO [SUITE=libero_10] [TASKS=0,1] [N_EPISODES=10]
+eval-libero: $(READY) system-libraries ## Evaluate the newest checkpoint in LIBERO [POLICY=...] [SUITE=libero_10] [TASKS=0,1] [N_EPISODES=10]
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/eval_libero.sh
 
 e2e-libero: $(READY) system-libraries ## Extract, train and solve a task in LIBERO, on two CPU cores (half an hour)

@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 import msgspec
 import numpy as np
@@ -196,7 +196,8 @@ class DatasetSpec:
     repo_id: str
     """A label: two copies of one dataset under two names have the same frames."""
     revision: str | None
-    """Resolved commit on the Hub; None for a local folder without one."""
+    """Resolved commit on the Hub; None for a local folder without one. A label from schema version 2 on: what the
+    frames are is told by the episodes."""
     frames: int
     """N, all frames of the dataset, even if only some episodes are cached."""
     episodes: int
@@ -205,20 +206,34 @@ class DatasetSpec:
     """An int if it is whole, so that the canonical JSON of such datasets stays what it was."""
     episodes_sha256: str
     """sha256 of the episodes' lengths in order, little-endian int64."""
-    images_sha256: str
+    identities_sha256: str | None = None
+    """sha256 of the episodes' identities in order, little-endian uint64. In schema version 2 only."""
+    images_sha256: str | None = None
     """sha256 of what the dataset's metadata says about the cameras' images: features, the place of each episode's
-    frames, and statistics. It needs no image, so a run on part of the dataset can compare it."""
+    frames, and statistics. In schema version 1 only."""
     decoder: str
     """The decoder of the stored images: ``pyav``, ``torchcodec`` or ``image``. Decoders round differently."""
 
     def __post_init__(self) -> None:
+        if (self.identities_sha256 is None) == (self.images_sha256 is None):
+            raise UserInputError(
+                f"dataset {self.repo_id}: expected either identities_sha256 or images_sha256, got"
+                f" {'both' if self.images_sha256 else 'none'}"
+            )
         for name in ("frames", "episodes", "fps"):
             if not 1 <= getattr(self, name) < math.inf:
                 raise UserInputError(f"dataset {self.repo_id}: expected {name} >= 1, got {getattr(self, name)}")
 
+    @property
+    def schema_version(self) -> int:
+        """Return the version of the cache format that describes a dataset by these fields."""
+        return 1 if self.identities_sha256 is None else 2
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the spec as JSON types."""
-        return _to_json(self)
+        """Return the spec as JSON types, without the field of the other schema version."""
+        data = _to_json(self)
+        del data["identities_sha256" if self.schema_version == 1 else "images_sha256"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -233,10 +248,13 @@ class DatasetSpec:
 def fingerprint(spec: GeometrySpec, dataset: DatasetSpec) -> str:
     """Return the identity of a cache's content: the sha256, hexadecimal, of the canonical JSON of both specs.
 
-    Labels (`model_id`, `repo_id`) are left out: the same weights and frames under other names give the same numbers.
+    Labels (`model_id`, `repo_id`, and `revision` from schema version 2 on) are left out: the same weights and frames
+    under other names give the same numbers.
     """
     content = {"spec": spec.to_dict(), "dataset": dataset.to_dict()}
     del content["spec"]["model_id"], content["dataset"]["repo_id"]
+    if dataset.schema_version >= 2:
+        del content["dataset"]["revision"]
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
@@ -349,7 +367,11 @@ def _to_json(spec: Any) -> dict[str, Any]:
     return data
 
 
-def _from_json[T](cls: type[T], data: Mapping[str, Any], where: str) -> T:
+class _Spec(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def _from_json[T: _Spec](cls: type[T], data: Mapping[str, Any], where: str) -> T:
     """Build a spec from JSON types of unknown origin; `where` names it in messages."""
     try:
         spec = msgspec.convert(data, cls)
@@ -362,10 +384,13 @@ def _from_json[T](cls: type[T], data: Mapping[str, Any], where: str) -> T:
         text = re.sub("^Expected", "expected", text)
         raise CacheFormatError(f"{where}{path}: {text:.200}") from None
     # msgspec passes over fields that it does not know, and takes the default of one that is missing.
-    for name, expected, found in differences(_to_json(spec), data):
-        wanted = repr(expected) if name in cls.__annotations__ else "no such field"
+    fields = spec.to_dict()
+    for name, expected, found in differences(fields, data):
+        wanted = repr(expected) if name in fields else "no such field"
         raise CacheFormatError(f"{where}.{name}: expected {wanted:.200}, got {found!r:.200}")
     for name, value in data.items():
+        if name not in fields:
+            raise CacheFormatError(f"{where}.{name}: expected no such field, got {value!r:.200}")
         if isinstance(value, str) and _UNPRINTABLE.search(value):
             raise CacheFormatError(f"{where}.{name}: expected text without control characters, got {value!r:.200}")
     return spec

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Success rates of a checkpoint in LIBERO, with geometry encoded online.
 #
+#   make eval-libero                           the newest checkpoint under outputs/
 #   make eval-libero POLICY=outputs/pi05_geometry/checkpoints/last/pretrained_model
 #   make eval-libero POLICY=... SUITE=libero_object TASKS=0,1 N_EPISODES=1
 #   make eval-libero POLICY=... ARGS='--policy.n_action_steps=10 --seed=7'     any option of lerobot-eval
@@ -18,8 +19,15 @@ OUTPUT="${OUTPUT:-outputs/eval/${SUITE//,/+}}"
 ARGS="${ARGS:-}"
 
 if [[ -z "$POLICY" ]]; then
-    echo "eval_libero.sh: POLICY: expected a checkpoint's folder or Hub id, found none: set it, POLICY=outputs/.../pretrained_model" >&2
-    exit 2
+    mkdir -p outputs
+    # The link `last` is set when a checkpoint is complete.
+    newest="$(find outputs -path '*/checkpoints/last' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d ' ' -f 2-)"
+    if [[ -z "$newest" ]]; then
+        echo "eval_libero.sh: POLICY: expected a checkpoint under outputs/, found none: train one with \`geomcache train\`, or name one with POLICY=FOLDER" >&2
+        exit 2
+    fi
+    POLICY="$(realpath --relative-to=. "$newest")/pretrained_model"
+    echo "policy: $POLICY, the newest checkpoint under outputs/; choose another with POLICY=FOLDER"
 fi
 
 read -ra more <<<"$ARGS"

@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_TABLE, GROUP, Header
-from geomcache.cache.inventory import damaged_files, read_episodes, small_files
+from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, GROUP, Header
+from geomcache.cache.inventory import EpisodeTable, damaged_files, read_episodes, small_files
 from geomcache.cache.journal import Journal
-from geomcache.cache.layout import CHECKSUMS, CRC_NBYTES, Column, Layout, ShardFiles, crc32c, without_crc
+from geomcache.cache.layout import CRC_NBYTES, Column, Layout, ShardFiles, crc32c, without_crc
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.errors import CacheCorruptError, CacheFormatError
 from geomcache.ranges import Ranges, RowSet, clip_ranges, count_rows, merge_ranges, name_row, rows_of
@@ -64,7 +64,7 @@ class CacheCheck:
         rows: rows of the cache, from the same file.
         nbytes: bytes of the shards' files.
         problems: those found so far.
-        episodes: first row and length of each episode, int64 [E] each; None where the table is damaged.
+        episodes: the episode table; None where it is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,7 +76,7 @@ class CacheCheck:
         self.rows: Ranges = ()
         self.nbytes = 0
         self.problems: list[Problem] = []
-        self.episodes: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+        self.episodes: EpisodeTable | None = None
 
     def run(self, share: slice = slice(None)) -> None:
         """Check everything, but of the shards, in order, only a share."""
@@ -153,7 +153,7 @@ class CacheCheck:
         for name, expected_shape in _array_shapes(header).items():
             if f"{name}/{GROUP}" in contents.files.keys() - damaged:
                 self._check_shape(f"{name}/{GROUP}", expected_shape)
-        if damaged & {f"{name}/c.0" for name in EPISODE_TABLE}:
+        if damaged & {f"{name}/c.0" for name in header.episode_table}:
             return
         try:
             self.episodes = read_episodes(self.folder, header)
@@ -161,7 +161,7 @@ class CacheCheck:
             self._add("episodes", str(error))
             return
         if not damaged:
-            self._check_coordinates(header.dataset.frames, self.episodes[0])
+            self._check_coordinates(header.dataset.frames, self.episodes.start)
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         """Compare the shape in an array's metadata with the root attributes."""
@@ -207,7 +207,7 @@ class CacheCheck:
         """
         if self.manifest is None or self.episodes is None:
             return
-        starts, lengths = self.episodes
+        starts, lengths, _ = self.episodes
         complete = RowSet(self.rows).covers(starts, starts + lengths)
         for episode in np.flatnonzero(~complete).tolist():
             start, length = int(starts[episode]), int(lengths[episode])
@@ -226,7 +226,7 @@ class CacheCheck:
         return any(edge % self.header.shard_frames for edge in edges)
 
     def _name(self, row: int) -> str:
-        return f"row {row}" if self.episodes is None else name_row(self.episodes[0], row)
+        return f"row {row}" if self.episodes is None else name_row(self.episodes.start, row)
 
 
 def _array_shapes(header: Header) -> dict[str, tuple[int, ...]]:
@@ -234,9 +234,9 @@ def _array_shapes(header: Header) -> dict[str, tuple[int, ...]]:
     frames, columns = header.dataset.frames, header.layout.columns
     return {
         **{column.key: (frames, *column.shape) for column in columns},
-        CHECKSUMS: (frames, len(columns)),
+        **{table.key: (frames, *table.shape) for table in header.layout.tables},
         **dict.fromkeys(COORDINATES, (frames,)),
-        **dict.fromkeys(EPISODE_TABLE, (header.dataset.episodes,)),
+        **dict.fromkeys(header.episode_table, (header.dataset.episodes,)),
     }
 
 
@@ -263,6 +263,7 @@ def _check_shard(
     numbers = rows_of(rows)
     local_rows = numbers - layout.shard_rows(shard)[0]
     files = [*zip(layout.files(shard), written.sizes, written.digests, strict=True)]
+    files, (checksum_file, *signature_files) = files[: len(layout.columns)], files[len(layout.columns) :]
 
     def problem(file: str, fault: _Fault, damaged: NDArray[np.int64]) -> Problem:
         which = _describe_rows(damaged, name_of) if len(damaged) else "no frame, but a checksum that other readers use"
@@ -274,13 +275,17 @@ def _check_shard(
             repairable=fault.is_damage,
         )
 
-    name, size, digest = files.pop()
+    for name, size, digest in signature_files:  # without them no picture can be compared with the shard
+        _, fault = _read_and_check(folder / name, size, digest)
+        if fault:
+            yield problem(name, fault, numbers)
+    name, size, digest = checksum_file
     content, fault = _read_and_check(folder / name, size, digest)
     table = None
     if fault:  # without the table no map of the shard is read
         yield problem(name, fault, numbers)
     else:
-        table = np.frombuffer(content[:-CRC_NBYTES], "<u4").reshape(-1, len(layout.columns))[local_rows]
+        table = layout.tables[0].decode(content)[local_rows]
     for number, (column, (name, size, digest)) in enumerate(zip(layout.columns, files, strict=True)):
         content, fault = _read_and_check(folder / name, size, digest)
         if fault and not content:

@@ -24,11 +24,21 @@ from geomcache.geometry import DatasetSpec, differences
 from geomcache.ranges import Ranges, merge_ranges
 
 _DRAFT = ".geomcache-tmp"  # ends the names of folders next to a cache's path: not yet the cache, or no longer
-_LABELS = {"spec.model_id", "dataset.repo_id"}  # other names of the same weights and frames are no difference
+# Other names of the same weights and frames are no difference. `revision` is such a name from schema version 2 on.
+_LABELS = {1: {"spec.model_id", "dataset.repo_id"}, 2: {"spec.model_id", "dataset.repo_id", "dataset.revision"}}
 
 
-def create(target: Path, header: Header, episode_lengths: NDArray[np.int64], *, overwrite: bool = False) -> None:
-    """Create an empty cache at `target`, unless another process does so first. `episode_lengths` is int64 [E].
+def create(
+    target: Path,
+    header: Header,
+    episode_lengths: NDArray[np.int64],
+    identities: NDArray[np.uint64] | None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Create an empty cache at `target`, unless another process does so first.
+
+    `episode_lengths` is int64 [E]; `identities`, uint64 [E], are those of the episodes, None for schema version 1.
 
     Raises:
         CacheExistsError: something that is no cache is there, and is to be replaced.
@@ -47,7 +57,7 @@ def create(target: Path, header: Header, episode_lengths: NDArray[np.int64], *, 
         _remove_abandoned(target)
         draft = _make_draft(target, stack)
         try:
-            _fill(draft, header, episode_lengths)
+            _fill(draft, header, episode_lengths, identities)
             if replaced:
                 _swap(target, draft)
             elif not _place(target, draft):
@@ -81,9 +91,11 @@ def _make_draft(target: Path, stack: contextlib.ExitStack) -> Path:
             return draft
 
 
-def _fill(draft: Path, header: Header, episode_lengths: NDArray[np.int64]) -> None:
+def _fill(
+    draft: Path, header: Header, episode_lengths: NDArray[np.int64], identities: NDArray[np.uint64] | None
+) -> None:
     with durable.file_errors(draft):
-        create_arrays(draft, header, episode_lengths)
+        create_arrays(draft, header, episode_lengths, identities)
     names = (*header.metadata(), *header.chunks())
     files: Files = {name: Stored.of((draft / name).read_bytes()) for name in names}
     durable.write_file(draft / JOURNAL, [begin_line(header.layout, header.fingerprint, files)])
@@ -204,7 +216,7 @@ def matching_header(folder: Path, wanted: Header) -> Header:
         raise _mismatch(folder, "codec", header.codec.name, wanted.codec.name, f"use --codec {header.codec.name}")
     stored, asked = ({"spec": each.spec.to_dict(), "dataset": each.dataset.to_dict()} for each in (header, wanted))
     for field, stored_value, asked_value in differences(stored, asked):
-        if field not in _LABELS:
+        if field not in _LABELS[wanted.schema_version]:
             raise _mismatch(folder, field, stored_value, asked_value, "use the same settings")
     return header
 
@@ -237,6 +249,24 @@ def check_episodes(dataset: DatasetSpec, episode_lengths: NDArray[np.int64]) -> 
             f"episode lengths of {dataset.repo_id}: expected sha256 {dataset.episodes_sha256}, got {digest}"
         )
     return lengths
+
+
+def check_identities(dataset: DatasetSpec, identities: NDArray[np.uint64] | None) -> NDArray[np.uint64] | None:
+    """Return the identities of the episodes, [E], as little-endian uint64; None for schema version 1.
+
+    Raises:
+        UserInputError: they are not the dataset's.
+    """
+    if dataset.identities_sha256 is None:
+        return None
+    values = np.ascontiguousarray(() if identities is None else identities, dtype="<u8")
+    digest = sha256(values.tobytes()).hexdigest()
+    if values.shape != (dataset.episodes,) or digest != dataset.identities_sha256:
+        raise UserInputError(
+            f"episode identities of {dataset.repo_id}: expected {dataset.episodes} with sha256"
+            f" {dataset.identities_sha256}, got {values.size} with {digest}"
+        )
+    return values
 
 
 def check_rows(dataset: DatasetSpec, wanted: Iterable[tuple[int, int]]) -> Ranges:

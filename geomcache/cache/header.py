@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from geomcache.cache.codecs import RAW, Codec
-from geomcache.cache.layout import CHECKSUMS, MAX_SHARD_FRAMES, MIN_SHARD_FRAMES, Layout, choose_shard_frames
-from geomcache.cache.records import SCHEMA_VERSION, Statistics, describe_statistics
+from geomcache.cache.layout import (
+    MAX_SHARD_FRAMES,
+    MIN_SHARD_FRAMES,
+    SCHEMA_VERSIONS,
+    Layout,
+    choose_shard_frames,
+)
+from geomcache.cache.records import Statistics, describe_statistics
 from geomcache.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UserInputError
 from geomcache.geometry import DatasetSpec, GeometrySpec, fingerprint
 
@@ -17,7 +23,9 @@ GROUP = "zarr.json"
 LOCK = "lock"
 COORDINATES = ("episode_index", "frame_index")
 COORDINATE_CHUNK = 1 << 20  # rows
-EPISODE_TABLE = ("episodes/start", "episodes/length")
+EPISODES = "episodes"  # the group of the episode table
+EPISODE_IDENTITY = f"{EPISODES}/identity"
+_MAX_SHARD_FRAMES_V1 = 4096
 _MAX_FRAMES = 1 << 40  # ten million hours at 30 Hz; sums of so many stay far from int64's end
 
 
@@ -36,10 +44,21 @@ class Header:
         shard_frames = choose_shard_frames(spec, dataset.frames)
         return cls(spec=spec, dataset=dataset, shard_frames=shard_frames, codec=codec)
 
+    @property
+    def schema_version(self) -> int:
+        """Return the version of the format."""
+        return self.dataset.schema_version
+
     @functools.cached_property
     def layout(self) -> Layout:
         """Return the layout of the shards."""
-        return Layout.of(self.spec, self.dataset.frames, self.shard_frames, self.codec)
+        return Layout.of(self.spec, self.dataset.frames, self.shard_frames, self.codec, self.schema_version)
+
+    @property
+    def episode_table(self) -> tuple[str, ...]:
+        """Return the paths of the arrays with a number for each episode: start, length, and from version 2 identity."""
+        table = (f"{EPISODES}/start", f"{EPISODES}/length")
+        return table if self.schema_version == 1 else (*table, EPISODE_IDENTITY)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -49,7 +68,7 @@ class Header:
     def attributes(self, statistics: Statistics | None = None) -> dict[str, Any]:
         """Return the root group's attributes; with statistics for a cache that is sealed."""
         content: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": self.schema_version,
             "fingerprint": self.fingerprint,
             "shard_frames": self.shard_frames,
             "codec": self.codec.name,
@@ -93,27 +112,29 @@ class Header:
                 f"{path}: expected a Zarr group with the attribute 'geomcache', found another file: name a cache that"
                 " `geomcache extract` made"
             ) from None
-        if version != SCHEMA_VERSION or type(version) is not int:
+        if version not in SCHEMA_VERSIONS or type(version) is not int:
             raise CacheFormatError(
-                f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r:.80}: another version of geomcache"
-                " wrote it; install that one"
+                f"{path}: expected schema version {' or '.join(map(str, SCHEMA_VERSIONS))}, found {version!r:.80}:"
+                " another version of geomcache wrote it; install that one"
             )
-        return cls._parse(data, path)
+        return cls._parse(data, version, path)
 
     @classmethod
-    def _parse(cls, data: dict[str, Any], path: Path) -> Self:
-        frames = data.get("shard_frames")
+    def _parse(cls, data: dict[str, Any], version: int, path: Path) -> Self:
+        frames, most_frames = data.get("shard_frames"), _MAX_SHARD_FRAMES_V1 if version == 1 else MAX_SHARD_FRAMES
         try:
             codec = Codec.of(data.get("codec"))
         except UserInputError as error:
             raise CacheFormatError(f"{path}: {error}: install a newer geomcache") from None
-        if type(frames) is not int or not MIN_SHARD_FRAMES <= frames <= MAX_SHARD_FRAMES or frames & (frames - 1):
+        if type(frames) is not int or not MIN_SHARD_FRAMES <= frames <= most_frames or frames & (frames - 1):
             raise CacheFormatError(
-                f"{path}: shard_frames: expected a power of two from {MIN_SHARD_FRAMES} to {MAX_SHARD_FRAMES}, found"
+                f"{path}: shard_frames: expected a power of two from {MIN_SHARD_FRAMES} to {most_frames}, found"
                 f" {frames!r:.80}: restore the file from a copy"
             )
         try:
             spec, dataset = GeometrySpec.from_dict(data.get("spec", {})), DatasetSpec.from_dict(data.get("dataset", {}))
+            if dataset.schema_version != version:
+                raise UserInputError(f"dataset: expected the fields of schema version {version}, got others")
             header = cls(spec=spec, dataset=dataset, shard_frames=frames, codec=codec)
             header.layout  # noqa: B018 - checks the cameras' keys
             if (most := max(dataset.frames, dataset.episodes, dataset.fps)) > _MAX_FRAMES:
@@ -131,10 +152,9 @@ class Header:
         """Yield the paths of the chunks that are written when the cache is created."""
         for name in COORDINATES:
             yield from (f"{name}/c.{chunk}" for chunk in range(-(-self.dataset.frames // COORDINATE_CHUNK)))
-        yield from (f"{name}/c.0" for name in EPISODE_TABLE)
+        yield from (f"{name}/c.0" for name in self.episode_table)
 
     def metadata(self) -> tuple[str, ...]:
         """Return the paths of the metadata except the root group's."""
-        groups = (*self.spec.camera_keys, EPISODE_TABLE[0].partition("/")[0])
-        arrays = (*(column.key for column in self.layout.columns), CHECKSUMS, *COORDINATES, *EPISODE_TABLE)
-        return tuple(f"{node}/{GROUP}" for node in (*groups, *arrays))
+        arrays = (*self.layout.keys, *COORDINATES, *self.episode_table)
+        return tuple(f"{node}/{GROUP}" for node in (*self.spec.camera_keys, EPISODES, *arrays))

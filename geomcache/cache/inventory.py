@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.header import EPISODE_TABLE, GROUP, Header
+from geomcache.cache.header import EPISODES, GROUP, Header
 from geomcache.cache.journal import Journal
 from geomcache.cache.layout import Layout, without_crc
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
@@ -152,7 +152,7 @@ def check_files(folder: Path, header: Header, contents: Manifest | Journal) -> N
     Raises:
         CacheCorruptError: a file is missing or differs.
     """
-    small = [*header.metadata(), *(f"{name}/c.0" for name in EPISODE_TABLE)]
+    small = [*header.metadata(), *(f"{name}/c.0" for name in header.episode_table)]
     if isinstance(contents, Manifest):
         small.append(GROUP)
     for _, error in damaged_files(folder, small, contents.files):
@@ -169,20 +169,37 @@ def damaged_files(folder: Path, names: Iterable[str], files: Files) -> Iterator[
             yield name, CacheCorruptError(message)
 
 
-def read_episodes(folder: Path, header: Header) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return start and length of every episode, int64 [E] each. Check the files' hashes first.
+class EpisodeTable(NamedTuple):
+    """What a cache records of the dataset's episodes."""
+
+    start: NDArray[np.int64]
+    """Row of each episode's first frame, [E]."""
+    length: NDArray[np.int64]
+    """Frames of each episode, [E]."""
+    identity: NDArray[np.uint64] | None
+    """What tells each episode from others, [E]; 0 where the dataset does not say. None in schema version 1."""
+
+
+def read_episodes(folder: Path, header: Header) -> EpisodeTable:
+    """Return the episode table. Check the files' hashes first.
 
     Raises:
-        CacheCorruptError: they are not the dataset's.
+        CacheCorruptError: it is not the dataset's.
     """
     arrays = []
-    for name in EPISODE_TABLE:
+    for name in header.episode_table:
         path = folder / name / "c.0"
         content = without_crc(path.read_bytes())
         if content is None or len(content) != 8 * header.dataset.episodes:
             raise CacheCorruptError(f"{path}: expected {header.dataset.episodes} episodes, found other content")
         arrays.append(np.frombuffer(content, "<i8"))
-    start, length = arrays
+    start, length, *rest = arrays
+    identity = rest[0].view("<u8") if rest else None
+    if identity is not None and sha256(identity.tobytes()).hexdigest() != header.dataset.identities_sha256:
+        raise CacheCorruptError(
+            f"{folder / EPISODES}: expected identities with sha256 {header.dataset.identities_sha256}, found others:"
+            " restore the folder from a copy"
+        )
     if (
         sha256(length.tobytes()).hexdigest() != header.dataset.episodes_sha256
         or ((length < 1) | (length > header.dataset.frames)).any()
@@ -193,4 +210,4 @@ def read_episodes(folder: Path, header: Header) -> tuple[NDArray[np.int64], NDAr
             f"{folder / 'episodes'}: expected {header.dataset.frames} frames in episodes of the lengths with sha256"
             f" {header.dataset.episodes_sha256}, found others: restore the folder from a copy"
         )
-    return start, length
+    return EpisodeTable(start, length, identity)

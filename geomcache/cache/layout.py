@@ -6,7 +6,7 @@ Legend:  N rows   K rows per shard   A columns (cameras x outputs), each one arr
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,20 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.codecs import RAW, Codec
+from geomcache.cache.signatures import BLOCKS
 from geomcache.errors import UserInputError
 from geomcache.geometry import GeometrySpec
 from geomcache.ranges import Ranges
 
 CHECKSUMS = "frame_crc32c"  # the array of the maps' checksums
+PICTURE_HASH, PICTURE_MEANS = "picture_hash", "picture_means"  # the arrays of the pictures' signatures
+SCHEMA_VERSION = 2  # of caches that are made now
+SCHEMA_VERSIONS = (1, 2)  # of caches that can be read
 CRC_NBYTES = 4
-MIN_SHARD_FRAMES, MAX_SHARD_FRAMES = 16, 4096
+MIN_SHARD_FRAMES, MAX_SHARD_FRAMES = 16, 65_536
+_MAX_SHARDS = 8192  # so that no folder has more than 10,000 entries, which is the most that the Hub takes
 _SHARD_NBYTES = 32 << 20  # of one camera's rays, about
+_USUAL_SHARD_FRAMES = 4096
 _SHARDS_AT_LEAST = 64  # per dataset, so that many processes find work
 _RESERVED = {
     "episode_index",
     "frame_index",
     "episodes",
-    CHECKSUMS,
     "zarr.json",
     "journal.jsonl",
     "manifest.json",
@@ -78,6 +83,38 @@ class Column:
         return self.nbytes + CRC_NBYTES
 
 
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One array with a few numbers of every frame: a chunk of K rows, and so a file, for each shard."""
+
+    key: str
+    """The array's path in the cache."""
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    """Shape of one frame's numbers."""
+
+    @functools.cached_property
+    def frame_nbytes(self) -> int:
+        """Return the bytes of one frame's numbers."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def encode(self, shard_frames: int, local: NDArray[np.int64], values: NDArray[Any]) -> bytes:
+        """Return the file of a shard.
+
+        Args:
+            shard_frames: K.
+            local: the rows that the shard holds, counted from its first, int64 [n].
+            values: their numbers, [n, *shape].
+        """
+        content = np.zeros((shard_frames, *self.shape), dtype=self.dtype)
+        content[local] = values
+        return with_crc(content.tobytes())
+
+    def decode(self, content: bytes) -> NDArray[Any]:
+        """Return the numbers in a file that was compared with its hash, [K, *shape]."""
+        return np.frombuffer(content[:-CRC_NBYTES], self.dtype).reshape(-1, *self.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class ShardFiles:
     """Sizes and hashes of a shard's files, in the order of `Layout.files`."""
@@ -94,10 +131,15 @@ class ShardFiles:
 
 
 def choose_shard_frames(spec: GeometrySpec, frames: int) -> int:
-    """Return K, 16 to 4096: a power of two, about 32 MiB of one camera's rays, and small enough for 64 shards."""
+    """Return K, 16 to 65,536, a power of two.
+
+    It is about 32 MiB of one camera's rays, at most 4096, and small enough for 64 shards. It is larger where otherwise
+    there would be more than 8192 shards.
+    """
     ray_nbytes = 2 * prod(spec.map_shape("ray")) + CRC_NBYTES
-    fitting = min(_SHARD_NBYTES // ray_nbytes, frames // _SHARDS_AT_LEAST, MAX_SHARD_FRAMES)
-    return max(MIN_SHARD_FRAMES, 1 << max(fitting, 1).bit_length() - 1)
+    fitting = min(_SHARD_NBYTES // ray_nbytes, frames // _SHARDS_AT_LEAST, _USUAL_SHARD_FRAMES)
+    needed = 1 << (-(-frames // _MAX_SHARDS) - 1).bit_length()
+    return min(max(MIN_SHARD_FRAMES, 1 << max(fitting, 1).bit_length() - 1, needed), MAX_SHARD_FRAMES)
 
 
 @dataclass(frozen=True)
@@ -110,25 +152,43 @@ class Layout:
     """K."""
     columns: tuple[Column, ...]
     """The columns in the order of the views, and of the outputs within a view."""
+    tables: tuple[Table, ...]
+    """The maps' checksums; from schema version 2 on, also the pictures' hashes and means."""
     codec: Codec = RAW
     """How maps are stored."""
+    schema_version: int = SCHEMA_VERSION
 
     @classmethod
-    def of(cls, spec: GeometrySpec, frames: int, shard_frames: int, codec: Codec = RAW) -> "Layout":
+    def of(
+        cls,
+        spec: GeometrySpec,
+        frames: int,
+        shard_frames: int,
+        codec: Codec = RAW,
+        schema_version: int = SCHEMA_VERSION,
+    ) -> "Layout":
         """Return the layout of a cache with this spec.
 
         Raises:
             UserInputError: a camera's key is the name of another part of the cache.
         """
-        for camera in spec.camera_keys:
-            if camera.casefold() in _RESERVED:
-                raise UserInputError(f"camera key: expected none of {', '.join(sorted(_RESERVED))}, got {camera!r}")
         columns = tuple(
             Column(camera=camera, output=output, shape=spec.map_shape(output))
             for camera in spec.camera_keys
             for output in spec.outputs
         )
-        return cls(frames, shard_frames, columns, codec)
+        views = len(spec.cameras)
+        tables = [Table(key=CHECKSUMS, dtype=np.dtype("<u4"), shape=(len(columns),))]
+        if schema_version >= 2:
+            tables += [
+                Table(key=PICTURE_HASH, dtype=np.dtype("<u8"), shape=(views,)),
+                Table(key=PICTURE_MEANS, dtype=np.dtype("u1"), shape=(views, BLOCKS, BLOCKS, 3)),
+            ]
+        reserved = _RESERVED | {table.key for table in tables}
+        for camera in spec.camera_keys:
+            if camera.casefold() in reserved:
+                raise UserInputError(f"camera key: expected none of {', '.join(sorted(reserved))}, got {camera!r}")
+        return cls(frames, shard_frames, columns, tuple(tables), codec, schema_version)
 
     @property
     def shards(self) -> int:
@@ -149,25 +209,32 @@ class Layout:
             done = shards.stop
 
     def files(self, shard: int) -> tuple[str, ...]:
-        """Return the relative paths of a shard's files: one for each column, then the checksums'."""
-        columns = (f"{column.key}/c.{shard}" + ".0" * len(column.shape) for column in self.columns)
-        return (*columns, f"{CHECKSUMS}/c.{shard}.0")
+        """Return the relative paths of a shard's files: one for each column, then one for each table."""
+        return tuple(f"{array.key}/c.{shard}" + ".0" * len(array.shape) for array in self._arrays)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the paths of the arrays that have a file for each shard, in the order of `files`."""
+        return tuple(array.key for array in self._arrays)
+
+    @property
+    def _arrays(self) -> tuple[Column | Table, ...]:
+        return (*self.columns, *self.tables)
 
     @property
     def index_nbytes(self) -> int:
         """Return the bytes of the index at the end of a column's file."""
         return self.shard_frames * 2 * _INDEX_DTYPE.itemsize + CRC_NBYTES
 
-    @property
-    def table_nbytes(self) -> int:
-        """Return the bytes of the checksums' file."""
-        return self.shard_frames * len(self.columns) * CRC_NBYTES + CRC_NBYTES
+    def table_nbytes(self, table: Table) -> int:
+        """Return the bytes of a table's file."""
+        return self.shard_frames * table.frame_nbytes + CRC_NBYTES
 
     def size_bounds(self, rows: int) -> tuple[tuple[int, int], ...]:
         """Return (least, most) bytes of each file of a shard that holds so many rows."""
         sizes = (self._map_bounds(column) for column in self.columns)
         columns = ((rows * low + self.index_nbytes, rows * high + self.index_nbytes) for low, high in sizes)
-        return (*columns, (self.table_nbytes, self.table_nbytes))
+        return (*columns, *((self.table_nbytes(table),) * 2 for table in self.tables))
 
     def _map_bounds(self, column: Column) -> tuple[int, int]:
         """Return (least, most) bytes of a map in a file, with its checksum."""
@@ -176,7 +243,7 @@ class Layout:
 
     def raw_nbytes(self, rows: int, shards: int) -> int:
         """Return the bytes of the files of so many shards that hold so many rows together, without compression."""
-        empty = len(self.columns) * self.index_nbytes + self.table_nbytes
+        empty = len(self.columns) * self.index_nbytes + sum(map(self.table_nbytes, self.tables))
         return rows * sum(column.stride for column in self.columns) + shards * empty
 
     def index(self, local: NDArray[np.int64], lengths: NDArray[np.uint64] | int) -> bytes:
@@ -237,17 +304,6 @@ class Layout:
         body[:, : column.nbytes] = plain
         body[:, column.nbytes :] = checksums.view(np.uint8).reshape(-1, CRC_NBYTES)
         return [body, self.index(local, column.stride)], checksums
-
-    def encode_checksums(self, local: NDArray[np.int64], checksums: Sequence[NDArray[np.uint32]]) -> bytes:
-        """Return the file of a shard's checksums.
-
-        Args:
-            local: the rows that the shard holds, counted from its first, int64 [n].
-            checksums: uint32 [n] of each of the A columns.
-        """
-        table = np.zeros((self.shard_frames, len(self.columns)), dtype="<u4")
-        table[local] = np.stack(checksums, axis=1)
-        return with_crc(table.tobytes())
 
 
 def shards_nbytes(spec: GeometrySpec, frames: int) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from geomcache.errors import CacheLockedError
+
+logger = logging.getLogger(__name__)
+
+WAIT_LINE_S = 30.0  # between lines about a process that is waited for
 
 _JOURNAL_BYTE = 1 << 40  # of the lock file: far behind the shards' bytes
 _USERS_BYTE = _JOURNAL_BYTE + 1
@@ -144,13 +149,35 @@ class LockFile:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the journal's lock; waits for it."""
+        """Hold the journal's lock; waits for it, and says so every 30 s."""
         with self._file.journal_guard:
-            self._lockf(fcntl.LOCK_EX, 1, _JOURNAL_BYTE)
+            if not self._lockf(fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _JOURNAL_BYTE):
+                with self._logged_wait():
+                    self._lockf(fcntl.LOCK_EX, 1, _JOURNAL_BYTE)
             try:
                 yield
             finally:
                 self._lockf(fcntl.LOCK_UN, 1, _JOURNAL_BYTE)
+
+    @contextlib.contextmanager
+    def _logged_wait(self) -> Iterator[None]:
+        """Log every 30 s, from a thread, that this one waits: holding the lock takes milliseconds."""
+        taken = threading.Event()
+
+        def log() -> None:
+            while not taken.wait(WAIT_LINE_S):
+                logger.warning(
+                    "%s: waiting for another process, which has held its lock for over %g s: if that process was"
+                    " stopped, let it continue or end it; nothing is lost",
+                    self.path,
+                    WAIT_LINE_S,
+                )
+
+        threading.Thread(target=log, name="geomcache-lock", daemon=True).start()
+        try:
+            yield
+        finally:
+            taken.set()
 
     def close(self) -> None:
         """Release this object's claims; the last user in the process closes the file."""

@@ -8,12 +8,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from geomcache.cache.layout import Layout, ShardFiles
+from geomcache.cache.layout import SCHEMA_VERSIONS, Layout, ShardFiles
 from geomcache.errors import CacheCorruptError, CacheFormatError, GeomcacheError, one_line
 from geomcache.ranges import Ranges, clip_ranges, count_rows
 from geomcache.statistics import Moments
 
-SCHEMA_VERSION = 1
 _MAX_FILE_NBYTES = 1 << 50
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -27,7 +26,7 @@ Statistics = dict[str, dict[str, Moments]]
 def identity(layout: Layout, fingerprint: str) -> dict[str, Any]:
     """Return the members that begin journal and manifest: which cache they belong to, and how its shards are cut."""
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": layout.schema_version,
         "fingerprint": fingerprint,
         "shard_frames": layout.shard_frames,
         "columns": [column.key for column in layout.columns],
@@ -154,6 +153,6 @@ def malformed(path: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CacheFormatError(
-            f"{path}: expected records of schema version {SCHEMA_VERSION}, found others ({type(error).__name__}:"
-            f" {one_line(error)}): another version of geomcache wrote it, or another program"
+            f"{path}: expected records of schema version {' or '.join(map(str, SCHEMA_VERSIONS))}, found others"
+            f" ({type(error).__name__}: {one_line(error)}): another version of geomcache wrote it, or another program"
         ) from error

@@ -7,12 +7,14 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
+from pathlib import Path
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.layout import Layout, ShardFiles, crc32c, without_crc
+from geomcache.cache.layout import Layout, ShardFiles, Table, crc32c, without_crc
 from geomcache.errors import CacheCorruptError
 from geomcache.ranges import RowSet, clip_ranges, rows_of
 
@@ -45,7 +47,7 @@ class OpenShard:
         start, stop = layout.shard_rows(shard)
         self.first_rank = present_rows.count_before(start)
         local_rows = rows_of(clip_ranges(present_rows.ranges, start, stop)) - start
-        for path, size in zip(self._paths, written.sizes, strict=True):
+        for path, size in zip(self._paths[: len(layout.columns) + 1], written.sizes, strict=False):
             self._open(path, size)
         self._checksums = self._read_checksums(layout, local_rows, written)
         self._offsets = self._read_indexes(layout, local_rows, written)
@@ -85,13 +87,13 @@ class OpenShard:
 
     def _read_checksums(self, layout: Layout, local_rows: NDArray[np.int64], written: ShardFiles) -> memoryview:
         """Return the checksums of the shard's maps, uint32 [n, A], and close their file."""
-        content = self._read(len(layout.columns), layout.table_nbytes, 0)
+        number = len(layout.columns)
+        content = self._read(number, written.sizes[number], 0)
         os.close(self._descriptors.pop())
         digest = sha256(content)
-        if digest.digest() != written.digests[-1]:
-            raise _DamageError(self._paths[-1], f"sha256 {written.digests[-1].hex()}", digest.hexdigest())
-        table = np.frombuffer(content, "<u4", count=layout.shard_frames * len(layout.columns))
-        return memoryview(table.reshape(layout.shard_frames, -1)[local_rows])
+        if digest.digest() != written.digests[number]:
+            raise _DamageError(self._paths[number], f"sha256 {written.digests[number].hex()}", digest.hexdigest())
+        return memoryview(layout.tables[0].decode(content)[local_rows])
 
     def _read_indexes(self, layout: Layout, local_rows: NDArray[np.int64], written: ShardFiles) -> list[Sequence[int]]:
         """Return for each column where the maps begin and the last one ends: n + 1 offsets."""
@@ -131,6 +133,21 @@ class OpenShard:
             if count == 0:
                 raise _DamageError(self._paths[column], f"{len(buffer)} bytes at {offset}", f"{filled}")
             filled += count
+
+
+def _read_whole(path: str, size: int, digest: bytes) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(size + 1)
+    except FileNotFoundError:
+        raise _DamageError(path, "the file", "none") from None
+    except OSError as error:
+        raise _DamageError(path, "to read it", error.strerror) from error
+    if len(content) != size:
+        raise _DamageError(path, f"{size} bytes", "more" if len(content) > size else f"{len(content)}")
+    if (found := sha256(content)).digest() != digest:
+        raise _DamageError(path, f"sha256 {digest.hex()}", found.hexdigest())
+    return content
 
 
 class ShardReader:
@@ -187,6 +204,32 @@ class ShardReader:
             except _DamageError as damage:
                 raise self._corrupt(damage, int(rows[position])) from damage
         return maps
+
+    def read_table(self, table: Table, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Read one table's numbers of rows that the cache has.
+
+        Args:
+            table: one of the layout's.
+            rows: int64 [n].
+
+        Returns:
+            [n, *shape], in the order of `rows`.
+
+        Raises:
+            CacheCorruptError: a file is missing or damaged.
+        """
+        values = np.empty((len(rows), *table.shape), table.dtype)
+        shards, local_rows = np.divmod(rows, self._layout.shard_frames)
+        number = self._layout.keys.index(table.key)
+        for shard in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == shard)
+            path, written = f"{self._folder}/{self._layout.files(shard)[number]}", self._written[shard]
+            try:
+                content = _read_whole(path, written.sizes[number], written.digests[number])
+            except _DamageError as damage:
+                raise self._corrupt(damage, int(rows[here[0]])) from damage
+            values[here] = table.decode(content)[local_rows[here]]
+        return values
 
     def _allocate(self, rows: int) -> tuple[dict[str, NDArray[np.float16]], list[NDArray[np.uint8]]]:
         """Return arrays for the maps, by output, and each column's part of them as bytes, uint8 [n, nbytes]."""

@@ -16,10 +16,11 @@ from geomcache.cache.commands import extract_command
 from geomcache.cache.header import Header
 from geomcache.cache.inventory import check_files, read_episodes
 from geomcache.cache.journal import Journal
-from geomcache.cache.layout import CHECKSUMS
+from geomcache.cache.layout import Table
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.cache.records import Statistics, pool
 from geomcache.cache.shard_reader import ShardReader
+from geomcache.cache.signatures import Signatures
 from geomcache.errors import CacheCorruptError, MissingFrameError, UserInputError
 from geomcache.geometry import Geometry
 from geomcache.ranges import Ranges, RowSet, locate, name_row
@@ -45,6 +46,9 @@ class GeometryStore:
         codec: how the maps are stored, ``raw`` or ``zstd``.
         episode_start: row of each episode's first frame, int64 [E].
         episode_length: frames of each episode, int64 [E].
+        episode_identity: what tells each episode from others, uint64 [E], 0 where the dataset does not say; None in a
+            cache of schema version 1.
+        schema_version: of the cache's format.
     """
 
     def __init__(self, path: Path, header: Header, contents: Manifest | Journal) -> None:
@@ -57,7 +61,8 @@ class GeometryStore:
         self._present_rows = RowSet(contents.rows)
         self.rows, self.frames_present = self._present_rows.ranges, self._present_rows.count
         self.nbytes = sum(files.nbytes for files in shards.values())
-        self.episode_start, self.episode_length = read_episodes(path, header)
+        self.schema_version = header.schema_version
+        self.episode_start, self.episode_length, self.episode_identity = read_episodes(path, header)
         self._reader = ShardReader(str(path), self._layout, self._present_rows, shards, self._name)
 
     @classmethod
@@ -108,9 +113,9 @@ class GeometryStore:
     @functools.cached_property
     def array_nbytes(self) -> dict[str, int]:
         """Bytes of the shards' files, by the array that they belong to."""
-        keys = [column.key for column in self._layout.columns]
-        sizes = np.array([files.sizes for files in self._contents.shards.values()], np.int64).reshape(-1, len(keys) + 1)
-        return dict(zip([*keys, CHECKSUMS], sizes.sum(axis=0).tolist(), strict=True))
+        keys = self._layout.keys
+        sizes = np.array([files.sizes for files in self._contents.shards.values()], np.int64).reshape(-1, len(keys))
+        return dict(zip(keys, sizes.sum(axis=0).tolist(), strict=True))
 
     def episodes(self) -> Ranges:
         """Return the ranges of the episodes that the cache has completely."""
@@ -165,10 +170,32 @@ class GeometryStore:
             CacheCorruptError: a file is damaged, or a map differs from what was written.
         """
         rows = _as_rows(indices)
+        return Geometry(**self._reader.read(rows, self._ranks(rows)))
+
+    def signatures(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Signatures:
+        """Read the signatures of the pictures that rows were made from, in the order given, duplicates included.
+
+        Raises:
+            UserInputError: the dataset has no such row, or the cache has schema version 1, and no signatures.
+            MissingFrameError: the cache lacks a row; the message has the command that adds it.
+            CacheCorruptError: a file is damaged.
+        """
+        rows = _as_rows(indices)
+        if self.schema_version == 1:
+            raise UserInputError(f"{self.path}: expected signatures of pictures, found a cache of schema version 1")
+        self._ranks(rows)
+        _, hashes, means = self._layout.tables
+        return Signatures(hashes=self._read_table(hashes, rows), means=self._read_table(means, rows))
+
+    def _read_table(self, table: Table, rows: NDArray[np.int64]) -> NDArray[Any]:
+        return self._reader.read_table(table, rows)
+
+    def _ranks(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many rows of the cache precede each of these, which it must have."""
         ranks = self._present_rows.ranks(rows)
         if (ranks < 0).any():
             raise self._missing(int(rows[ranks < 0][0]))
-        return Geometry(**self._reader.read(rows, ranks))
+        return ranks
 
     def batch_plain(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Geometry:
         """Read the same through zarr-python alone: slower, and the reference that tests compare `batch` with.

@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 
 from geomcache.cache import durable, locks
 from geomcache.cache.codecs import RAW, Codec
-from geomcache.cache.create import check_episodes, check_rows, create, matching_header, require_cache
+from geomcache.cache.create import check_episodes, check_identities, check_rows, create, matching_header, require_cache
 from geomcache.cache.header import GROUP, LOCK, Header
 from geomcache.cache.inventory import Stored, check_files
 from geomcache.cache.journal import Commit, Drop, Journal
-from geomcache.cache.layout import CHECKSUMS, Column, ShardFiles
+from geomcache.cache.layout import CHECKSUMS, PICTURE_HASH, PICTURE_MEANS, Column, ShardFiles
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
+from geomcache.cache.signatures import Signatures
 from geomcache.errors import CacheCorruptError, CacheLockedError, GeometryError, NonFiniteGeometryError
 from geomcache.geometry import OUTPUTS, DatasetSpec, GeometrySpec
 from geomcache.ranges import Ranges, clip_ranges, common_ranges, count_rows, merge_ranges, name_row, rows_of
@@ -104,6 +105,7 @@ class StoreWriter:
         episode_lengths: NDArray[np.int64],
         wanted: Iterable[tuple[int, int]],
         *,
+        identities: NDArray[np.uint64] | None = None,
         codec: Codec = RAW,
         overwrite: bool = False,
     ) -> Self:
@@ -115,6 +117,7 @@ class StoreWriter:
             dataset: the dataset that it belongs to.
             episode_lengths: frames of every episode, int64 [E].
             wanted: ranges of rows that the cache is to have, in addition to those it has.
+            identities: what tells each episode from others, uint64 [E]; None for a dataset of schema version 1.
             codec: how maps are stored.
             overwrite: replace a cache that is there. At most one process may ask for that.
 
@@ -130,8 +133,9 @@ class StoreWriter:
         lengths = check_episodes(dataset, episode_lengths)
         rows = check_rows(dataset, wanted)
         header = Header.new(spec, dataset, codec)
+        table = check_identities(dataset, identities)
         if overwrite or not folder.exists():
-            create(folder, header, lengths, overwrite=overwrite)
+            create(folder, header, lengths, table, overwrite=overwrite)
         require_cache(folder, "a cache or nothing", "choose another --output")
         with contextlib.closing(locks.LockFile(folder / LOCK)):  # nobody replaces the cache between its two readings
             return cls(folder, matching_header(folder, header), lengths, rows)
@@ -153,28 +157,31 @@ class StoreWriter:
         """Give a claim back without making its shard."""
         self._lock.release(claim.shard)
 
-    def commit(self, claim: Claim, maps: ShardMaps) -> int:
+    def commit(self, claim: Claim, maps: ShardMaps, signatures: Signatures | None = None) -> int:
         """Write a shard and make it durable; the claim ends with it.
 
         Args:
             claim: what `claim` returned.
             maps: camera -> output -> float16 [n, h, w, 6] or [n, h, w], the claim's rows in order.
+            signatures: of the pictures that the maps were made from, in the same order. A cache of schema version 1 has
+                no place for them.
 
         Returns:
             The bytes of the shard's files.
 
         Raises:
-            GeometryError: cameras, outputs, shapes, dtypes or values are not the spec's.
+            GeometryError: cameras, outputs, shapes, dtypes or values are not the spec's, or signatures are missing.
             NonFiniteGeometryError: a value is NaN or infinite.
             OutOfSpaceError: there is no room. Nothing of the shard is left, and the claim stays.
         """
         if not self._lock.holds(claim.shard):
             raise CacheLockedError(f"{self.path}: expected a claim of shard {claim.shard}, found none: claim it first")
         arrays = self._checked(claim, maps)
+        tables = self._checked_tables(claim, signatures)
         files = [self.path / name for name in self._layout.files(claim.shard)]
         drafts = [durable.temporary(file) for file in files]
         try:
-            written, statistics = self._write(claim, arrays, drafts)
+            written, statistics = self._write(claim, arrays, tables, drafts)
             with self._current():
                 if claim.shard in self._journal.commits:
                     self._append(Drop(claim.shard, "made again with more frames"))
@@ -335,7 +342,7 @@ class StoreWriter:
             How many files were removed.
         """
         candidates: dict[int, list[Path]] = {}
-        for key in (*(column.key for column in self._layout.columns), CHECKSUMS):
+        for key in self._layout.keys:
             for entry in os.scandir(self.path / key):
                 match = _SHARD_FILE.fullmatch(entry.name)
                 shard = int(match[1]) if match else self._layout.shards
@@ -357,19 +364,22 @@ class StoreWriter:
         return removed
 
     def _write(
-        self, claim: Claim, arrays: list[NDArray[np.float16]], drafts: list[Path]
+        self, claim: Claim, arrays: list[NDArray[np.float16]], tables: dict[str, NDArray[Any]], drafts: list[Path]
     ) -> tuple[ShardFiles, dict[str, Any]]:
         """Write a shard's files; return what was written and the statistics of the maps as JSON types."""
         local = rows_of(claim.rows) - self._layout.shard_rows(claim.shard)[0]
         written: list[tuple[int, bytes]] = []
         checksums: list[NDArray[np.uint32]] = []
         statistics: dict[str, Any] = {}
-        for column, values, draft in zip(self._layout.columns, arrays, drafts[:-1], strict=True):
+        for column, values, draft in zip(self._layout.columns, arrays, drafts, strict=False):
             parts, of_maps = self._layout.encode(column, local, values)
             written.append(durable.write_file(draft, parts))
             checksums.append(of_maps)
             statistics.setdefault(column.camera, {})[column.output] = _moments(column, values).to_dict()
-        written.append(durable.write_file(drafts[-1], [self._layout.encode_checksums(local, checksums)]))
+        tables[CHECKSUMS] = np.stack(checksums, axis=1)
+        for table, draft in zip(self._layout.tables, drafts[len(arrays) :], strict=True):
+            content = table.encode(self.shard_frames, local, tables[table.key])
+            written.append(durable.write_file(draft, [content]))
         sizes, digests = zip(*written, strict=True)
         return ShardFiles(sizes, digests), statistics
 
@@ -389,6 +399,20 @@ class StoreWriter:
                 )
             self._check_values(claim, column, values)
         return [arrays[column.key] for column in self._layout.columns]
+
+    def _checked_tables(self, claim: Claim, signatures: Signatures | None) -> dict[str, NDArray[Any]]:
+        """Check the signatures of a claim and return them by the table that stores them."""
+        tables: dict[str, NDArray[Any]] = {}
+        if signatures is not None:
+            tables = {PICTURE_HASH: signatures.hashes, PICTURE_MEANS: signatures.means}
+        for table in self._layout.tables:
+            if table.key == CHECKSUMS:  # made when the maps are written
+                continue
+            values, shape = tables.get(table.key), (count_rows(claim.rows), *table.shape)
+            if values is None or values.dtype != table.dtype or values.shape != shape:
+                found = "none" if values is None else f"{values.dtype} {list(values.shape)}"
+                raise GeometryError(f"{table.key}: expected {table.dtype} {list(shape)}, got {found}")
+        return tables
 
     def _check_values(self, claim: Claim, column: Column, values: NDArray[np.float16]) -> None:
         """Refuse NaN and infinity, and numbers without a logarithm where one is taken."""

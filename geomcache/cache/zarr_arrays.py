@@ -11,18 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.codecs import Codec
-from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_TABLE, Header
-from geomcache.cache.layout import CHECKSUMS
+from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_IDENTITY, Header
+from geomcache.cache.layout import CHECKSUMS, PICTURE_HASH, PICTURE_MEANS
 
 if TYPE_CHECKING:
     import zarr
 
+TABLE_DIMENSIONS = {
+    CHECKSUMS: ("array",),
+    PICTURE_HASH: ("view",),
+    PICTURE_MEANS: ("view", "row", "column", "channel"),
+}
 
-def create_arrays(folder: Path, header: Header, episode_lengths: NDArray[np.int64]) -> None:
+
+def create_arrays(
+    folder: Path, header: Header, episode_lengths: NDArray[np.int64], identities: NDArray[np.uint64] | None
+) -> None:
     """Create the Zarr group of a cache, with coordinates and episode table, and no frame."""
     arrays = _create_metadata(folder, header)
     starts = np.cumsum(episode_lengths) - episode_lengths
-    for name, values in zip(EPISODE_TABLE, (starts, episode_lengths), strict=True):
+    columns = [starts, episode_lengths] if identities is None else [starts, episode_lengths, identities]
+    for name, values in zip(header.episode_table, columns, strict=True):
         arrays[name][:] = values
     episode_index, frame_index = (arrays[name] for name in COORDINATES)
     for start in range(0, header.dataset.frames, COORDINATE_CHUNK):
@@ -110,23 +119,26 @@ def _create_metadata(store: Any, header: Header) -> "dict[str, zarr.Array[Any]]"
             compressors=None,
             dimension_names=("frame", "row", "column", "channel")[: len(column.shape) + 1],
         )
-    keys = [column.key for column in layout.columns]
-    create(
-        CHECKSUMS,
-        (layout.shard_frames, len(keys)),
-        shape=(layout.frames, len(keys)),
-        dtype="uint32",
-        fill_value=0,
-        serializer=little,
-        compressors=[Crc32cCodec()],
-        dimension_names=("frame", "array"),
-        attributes={"columns": keys},
-    )
-    # A fill value that no row has: zarr writes no chunk that holds nothing else.
+    for table in layout.tables:
+        attributes = {"columns": [column.key for column in layout.columns]} if table.key == CHECKSUMS else {}
+        create(
+            table.key,
+            (layout.shard_frames, *table.shape),
+            shape=(layout.frames, *table.shape),
+            dtype=table.dtype.name,
+            fill_value=0,
+            serializer=little,
+            compressors=[Crc32cCodec()],
+            dimension_names=("frame", *TABLE_DIMENSIONS[table.key]),
+            attributes=attributes,
+        )
+    # A fill value that no row has: zarr writes no chunk that holds nothing else. An identity may be any number.
     options = {"dtype": "int64", "fill_value": -1, "serializer": little}
+    of_identities = {"dtype": "uint64", "fill_value": 0, "serializer": little, "config": {"write_empty_chunks": True}}
     episodes = header.dataset.episodes
-    for name in EPISODE_TABLE:
-        create(name, (episodes,), shape=(episodes,), compressors=[Crc32cCodec()], **options)
+    for name in header.episode_table:
+        of_array = of_identities if name == EPISODE_IDENTITY else options
+        create(name, (episodes,), shape=(episodes,), compressors=[Crc32cCodec()], **of_array)
     compressors = [ZstdCodec(level=3), Crc32cCodec()]
     shape, chunks = (layout.frames,), (min(layout.frames, COORDINATE_CHUNK),)
     for name in COORDINATES:

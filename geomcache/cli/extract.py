@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from geomcache.cli import defaults
 from geomcache.cli import help as cli_help
 from geomcache.cli.options import parameter, with_options
 from geomcache.extraction.options import ExtractOptions, recorded_options
@@ -12,7 +13,8 @@ from geomcache.extraction.options import ExtractOptions, recorded_options
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    command = with_options(extract, ExtractOptions, [parameter("config", CONFIG, None)])
+    choices = {"dataset": lambda values: defaults.choose_dataset(values["root"])}
+    command = with_options(extract, ExtractOptions, [parameter("config", CONFIG, None)], choices)
     app.command(name="extract", epilog=cli_help.EXTRACT, rich_help_panel=cli_help.STAGES)(command)
 
 

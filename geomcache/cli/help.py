@@ -22,9 +22,9 @@ def epilog(text: str) -> str:
 
 
 EXTRACT = epilog("""
-    [bold]Example[/bold]
-      geomcache extract --model DA3-LARGE-1.1 --dataset HuggingFaceVLA/libero \\
-        --output libero.zarr
+    [bold]Example[/bold]: LIBERO into libero.zarr, and another dataset
+      geomcache extract --model DA3-LARGE-1.1
+      geomcache extract --model DA3-LARGE-1.1 --dataset OWNER/NAME
 
     [bold]Several GPUs[/bold]
       accelerate launch -m geomcache extract --model DA3-LARGE-1.1 --dataset ...
@@ -52,16 +52,16 @@ TRAIN = epilog("""
       lerobot-train --discover_packages_path=geomcache.policy \\
         --policy.type=pi05_geometry --help
 
-    Two defaults differ: --policy.type=pi05_geometry, and nothing is uploaded unless --policy.repo_id or
-    --policy.push_to_hub is given. Each logged step has the adapter's alpha, the norm of its gradient, and the norms
-    of geometry and image tokens.
+    What is left open is chosen, and each choice is printed: the dataset that the cache was made of, a plain Pi0.5 to
+    start from (lerobot/pi05_libero_base for LIBERO, lerobot/pi05_base otherwise), bfloat16 and gradient checkpointing
+    on a GPU, and the folder outputs/pi05_geometry. --policy.type is pi05_geometry, and nothing is uploaded unless
+    --policy.repo_id or --policy.push_to_hub is given. Each logged step has the adapter's alpha, the norm of its
+    gradient, and the norms of geometry and image tokens.
 
-    [bold]Example[/bold]
-      geomcache train --cache libero.zarr \\
-        --dataset.repo_id=HuggingFaceVLA/libero \\
-        --policy.pretrained_path=lerobot/pi05_libero_base \\
-        --policy.dtype=bfloat16 --policy.gradient_checkpointing=true \\
-        --steps=2000 --batch_size=8 --output_dir=outputs/pi05_geometry
+    [bold]Examples[/bold]
+      geomcache train
+      geomcache train --cache libero.zarr --steps=2000 --batch_size=8 \\
+        --policy.path=lerobot/pi05_base --output_dir=outputs/other
 
     [bold]Resume[/bold]
       LAST=outputs/pi05_geometry/checkpoints/last/pretrained_model

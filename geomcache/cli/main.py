@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from geomcache.cli import defaults
 from geomcache.cli import extract as cli_extract
 from geomcache.cli import help as cli_help
 from geomcache.cli import look as cli_look
@@ -66,7 +67,7 @@ def info(
     """Print what is in a cache: model, dataset, grid, bytes, episodes, statistics."""
     import json
 
-    from geomcache.cache.info import describe, describe_lines
+    from geomcache.look.info import describe, describe_lines
 
     facts = describe(path)
     typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(describe_lines(facts)))
@@ -94,9 +95,13 @@ def probe(
 def train(
     context: typer.Context,
     cache: Annotated[
-        str,
-        typer.Option(help="A sealed cache of the dataset; hf:// and s3:// caches are pulled first.", metavar="PATH"),
-    ],
+        str | None,
+        typer.Option(
+            help="A sealed cache of the dataset; hf:// and s3:// caches are pulled first.",
+            metavar="PATH",
+            show_default="the only one in the current folder",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read and check the whole cache first, like `geomcache verify`.")
     ] = False,
@@ -105,7 +110,8 @@ def train(
     from geomcache.sharing.pull import local_copy
     from geomcache.training.trainer import train as run
 
-    run(local_copy(cache), context.args, verify=verify)
+    path = defaults.choose_cache(Path()) if cache is None else local_copy(cache)
+    run(path, defaults.with_training_choices(path, context.args), verify=verify)
 
 
 @app.command(name="eval", context_settings=PASS_THROUGH, epilog=cli_help.EVAL, rich_help_panel=cli_help.STAGES)

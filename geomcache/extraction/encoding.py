@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from geomcache.cache.signatures import Signatures
 from geomcache.da3.encoder import DA3Encoder, PendingGeometry
 from geomcache.da3.engine import is_out_of_memory
 from geomcache.errors import NonFiniteGeometryError
@@ -29,6 +30,7 @@ class EncodedBatch:
     start: int
     stop: int
     maps: dict[str, NDArray[np.float16]]  # output -> [n, V, h, w(, 6)]
+    signatures: Signatures  # of the pictures that the maps were made from
 
 
 class _PendingBatch(NamedTuple):
@@ -37,6 +39,7 @@ class _PendingBatch(NamedTuple):
     start: int
     stop: int
     geometry: PendingGeometry
+    signatures: Signatures
 
 
 class BatchEncoder:
@@ -80,7 +83,8 @@ class BatchEncoder:
             if geometry is None:
                 self._halve(stop - start)
             else:
-                yield _PendingBatch(start, stop, geometry)
+                signatures = batch.signatures[start - batch.start : stop - batch.start]
+                yield _PendingBatch(start, stop, geometry, signatures)
                 start = stop
 
     def _launch(self, batch: NetworkBatch, start: int, stop: int) -> PendingGeometry | None:
@@ -118,7 +122,7 @@ class BatchEncoder:
             ) from error
         maps = {name: values.numpy() for name, values in geometry.items()}
         self.encode_s += time.perf_counter() - began
-        return EncodedBatch(start=pending.start, stop=pending.stop, maps=maps)
+        return EncodedBatch(start=pending.start, stop=pending.stop, maps=maps, signatures=pending.signatures)
 
     def _name_map(self, row: int, view: int, output: str) -> str:
         episode, frame = self._locate(row)

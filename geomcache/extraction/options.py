@@ -21,6 +21,7 @@ _dataset = partial(Option, rich_help_panel="Dataset: which part of it, and where
 _geometry = partial(Option, rich_help_panel="Geometry: what the cache's numbers depend on")
 _machine = partial(Option, rich_help_panel="Machine: the numbers depend on these by rounding alone")
 
+DEFAULT_DATASET = "HuggingFaceVLA/libero"  # of the command line
 NOT_RECORDED = frozenset({"dry_run", "overwrite"})  # how one call behaves, not what is in the cache
 
 
@@ -53,7 +54,10 @@ class ExtractOptions:
     """
 
     model: Annotated[str, Option(help="A DA3 name such as DA3-LARGE, a Hub id, or a folder.")]
-    dataset: Annotated[str, Option(help="A LeRobotDataset on the Hub; with --root, the name of that folder.")]
+    dataset: Annotated[
+        str,
+        Option(help="A LeRobotDataset on the Hub; with --root, the name of that folder.", show_default=DEFAULT_DATASET),
+    ]
     output: Annotated[
         Path | None, Option("--output", "-o", help="The cache.", show_default="the dataset's name + .zarr")
     ] = None

@@ -13,10 +13,14 @@ another until nothing is left to claim.
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 
 from geomcache.cache.codecs import Codec
+from geomcache.cache.create import is_cache
+from geomcache.cache.header import Header
+from geomcache.cache.layout import SCHEMA_VERSION
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.extraction.batch_size import find_batch_size
@@ -29,8 +33,9 @@ from geomcache.extraction.plan import describe_plan, require_space
 from geomcache.extraction.process import Process
 from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import resolve, write_run_config
-from geomcache.extraction.workers import ForkServer, claimed_ranges, decode, naming_worker_death
+from geomcache.extraction.workers import ForkServer, claimed_ranges, decode
 from geomcache.extraction.writer_thread import ShardWriterThread
+from geomcache.frames.of_cache import compare_with_cache
 from geomcache.frames.source import FrameDataset, open_dataset
 from geomcache.progress import Progress
 from geomcache.ranges import count_rows, format_ranges
@@ -112,9 +117,20 @@ def _open_writer(
         require_space(options.output_path, encoder.spec, count_rows(rows), codec)
 
     def open_writer(*, overwrite: bool) -> StoreWriter:
-        path, lengths = options.output_path, dataset.reader.episode_length
+        path = options.output_path
+        version = SCHEMA_VERSION
+        if is_cache(path) and not overwrite:
+            version = Header.read(path).schema_version
+            compare_with_cache(path, dataset)
         return StoreWriter.create_or_open(
-            path, encoder.spec, dataset.spec, lengths, rows, codec=codec, overwrite=overwrite
+            path,
+            encoder.spec,
+            dataset.describe(version),  # a cache of an earlier version is continued as it was begun
+            dataset.reader.episode_length,
+            rows,
+            identities=dataset.identities,
+            codec=codec,
+            overwrite=overwrite,
         )
 
     with process.main_first():  # the others open what the main process has created or replaced
@@ -192,22 +208,17 @@ class _Run:
     def _make_shards(self, first: Claim, progress: Progress) -> None:
         """Decode, encode and write `first`, and every shard that can be claimed after it."""
         report, frames_encoded = self._report, 0
-        with ShardWriterThread(self._writer) as thread, naming_worker_death():
+        decoder = BatchDecoder(self._dataset.reader, self._encoder.preprocessor)
+        with ShardWriterThread(self._writer) as thread:
             ranges = claimed_ranges(self._writer, first, self._batch_size, on_claim=thread.expect)
-            batches = decode(
-                BatchDecoder(self._dataset.reader, self._encoder.preprocessor),
-                ranges,
-                report.workers,
-                server=self._server,
-                pin_memory=self._encoder.device.type == "cuda",
-            )
-            for encoded in self._stage.encode(self._timed(batches)):
-                thread.put(encoded.maps)
-                self._count(encoded.stop - encoded.start)
-                frames_encoded += encoded.stop - encoded.start
-                progress.update(
-                    unwritten=frames_encoded - thread.frames_written, nbytes=report.nbytes + thread.nbytes_written
-                )
+            with closing(decode(decoder, ranges, report.workers, server=self._server)) as batches:
+                for encoded in self._stage.encode(self._timed(batches)):
+                    thread.put(encoded.maps, encoded.signatures)
+                    self._count(encoded.stop - encoded.start)
+                    frames_encoded += encoded.stop - encoded.start
+                    progress.update(
+                        unwritten=frames_encoded - thread.frames_written, nbytes=report.nbytes + thread.nbytes_written
+                    )
         if self._first_encoded is not None:
             report.steady_s = time.perf_counter() - self._first_encoded
         report.frames += thread.frames_written
@@ -216,10 +227,11 @@ class _Run:
         report.write_s += thread.write_s
 
     def _timed(self, batches: Iterable[NetworkBatch]) -> Iterator[NetworkBatch]:
+        on_gpu = self._encoder.device.type == "cuda"
         for batch in batches:
             self._report.decode_s += batch.decode_s
             self._report.preprocess_s += batch.preprocess_s
-            yield batch
+            yield batch.pin_memory() if on_gpu else batch
 
     def _count(self, frames: int) -> None:
         """Count encoded frames; the first ones end the start-up."""

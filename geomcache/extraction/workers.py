@@ -3,27 +3,28 @@
 import logging
 import multiprocessing
 import os
-import shutil
+import signal
+import socket
 import threading
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from itertools import chain, cycle
 from pathlib import Path
-from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+import torch
 
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.errors import WorkerDiedError, one_line
-from geomcache.extraction.decoding import BatchDecoder, Handed, NetworkBatch, open_batch
-from geomcache.progress import human_bytes
+from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
+from geomcache.extraction.handover import open_channel, receive, send
 
 logger = logging.getLogger(__name__)
 
-WATCH_S = 30  # after so long without a batch, the workers are examined
-IDLE_S = 1.0  # processor seconds of all workers in that time below which they are not working
-SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where torch puts the tensors that processes share
+WATCH_S = 30.0  # after so long without a batch, the worker is examined
+IDLE_S = 1.0  # processor seconds in that time below which it is not working
+AHEAD = 2  # batches that a worker is asked for at a time
 
 RowRange = tuple[int, int]
 
@@ -66,167 +67,162 @@ class ForkServer:
     @staticmethod
     def _start() -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["geomcache.extraction.decoding", "lerobot.datasets.video_utils"])
+        context.set_forkserver_preload([__name__, "lerobot.datasets.video_utils"])
         first = context.Process(target=_do_nothing, daemon=True)  # the server answers once its imports are done
         first.start()
         first.join()
 
 
 def decode(
-    decoder: BatchDecoder, ranges: Iterator[RowRange], workers: int, *, server: ForkServer | None, pin_memory: bool
-) -> Iterator[NetworkBatch]:
+    decoder: BatchDecoder, ranges: Iterator[RowRange], workers: int, *, server: ForkServer | None
+) -> Generator[NetworkBatch, None, None]:
     """Yield the network's input, batch after batch, in the order of the ranges.
 
     Args:
         decoder: of the dataset and the encoder.
-        ranges: which rows; consumed ahead of what is yielded, by as many batches as the workers hold.
+        ranges: which rows; consumed ahead of what is yielded, by two batches for each worker.
         workers: processes; 0 decodes in this one.
         server: forks the workers; until it is ready, this process decodes.
-        pin_memory: whether a GPU reads the input.
 
     Raises:
         GeomcacheError: a frame cannot be decoded.
+        WorkerDiedError: a worker was killed, or crashed.
     """
-    if workers and server is not None:
-        while not server.ready:
-            rows = next(ranges, None)
-            if rows is None:
-                return
-            yield open_batch(decoder[rows], pin_memory=False)
-    if workers:
-        outstanding = _Outstanding(ranges)
-        for item in _decode_in_workers(decoder, outstanding, workers, pin_memory):
-            yield open_batch(item, pin_memory=pin_memory)
-        ranges = outstanding.rest()
-    for rows in ranges:
-        yield open_batch(decoder[rows], pin_memory=False)
-
-
-class _Outstanding(Sampler[RowRange]):
-    """Passes ranges on to the workers, and remembers those whose batches have not come back."""
-
-    def __init__(self, ranges: Iterator[RowRange]) -> None:
-        self._ranges = ranges
-        self._outstanding: deque[RowRange] = deque()
-
-    def __iter__(self) -> Iterator[RowRange]:
-        for rows in self._ranges:
-            self._outstanding.append(rows)
-            yield rows
-
-    def arrived(self) -> None:
-        """Note that the batch of the oldest range has come back."""
-        self._outstanding.popleft()
-
-    def rest(self) -> Iterator[RowRange]:
-        """Yield the ranges that have not come back, then those that were never passed on."""
-        yield from self._outstanding
-        yield from self._ranges
-
-
-def _decode_in_workers(decoder: BatchDecoder, ranges: _Outstanding, workers: int, pin_memory: bool) -> Iterator[Handed]:
-    """Yield what the workers hand over, in order; end early, with a warning, if nothing comes any more."""
-    loader: DataLoader[Handed] = DataLoader(
-        decoder,
-        batch_size=None,
-        sampler=ranges,
-        num_workers=workers,
-        multiprocessing_context="forkserver",
-        collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        timeout=WATCH_S,
-    )
-    others = set(multiprocessing.active_children())
-    try:
-        items = iter(loader)
-    except OSError as error:  # such as no room in shared memory for the semaphores of the queues
-        logger.warning("cannot start decoding processes (%s): decoding in this process, slower", one_line(error))
-        return
-    watch = _Watch(set(multiprocessing.active_children()) - others)
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
+    while workers and server is not None and not server.ready:
+        rows = next(ranges, None)
+        if rows is None:
             return
-        except (RuntimeError, OSError, EOFError) as error:
-            if str(error).startswith(("DataLoader worker", "Caught ")):  # a worker died, or raised
-                raise
-            if not watch.can_go_on(error):
-                return
-            continue
-        watch.note(item)
-        ranges.arrived()
-        yield item
+        yield decoder.decode(*rows)
+    if workers:
+        ranges = yield from _decode_in_workers(decoder, ranges, workers)
+    for rows in ranges:
+        yield decoder.decode(*rows)
 
 
-class _Watch:
-    """Looks at the workers when no batch comes: a loader alone would wait forever."""
+def _decode_in_workers(
+    decoder: BatchDecoder, ranges: Iterator[RowRange], count: int
+) -> Generator[NetworkBatch, None, Iterator[RowRange]]:
+    """Yield batches in order; return the ranges that are left, if the workers have to be given up."""
+    workers = list[_Worker]()
+    pending = deque[tuple[_Worker, RowRange]]()
+    try:
+        for _ in range(count):
+            workers.append(_Worker(decoder))
+        for worker, rows in zip(cycle(workers), ranges, strict=False):
+            pending.append((worker, rows))
+            worker.request(rows)
+            if len(pending) > AHEAD * count:
+                batch = pending[0][0].next_batch()
+                pending.popleft()
+                yield batch
+        while pending:
+            batch = pending[0][0].next_batch()
+            pending.popleft()
+            yield batch
+    except _HandoverError as error:
+        logger.warning("%s: decoding in this process instead, which is slower", error)
+    finally:
+        for worker in workers:
+            worker.kill()
+    return chain([rows for _, rows in pending], ranges)
 
-    def __init__(self, workers: set[BaseProcess]) -> None:
-        self._workers, self._pickled = workers, False
-        self._used_s = self._cpu_seconds()
 
-    def can_go_on(self, error: Exception) -> bool:
-        """Say what is waited for; False, with the workers killed, if they are idle or their queue has failed."""
-        used_s, self._used_s = self._used_s, self._cpu_seconds()
-        if str(error).startswith("DataLoader timed out") and self._used_s - used_s > IDLE_S:
-            logger.warning("no batch from the decoding processes for %d s; they are at work, waiting on", WATCH_S)
-            return True
-        logger.warning(
-            "no batch from the decoding processes, which are idle (%s; %s of shared memory is free): decoding in this"
-            " process instead, slower",
-            one_line(error),
-            _free_shared_memory(),
+class _HandoverError(Exception):
+    """The workers cannot hand over what they decode."""
+
+
+class _Worker:
+    """A process that decodes the ranges that it is asked for, in their order."""
+
+    def __init__(self, decoder: BatchDecoder) -> None:
+        self._channel, far_end = open_channel()
+        self._channel.settimeout(WATCH_S)
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_work, args=(decoder, far_end), daemon=True)
+        with far_end:
+            try:
+                self._process.start()
+            except OSError as error:
+                self._channel.close()
+                raise _HandoverError(f"cannot start a decoding process ({one_line(error)})") from error
+
+    def request(self, rows: RowRange) -> None:
+        """Ask for a batch."""
+        try:
+            send(self._channel, rows)
+        except OSError as error:  # nobody is at the other end
+            raise self._death() from error
+
+    def next_batch(self) -> NetworkBatch:
+        """Return the batch of the oldest request; say every 30 s that it is waited for.
+
+        Raises:
+            GeomcacheError: a frame cannot be decoded.
+            WorkerDiedError: the process was killed, or crashed.
+            _HandoverError: the process is not working, or what it decoded cannot be handed over.
+        """
+        while True:
+            used_s = self._cpu_seconds()
+            try:
+                item = receive(self._channel)
+            except TimeoutError as error:
+                if self._cpu_seconds() - used_s < IDLE_S:
+                    raise _HandoverError(
+                        f"no batch from a decoding process for {WATCH_S:g} s, in which it did nothing"
+                    ) from error
+                logger.warning("no batch from a decoding process for %g s; it is at work, waiting on", WATCH_S)
+            except (EOFError, ConnectionError) as error:
+                raise self._death() from error
+            except OSError as error:
+                raise _HandoverError(f"cannot take over a batch ({one_line(error)})") from error
+            else:
+                if isinstance(item, Exception):
+                    raise item
+                batch: NetworkBatch = item
+                return batch
+
+    def kill(self) -> None:
+        """End the process, even one that was stopped."""
+        self._process.kill()
+        self._process.join()
+        self._channel.close()
+
+    def _death(self) -> WorkerDiedError:
+        self._process.join(1)
+        code = self._process.exitcode or 0
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return WorkerDiedError(
+            f"a decoding process died ({reason}): often for lack of memory; run the same command again to resume, with"
+            " fewer --num-workers or a smaller --batch-size"
         )
-        for worker in self._workers:
-            worker.kill()  # even one that was stopped, for which the loader would wait
-        return False
-
-    def note(self, item: Handed) -> None:
-        """Say once that batches do not fit into shared memory."""
-        if isinstance(item, bytes) and not self._pickled:
-            self._pickled = True
-            logger.warning(
-                "%s: no room for a batch of %s (%s is free): batches go through pipes, which is slower; give a"
-                " container more with --shm-size",
-                SHARED_MEMORY,
-                human_bytes(len(item)),
-                _free_shared_memory(),
-            )
 
     def _cpu_seconds(self) -> float:
-        """Return the processor time that the workers have used so far."""
-        ticks = 0
-        for worker in self._workers:
-            with suppress(OSError):  # it is gone
-                fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])  # user and system time, proc(5)
-        return ticks / os.sysconf("SC_CLK_TCK")
+        """Return the processor time that the process has used so far."""
+        with suppress(OSError):  # it is gone
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system time, proc(5)
+        return 0.0
 
 
-def _free_shared_memory() -> str:
-    try:
-        return human_bytes(shutil.disk_usage(SHARED_MEMORY).free)
-    except OSError as error:
-        return f"nothing ({error.strerror})"
-
-
-@contextmanager
-def naming_worker_death() -> Iterator[None]:
-    """Turn torch's error for a dead worker, which its signal handler raises anywhere, into one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise WorkerDiedError(
-            f"a decoding process died ({one_line(error)}): often for lack of memory; run the same command again to"
-            " resume, with fewer --num-workers or a smaller --batch-size"
-        ) from error
-
-
-def _unchanged(item: Any) -> Any:
-    return item
+def _work(decoder: BatchDecoder, channel: socket.socket) -> None:
+    """Decode what is asked for until the other end is closed: what a worker runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
+    torch.set_num_threads(1)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            rows = receive(channel)
+            item: NetworkBatch | Exception
+            try:
+                item = decoder.decode(*rows)
+            except Exception as error:  # noqa: BLE001 - raised by the main process
+                error.add_note(traceback.format_exc())
+                item = error
+            try:
+                send(channel, item)
+            except ConnectionError:
+                return
+            except Exception as error:  # noqa: BLE001 - as above
+                send(channel, _HandoverError(f"a batch cannot be handed over ({one_line(error)})"))
 
 
 def _do_nothing() -> None:

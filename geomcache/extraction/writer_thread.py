@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.cache.signatures import Signatures
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.ranges import count_rows
 
@@ -34,7 +35,7 @@ class ShardWriterThread:
 
     def __init__(self, writer: StoreWriter) -> None:
         self._writer = writer
-        self._queue: queue.Queue[BatchMaps | None] = queue.Queue(maxsize=QUEUED_BATCHES)
+        self._queue: queue.Queue[tuple[BatchMaps, Signatures] | None] = queue.Queue(maxsize=QUEUED_BATCHES)
         self._claims: deque[Claim] = deque()
         self._error: BaseException | None = None
         self._stop = threading.Event()
@@ -48,24 +49,21 @@ class ShardWriterThread:
         """Announce a claim: its rows follow those of the claims before it."""
         self._claims.append(claim)
 
-    def put(self, maps: BatchMaps) -> None:
-        """Hand over the next rows, all of one claim. Blocks while the queue is full."""
-        self._put(maps)
+    def put(self, maps: BatchMaps, signatures: Signatures) -> None:
+        """Hand over the next rows, all of one claim, and their pictures' signatures. Blocks while the queue is full."""
+        self._put((maps, signatures))
         self._raise_error()
 
     def close(self) -> None:
         """Wait until everything is on disk."""
         self._put(None)
-        began = time.monotonic()
-        while self._thread.is_alive():
-            self._thread.join(POLL_S)
-            self._log_wait(began)
+        self._join()
         self._raise_error()
 
     def abort(self) -> None:
         """Stop after the shard that is being written, and drop the incomplete one."""
         self._stop.set()
-        self._thread.join()
+        self._join()
 
     def __enter__(self) -> Self:
         return self
@@ -78,26 +76,32 @@ class ShardWriterThread:
         else:
             self.abort()
 
-    def _put(self, maps: BatchMaps | None) -> None:
+    def _put(self, batch: tuple[BatchMaps, Signatures] | None) -> None:
         began = time.monotonic()
         while self._thread.is_alive():
             try:
-                self._queue.put(maps, timeout=POLL_S)
+                self._queue.put(batch, timeout=POLL_S)
             except queue.Full:
                 self._log_wait(began)
             else:
                 return
 
+    def _join(self) -> None:
+        began = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(POLL_S)
+            self._log_wait(began)
+
     def _log_wait(self, began: float) -> None:
         """Say now and then that the disk, or another process that holds the cache's lock, is waited for."""
-        now = time.monotonic()
-        if now - max(began, self._waiting_logged) >= WAIT_LINE_S:
+        now, claims = time.monotonic(), tuple(self._claims)
+        if claims and now - max(began, self._waiting_logged) >= WAIT_LINE_S:
             self._waiting_logged = now
             logger.warning(
                 "%s: waiting for %.0f s to write shard %d: the disk is slow, or another process holds the cache's lock",
                 self._writer.path,
                 now - began,
-                self._claims[0].shard,
+                claims[0].shard,
             )
 
     def _raise_error(self) -> None:
@@ -114,8 +118,10 @@ class ShardWriterThread:
     def _write_claim(self) -> bool:
         """Collect the rows of the next claim and commit them; False at the end of the queue."""
         shard: dict[str, NDArray[np.float16]] = {}  # output -> [V, rows, h, w(, 6)]: a camera's part is contiguous
+        signatures: Signatures | None = None
         filled = 0
-        while (maps := self._next_maps()) is not None:
+        while (batch := self._next_batch()) is not None:
+            maps, of_batch = batch
             began = time.perf_counter()
             claim = self._claims[0]
             size = count_rows(claim.rows)
@@ -124,25 +130,28 @@ class ShardWriterThread:
                     views, *cell = values.shape[1:]
                     shard[name] = np.empty((views, size, *cell), np.float16)
                 shard[name][:, filled : filled + len(values)] = np.moveaxis(values, 1, 0)
-            filled += len(next(iter(maps.values())))
+            if signatures is None:
+                signatures = Signatures.empty(size, of_batch.hashes.shape[1])
+            signatures[filled : filled + len(of_batch)] = of_batch
+            filled += len(of_batch)
             if filled == size:
-                self._commit(claim, shard)
+                self._commit(claim, shard, signatures)
             self.write_s += time.perf_counter() - began
             if filled == size:
                 return True
         return False
 
-    def _commit(self, claim: Claim, shard: Mapping[str, NDArray[np.float16]]) -> None:
+    def _commit(self, claim: Claim, shard: Mapping[str, NDArray[np.float16]], signatures: Signatures) -> None:
         by_camera = {
             key: {name: values[view] for name, values in shard.items()}
             for view, key in enumerate(self._writer.spec.camera_keys)
         }
-        self.nbytes_written += self._writer.commit(claim, by_camera)
+        self.nbytes_written += self._writer.commit(claim, by_camera, signatures)
         self._claims.popleft()
         self.frames_written += count_rows(claim.rows)
         self.shards_written += 1
 
-    def _next_maps(self) -> BatchMaps | None:
+    def _next_batch(self) -> tuple[BatchMaps, Signatures] | None:
         while not self._stop.is_set():
             try:
                 return self._queue.get(timeout=POLL_S)

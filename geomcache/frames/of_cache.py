@@ -7,9 +7,25 @@ from numpy.typing import NDArray
 
 from geomcache.cache.compatibility import compare_cameras, compare_datasets
 from geomcache.cache.store import GeometryStore
+from geomcache.frames.compare import compare_episodes
 from geomcache.frames.reader import FrameReader
-from geomcache.frames.source import open_dataset
+from geomcache.frames.source import FrameDataset, open_dataset
 from geomcache.ranges import format_ranges
+
+
+def compare_with_cache(path: Path, dataset: FrameDataset) -> None:
+    """Require that all episodes of a dataset are those that the cache at a path was, or is to be, made of.
+
+    A cache of schema version 1 or of other cameras is not compared: its header tells that it does not fit.
+
+    Raises:
+        CacheMismatchError: episodes differ; the message names which, and in what.
+        CacheFormatError, CacheCorruptError: it cannot be read.
+    """
+    with GeometryStore.open(path) as store:
+        if store.episode_identity is not None and store.spec.cameras == dataset.cameras:
+            current = dataset.reader.episode_length, dataset.identities
+            compare_episodes(store, dataset.spec.repo_id, current)
 
 
 def open_pictures(
@@ -37,5 +53,9 @@ def open_pictures(
         episodes=format_ranges(episodes),
     )
     compare_cameras(store.spec, {camera.key: camera for camera in opened.cameras})
-    compare_datasets(store.dataset, opened.spec)
+    compare_datasets(store.dataset, opened.describe(store.schema_version))
+    if store.episode_identity is not None:
+        compare_episodes(
+            store, opened.spec.repo_id, (opened.reader.episode_length, opened.identities), episodes.tolist()
+        )
     return opened.reader

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.cache.layout import SCHEMA_VERSION
 from geomcache.errors import DatasetError, DatasetNotFoundError, did_you_mean, one_line
 from geomcache.frames.reader import DECODER, TOLERANCE_S, FrameReader, VideoColumn
 from geomcache.geometry import Camera, DatasetSpec, canonical_json, check_camera_key
+from geomcache.progress import human_bytes
 from geomcache.ranges import parse_episodes, rows_of
 
 if TYPE_CHECKING:
@@ -26,18 +28,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+IDENTITY_STATISTICS = ("count", "max", "mean", "min", "std")
+"""Columns of the episode table that tell a camera's pictures of one episode from others. Not the quantiles: a script of
+LeRobot adds them to a dataset later."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FrameDataset:
     """A dataset whose files are on this machine, and its description."""
 
     spec: DatasetSpec
+    spec_v1: DatasetSpec
+    """The same as schema version 1 of the cache format describes it."""
+    identities: NDArray[np.uint64]  # [E], see `episode_identities`
     reader: FrameReader
 
     @property
     def cameras(self) -> tuple[Camera, ...]:
         """The cameras asked for, in order."""
         return self.reader.cameras
+
+    def describe(self, schema_version: int) -> DatasetSpec:
+        """Return the description for a cache of this schema version."""
+        return self.spec_v1 if schema_version == 1 else self.spec
 
     def rows(self, episodes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Convert ranges of episodes to ranges of rows, both half open."""
@@ -77,7 +90,14 @@ def open_dataset(
     wanted = parse_episodes(episodes, int(meta.total_episodes))
     reader = _make_reader(meta, keys, tolerance_s)
     _require_files(meta, reader, wanted, local=root is not None)
-    return FrameDataset(spec=describe_dataset(meta, keys), reader=reader), wanted
+    identities = episode_identities(meta, keys)
+    dataset = FrameDataset(
+        spec=_describe(meta, keys, DECODER, identities_sha256=hash_identities(identities)),
+        spec_v1=describe_dataset(meta, keys, schema_version=1),
+        identities=identities,
+        reader=reader,
+    )
+    return dataset, wanted
 
 
 def _choose_cameras(meta: "LeRobotDatasetMetadata", cameras: Sequence[str] | None) -> list[str]:
@@ -137,12 +157,85 @@ def episode_lengths(meta: "LeRobotDatasetMetadata") -> NDArray[np.int64]:
     return lengths
 
 
-def describe_dataset(meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str], decoder: str = DECODER) -> DatasetSpec:
+def episode_identities(meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str]) -> NDArray[np.uint64]:
+    """Return what tells each episode's pictures from those of others, as far as the dataset's metadata say it.
+
+    It is a hash of the episode's length, the cameras with their dtypes and shapes, and the statistics of their pictures
+    in the episode table, which LeRobot computes when it records an episode and keeps when it copies one. Equal pictures
+    may have different identities: the pictures' signatures decide.
+
+    Returns:
+        uint64 [E]: the first 8 bytes, little-endian, of the sha256 of the canonical JSON that docs/cache-format.md
+        shows; 0 for an episode whose statistics are missing.
+    """
+    lengths = episode_lengths(meta).tolist()
+    statistics = _picture_statistics(meta, camera_keys)
+    if statistics is None:
+        return np.zeros(len(lengths), np.uint64)
+    cameras = [[key, meta.features[key]["dtype"], list(meta.features[key]["shape"])] for key in camera_keys]
+    identities = np.zeros(len(lengths), np.uint64)
+    for episode, length in enumerate(lengths):
+        values = {
+            key: {name: [value.hex() for value in column[episode].tolist()] for name, column in columns.items()}
+            for key, columns in statistics.items()
+        }
+        content = canonical_json({"length": length, "cameras": cameras, "statistics": values})
+        identities[episode] = int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+    return identities
+
+
+def hash_identities(identities: NDArray[np.uint64]) -> str:
+    """Return the sha256 of identities, hexadecimal, as `DatasetSpec` has it."""
+    return hashlib.sha256(identities.astype("<u8").tobytes()).hexdigest()
+
+
+def _picture_statistics(
+    meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str]
+) -> dict[str, dict[str, NDArray[np.float64]]] | None:
+    """Return the statistics of each episode's pictures by camera and name, [E, values]; None where some are missing.
+
+    LeRobot leaves these columns out when it reads the episode table.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    names = [f"stats/{key}/{name}" for key in camera_keys for name in IDENTITY_STATISTICS]
+    parts = []
+    for path in sorted((Path(meta.root) / "meta" / "episodes").glob("*/*.parquet")):
+        if not {*names} <= {*pq.read_schema(path).names}:
+            return None
+        parts.append(pq.read_table(path, columns=["episode_index", *names]))
+    table = pa.concat_tables(parts, promote_options="permissive").combine_chunks().sort_by("episode_index")
+    if not np.array_equal(table.column("episode_index").to_numpy(), np.arange(int(meta.total_episodes))):
+        return None
+    statistics: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for key in camera_keys:
+        for name in IDENTITY_STATISTICS:
+            column = table.column(f"stats/{key}/{name}")
+            while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                column = pc.list_flatten(column)
+            if column.null_count or len(column) == 0 or len(column) % len(table):
+                return None
+            values = column.to_numpy()
+            statistics.setdefault(key, {})[name] = values.astype(np.float64).reshape(len(table), -1)
+    return statistics
+
+
+def describe_dataset(
+    meta: "LeRobotDatasetMetadata",
+    camera_keys: Sequence[str],
+    decoder: str = DECODER,
+    *,
+    schema_version: int = SCHEMA_VERSION,
+) -> DatasetSpec:
     """Return what a cache of these cameras records of its dataset; see `DatasetSpec`. Reads metadata only, no image.
 
-    Where no camera is a video, ``image`` is recorded for the decoder.
+    Where no camera is a video, ``image`` is recorded for the decoder. `schema_version` is the cache format's.
     """
-    lengths = episode_lengths(meta)
+    if schema_version >= 2:
+        identities_sha256 = hash_identities(episode_identities(meta, camera_keys))
+        return _describe(meta, camera_keys, decoder, identities_sha256=identities_sha256)
     content = hashlib.sha256()
     for key in camera_keys:
         feature = meta.features[key]
@@ -151,6 +244,11 @@ def describe_dataset(meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str],
             content.update(_column(meta, f"videos/{key}/from_timestamp", np.float64).tobytes())
         for name, values in sorted((meta.stats or {}).get(key, {}).items()):
             content.update(name.encode() + np.asarray(values, np.float64).tobytes())
+    return _describe(meta, camera_keys, decoder, images_sha256=content.hexdigest())
+
+
+def _describe(meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str], decoder: str, **content: str) -> DatasetSpec:
+    lengths = episode_lengths(meta)
     has_video = any(key in meta.video_keys for key in camera_keys)
     return DatasetSpec(
         repo_id=meta.repo_id,
@@ -159,8 +257,8 @@ def describe_dataset(meta: "LeRobotDatasetMetadata", camera_keys: Sequence[str],
         episodes=int(meta.total_episodes),
         fps=int(meta.fps) if float(meta.fps).is_integer() else float(meta.fps),
         episodes_sha256=hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest(),
-        images_sha256=content.hexdigest(),
         decoder=decoder if has_video else "image",
+        **content,
     )
 
 
@@ -317,10 +415,17 @@ def _require_files(
             f" {reader.root / missing[0]}: complete the copy, or leave --root out to use the Hub's"
         )
     import httpx
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.hf_api import RepoFile
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
-    try:  # into the folder that LeRobotDataset itself uses, so that training finds them
+    try:
+        entries = HfApi().list_repo_tree(meta.repo_id, recursive=True, revision=revision, repo_type="dataset")
+        sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        total = human_bytes(sum(sizes.get(name, 0) for name in missing))
+        count = len(missing)
+        logger.info("dataset %s: downloading %s (files: %d) to %s", meta.repo_id, total, count, HF_LEROBOT_HUB_CACHE)
+        # into the folder that LeRobotDataset itself uses, so that training finds them
         snapshot_download(
             meta.repo_id,
             repo_type="dataset",

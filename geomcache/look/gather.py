@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.info import describe
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheIncompleteError, DatasetNotFoundError
 from geomcache.frames.of_cache import open_pictures
 from geomcache.frames.reader import FrameReader
 from geomcache.geometry import OUTPUTS
 from geomcache.look.episode import SCALARS, FrameMaps, block_frames, require_few_views
+from geomcache.look.info import describe
 from geomcache.look.options import ReportOptions
 from geomcache.look.value_counts import ValueCounts
 from geomcache.ranges import RowSet

@@ -14,12 +14,12 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.info import describe_rows
 from geomcache.geometry import OUTPUTS
 from geomcache.look.charts import histogram, over_time, series_colour
 from geomcache.look.drawing import fit_width, scalar_colours, vector_colours
 from geomcache.look.episode import SCALARS, short_key
 from geomcache.look.gather import Report, ShownFrame
+from geomcache.look.info import describe_rows
 from geomcache.look.value_counts import ValueCounts
 from geomcache.progress import human_bytes
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.header import COORDINATE_CHUNK, EPISODE_TABLE, GROUP, Header
+from geomcache.cache.header import COORDINATE_CHUNK, GROUP, Header
 from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, damaged_files, read_episodes
 from geomcache.cache.layout import CRC_NBYTES
 from geomcache.cache.manifest import JOURNAL, MANIFEST
@@ -52,12 +52,12 @@ def fetch_description(
         inventory = Inventory.read(folder)
         files = inventory.manifest.files
         _check_sizes(inventory.header, files, folder / MANIFEST)
-        table = [f"{name}/c.0" for name in EPISODE_TABLE]
+        table = [f"{name}/c.0" for name in inventory.header.episode_table]
         for name in [*table, *(inventory.header.metadata() if metadata else ())]:
             remote.fetch(name, files[name][0], folder)  # the check of the hashes names a missing one
         for _, error in damaged_files(folder, table, files):
             raise error
-        return inventory, read_episodes(folder, inventory.header)[1]
+        return inventory, read_episodes(folder, inventory.header).length
 
 
 def _check_sizes(header: Header, files: Files, manifest: Path) -> None:
@@ -69,7 +69,7 @@ def _check_sizes(header: Header, files: Files, manifest: Path) -> None:
     table_nbytes = header.dataset.episodes * _INT64_NBYTES + CRC_NBYTES
     chunk_nbytes = min(header.dataset.frames, COORDINATE_CHUNK) * _INT64_NBYTES
     bounds = dict.fromkeys(header.metadata(), (1, MAX_METADATA_NBYTES))
-    bounds |= {f"{name}/c.0": (table_nbytes, min(table_nbytes, MAX_TABLE_NBYTES)) for name in EPISODE_TABLE}
+    bounds |= {f"{name}/c.0": (table_nbytes, min(table_nbytes, MAX_TABLE_NBYTES)) for name in header.episode_table}
     for name, (size, _) in files.items():
         # what is neither is a chunk of the coordinates; zstd makes incompressible data longer by a hundredth at most
         low, high = bounds.get(name, (1, chunk_nbytes + chunk_nbytes // 100 + 1024))

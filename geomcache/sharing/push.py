@@ -20,9 +20,8 @@ from pathlib import Path
 
 from geomcache.cache import durable
 from geomcache.cache.create import is_cache
-from geomcache.cache.header import COORDINATES, EPISODE_TABLE, GROUP, Header
+from geomcache.cache.header import COORDINATES, EPISODES, GROUP, Header
 from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, Stored, files_of
-from geomcache.cache.layout import CHECKSUMS
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.errors import CacheCorruptError, CacheExistsError, CacheFormatError, CacheLockedError
 from geomcache.progress import TransferBar, human_bytes
@@ -272,5 +271,5 @@ class _Push:
 
 def _belongs(name: str, header: Header) -> bool:
     """Return whether a file is a part of the cache with this header, which other readers would take for data."""
-    folders = {*header.spec.camera_keys, CHECKSUMS, *COORDINATES, EPISODE_TABLE[0].partition("/")[0]}
+    folders = {*header.spec.camera_keys, *COORDINATES, EPISODES, *(table.key for table in header.layout.tables)}
     return name in (*_CONTROL, UNSEALED) or name.partition("/")[0] in folders

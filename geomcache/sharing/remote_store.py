@@ -13,7 +13,7 @@ from typing import Any, Self, override
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.layout import CHECKSUMS, crc32c
+from geomcache.cache.layout import CHECKSUMS, Table, crc32c
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheCorruptError, GeomcacheError, RemoteError
 from geomcache.geometry import Geometry
@@ -90,6 +90,15 @@ class RemoteGeometryStore(GeometryStore):
                         f"{self.address}/{name}: {self._name(row)}: expected checksum {expected:08x}, found"
                         f" {checksum:08x}: the file is damaged, or of another cache; push the cache again"
                     )
+
+    @override
+    def _read_table(self, table: Table, rows: NDArray[np.int64]) -> NDArray[Any]:
+        number, remote = self._layout.keys.index(table.key), open_remote(self._url)
+        for shard in np.unique(rows // self.shard_frames).tolist():
+            name, size = self._layout.files(shard)[number], self._contents.shards[shard].sizes[number]
+            if not (self.path / name).exists():
+                remote.fetch(name, size, self.path)  # the reader names a missing one
+        return super()._read_table(table, rows)
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:

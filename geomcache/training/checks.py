@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from geomcache.errors import DatasetError, UserInputError
+from geomcache.frames.source import describe_cameras
 from geomcache.geometry import GeometrySpec
+
+logger = logging.getLogger(__name__)
 
 # Transforms that leave every part of the picture at its share of width and height, where the cells of the geometry's
 # grid are: colours, noise, blur, holes, and changes of the whole picture's size. A list of what is known to be
@@ -98,6 +102,33 @@ def renamed_spec(spec: GeometrySpec, config: Any) -> GeometrySpec:
         )
     cameras = tuple(dataclasses.replace(camera, key=renamed.get(camera.key, camera.key)) for camera in spec.cameras)
     return dataclasses.replace(spec, cameras=cameras)
+
+
+def use_colour_cameras(meta: Any, config: Any) -> None:
+    """Leave grey and depth cameras out of what the policy takes from the dataset: Pi0.5 takes colour pictures.
+
+    A choice of `input_features`, in an option or a checkpoint, stays as it is.
+
+    Args:
+        meta: LeRobot's `LeRobotDatasetMetadata`.
+        config: LeRobot's `TrainPipelineConfig`; its policy's `input_features` are set where a camera is left out.
+
+    Raises:
+        DatasetError: a camera's shape is malformed.
+    """
+    from lerobot.configs import FeatureType
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    colour = describe_cameras(meta)
+    others = [key for key in meta.camera_keys if key not in colour]
+    if not others or config.policy.input_features:
+        return
+    config.policy.input_features = {
+        key: feature
+        for key, feature in dataset_to_policy_features(meta.features).items()
+        if feature.type is not FeatureType.ACTION and key not in others
+    }
+    logger.info("dataset %s: left out, as Pi0.5 takes colour images: %s", meta.repo_id, ", ".join(others))
 
 
 def check_features(meta: Any, config: Any) -> None:

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, errors_kept_whole
+from geomcache.frames.compare import check_pictures, choose_sample, compare_episodes
+from geomcache.frames.source import episode_identities, episode_lengths
 
 Item = dict[str, Any]
 
@@ -29,9 +32,13 @@ class _WithGeometry:
         """Wrap `dataset`. Worker processes open the store's files themselves.
 
         Raises:
-            CacheMismatchError: the dataset has another number of frames than the cache's.
+            CacheMismatchError: the dataset has other episodes than the cache.
         """
-        if dataset.meta.total_frames != store.dataset.frames:
+        if store.schema_version >= 2:
+            meta = dataset.meta
+            current = episode_lengths(meta), episode_identities(meta, store.spec.camera_keys)
+            compare_episodes(store, meta.repo_id, current, dataset.episodes)
+        elif dataset.meta.total_frames != store.dataset.frames:
             raise CacheMismatchError(
                 f"cache {store.path}: expected a dataset of {store.dataset.frames} frames, got {dataset.repo_id} with"
                 f" {dataset.meta.total_frames}: use the dataset that the cache was made of",
@@ -56,6 +63,41 @@ class _WithGeometry:
             maps = self._store.batch(indices)
         geometry = {key: torch.from_numpy(array) for key, array in maps.to_batch().items()}
         return [item | {key: values[i] for key, values in geometry.items()} for i, item in enumerate(items)]
+
+
+def check_sample(dataset: Any, store: GeometryStore) -> int:
+    """Compare a sample of a dataset's pictures, as the loader decodes them, with those that the cache was made of.
+
+    Args:
+        dataset: a `LeRobotDataset`.
+        store: a cache of schema version 2.
+
+    Returns:
+        How many frames were compared: one of each of at most 500 episodes, in at most 20 s.
+
+    Raises:
+        CacheMismatchError: a picture is another one; the message names episode, frame and camera.
+    """
+    indices = dataset.hf_dataset.data.column("index").to_numpy()  # of each position: some episodes may be left out
+    keys, transforms = store.spec.camera_keys, dataset.image_transforms
+
+    def read(row: int) -> list[NDArray[np.uint8]]:
+        item = dataset[int(np.flatnonzero(indices == row)[0])]
+        return [_as_picture(item[key]) for key in keys]
+
+    rows = choose_sample(store, dataset.episodes)
+    dataset.set_image_transforms(None)
+    try:
+        return check_pictures(store, read, rows[np.isin(rows, indices)])
+    finally:
+        dataset.set_image_transforms(transforms)
+
+
+def _as_picture(image: torch.Tensor) -> NDArray[np.uint8]:
+    """Return the picture of LeRobot's float32 [3, H, W] in 0 to 1; of several over time the last, which is now."""
+    current = image if image.ndim == 3 else image[-1]
+    picture: NDArray[np.uint8] = (current * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return picture
 
 
 class GeometryDataset(_WithGeometry, Dataset[Item]):

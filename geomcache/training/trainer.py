@@ -316,17 +316,29 @@ def _factory(
     import httpx
 
     from geomcache.cache import compatibility
-    from geomcache.frames.source import describe_cameras, describe_dataset, open_metadata
+    from geomcache.frames.compare import compare_episodes
+    from geomcache.frames.source import (
+        describe_cameras,
+        describe_dataset,
+        episode_identities,
+        episode_lengths,
+        open_metadata,
+    )
     from geomcache.training import checks
-    from geomcache.training.dataset import with_geometry
+    from geomcache.training.dataset import check_sample, with_geometry
 
     def make(config: Any) -> tuple[Any, Any]:
         options = config.dataset
         meta = open_metadata(options.repo_id, None if options.root is None else Path(options.root), options.revision)
         if store is not None:
             compatibility.compare_cameras(store.spec, describe_cameras(meta))
-            compatibility.compare_datasets(store.dataset, describe_dataset(meta, store.spec.camera_keys))
+            dataset = describe_dataset(meta, store.spec.camera_keys, schema_version=store.schema_version)
+            compatibility.compare_datasets(store.dataset, dataset)
+            if store.schema_version >= 2:
+                current = episode_lengths(meta), episode_identities(meta, store.spec.camera_keys)
+                compare_episodes(store, meta.repo_id, current, options.episodes)
         checks.check_features(meta, config)
+        checks.use_colour_cameras(meta, config)
         if options.streaming:
             checks.check_streaming(meta, config.tolerance_s)
         try:
@@ -335,6 +347,8 @@ def _factory(
             raise DatasetError(f"dataset {options.repo_id}: LeRobot cannot open it: {one_line(error)}") from error
         if store is None:
             return train_dataset, eval_dataset
+        if store.schema_version >= 2 and not options.streaming:
+            check_sample(train_dataset, store)
         outputs, views = ", ".join(store.spec.outputs), len(store.spec.cameras)
         logger.info("geometry from %s: %s of %d views", store.path, outputs, views)
         held_out = None if eval_dataset is None else with_geometry(eval_dataset, store)

@@ -14,7 +14,16 @@ import numcodecs
 import numpy as np
 import pytest
 
-from tests.support.stores import LENGTHS, MadeUpMaps, fill, make_maps, make_spec, make_store, open_writer
+from tests.support.stores import (
+    LENGTHS,
+    MadeUpMaps,
+    fill,
+    make_maps,
+    make_signatures,
+    make_spec,
+    make_store,
+    open_writer,
+)
 
 of_every_codec = pytest.mark.parametrize("codec", ["raw", "zstd"])
 TRAILING = {"ray": 6, "ray_conf": 1, "depth": 1, "depth_conf": 1}
@@ -55,9 +64,9 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], dict[int, tuple[list[int]
 def read_rows(folder: Path, rows: list[int], codec: str) -> dict[str, dict[int, bytes]]:
     """Every map of every row, by column, each check of the page made."""
     about = json.loads((folder / "zarr.json").read_bytes())["attributes"]["geomcache"]
-    assert (about["schema_version"], about["codec"]) == (1, codec)
+    assert (about["schema_version"], about["codec"]) == (2, codec)
     identity: dict[str, Any] = {"spec": dict(about["spec"]), "dataset": dict(about["dataset"])}
-    del identity["spec"]["model_id"], identity["dataset"]["repo_id"]
+    del identity["spec"]["model_id"], identity["dataset"]["repo_id"], identity["dataset"]["revision"]
     assert about["fingerprint"] == hashlib.sha256(canonical(identity)).hexdigest()
     k = about["shard_frames"]
     h, w = about["spec"]["grid_hw"]
@@ -121,12 +130,13 @@ def test_the_page_describes_a_sealed_cache(tmp_path: Path, outputs: tuple[str, .
         assert (len(content), hashlib.sha256(content).hexdigest()) == (nbytes, digest)
     for shard, (sizes, hashes) in shards.items():
         names = [f"{column}/c.{shard}" + ".0" * (3 if column.endswith("/ray") else 2) for column in data["columns"]]
-        for name, nbytes, digest in zip([*names, f"frame_crc32c/c.{shard}.0"], sizes, hashes, strict=True):
+        names += [f"frame_crc32c/c.{shard}.0", f"picture_hash/c.{shard}.0", f"picture_means/c.{shard}.0.0.0.0"]
+        for name, nbytes, digest in zip(names, sizes, hashes, strict=True):
             content = (folder / name).read_bytes()
             assert (len(content), hashlib.sha256(content).hexdigest()) == (nbytes, digest)
     named = {*data["files"], "manifest.json", "journal.jsonl", "lock"}
     others = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} - named
-    assert len(others) == len(shards) * (len(data["columns"]) + 1)
+    assert len(others) == len(shards) * (len(data["columns"]) + 3)
 
 
 def test_the_page_describes_a_growing_cache(tmp_path: Path) -> None:
@@ -173,12 +183,15 @@ def test_the_reader_on_the_page_reads_what_was_written(tmp_path: Path, sealed: b
             file.write(b'{"record":"commit","shard":')  # torn off by a kill
     cache = reader["Cache"](tmp_path / "cache")
     assert cache.sealed == sealed
-    written = make_maps(spec, rows)
+    written, signatures = make_maps(spec, rows), make_signatures(spec, rows)
     for place, row in enumerate(rows):
         for column, maps in cache.read(row).items():
             camera, _, output = column.partition("/")
             assert maps.dtype == np.float16
             np.testing.assert_array_equal(maps, written[camera][output][place])
+        hashes, means = cache.signatures(row)
+        np.testing.assert_array_equal(hashes, signatures.hashes[place])
+        np.testing.assert_array_equal(means, signatures.means[place])
     for row in (37, 69, 90):
         with pytest.raises(LookupError, match=f"row {row} "):
             cache.read(row)
@@ -205,7 +218,7 @@ def test_the_reader_on_the_page_believes_no_blosc_header() -> None:
 def test_the_reader_on_the_page_finds_damage(tmp_path: Path, codec: str) -> None:
     reader = load_reader()
     folder = make_store(tmp_path / "cache", codec=codec)
-    for name in ("zarr.json", "manifest.json", "episodes/start/c.0", "frame_crc32c/c.1.0"):
+    for name in ("zarr.json", "manifest.json", "episodes/identity/c.0", "frame_crc32c/c.1.0"):
         shutil.copytree(folder, tmp_path / "copy")
         flip(tmp_path / "copy" / name, -20)
         with pytest.raises((ValueError, KeyError)):

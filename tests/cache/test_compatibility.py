@@ -87,7 +87,8 @@ def test_other_frames_are_named_with_both_values(field: str, value: Any) -> None
 
 def test_every_field_of_a_dataset_is_compared_or_known_to_be_a_label() -> None:
     fields = {field.name for field in dataclasses.fields(DatasetSpec)}
-    assert fields == {*compatibility.COMPARED_DATASET_FIELDS, "revision", "repo_id", "decoder"}
+    by_episode = {"identities_sha256"}  # which geomcache.frames.compare compares
+    assert fields == {*compatibility.COMPARED_DATASET_FIELDS, "revision", "repo_id", "decoder"} | by_episode
 
 
 def test_revisions_are_compared_where_both_are_known() -> None:
@@ -173,7 +174,7 @@ def test_an_unsealed_cache_is_refused_even_with_all_episodes() -> None:
     with pytest.raises(CacheIncompleteError) as caught:
         compatibility.require_episodes(store(sealed=False), None)
     assert "`geomcache extract " in str(caught.value)
-    assert "--episodes" not in str(caught.value)  # all are wanted
+    assert "--episodes" not in str(caught.value)  # all are wanted: none are named
     with pytest.raises(CacheIncompleteError) as caught:
         compatibility.require_episodes(store(sealed=False, episodes=((0, 2),)), None)
     assert "episodes 2:10" in str(caught.value)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from tests.support.stores import (
     as_lengths,
     fill,
     make_dataset_spec,
+    make_identities,
     make_spec,
     make_store,
     open_writer,
@@ -54,6 +56,8 @@ def test_a_new_cache_holds_nothing_and_says_so(tmp_path: Path) -> None:
         "episode_index",
         "frame_index",
         "frame_crc32c",
+        "picture_hash",
+        "picture_means",
         *CAMERAS,
     }
     assert [file.name for file in path.parent.iterdir()] == ["cache.zarr"]
@@ -128,6 +132,9 @@ def test_what_is_no_cache_is_left_alone(tmp_path: Path, content: str, overwrite:
 SPEC, DATASET = make_spec(), make_dataset_spec()
 
 
+REVERSED_SHA256 = hashlib.sha256(make_identities()[::-1].tobytes()).hexdigest()
+
+
 @pytest.mark.parametrize(
     ("field", "spec", "dataset"),
     [
@@ -142,9 +149,8 @@ SPEC, DATASET = make_spec(), make_dataset_spec()
         ("spec.grid_hw", {"grid_hw": (4, 3)}, {}),
         ("spec.outputs", {"outputs": ("ray",)}, {}),
         ("spec.compute_dtype", {"compute_dtype": "bf16"}, {}),
-        ("dataset.revision", {}, {"revision": "abc"}),
         ("dataset.fps", {}, {"fps": 20}),
-        ("dataset.images_sha256", {}, {"images_sha256": "22" * 32}),
+        ("dataset.identities_sha256", {}, {"identities_sha256": REVERSED_SHA256}),
         ("dataset.decoder", {}, {"decoder": "pyav"}),
     ],
 )
@@ -153,8 +159,9 @@ def test_other_settings_are_refused_by_name(
 ) -> None:
     path = make_store(tmp_path / "cache", [(0, 5)])
     wanted_spec, wanted_dataset = make_spec(**{"grid": "3x4"} | spec), make_dataset_spec(**dataset)
+    identities = make_identities()[:: -1 if "identities_sha256" in dataset else 1]
     with pytest.raises(CacheMismatchError) as caught:
-        open_writer(path, spec=wanted_spec, dataset=wanted_dataset)
+        open_writer(path, spec=wanted_spec, dataset=wanted_dataset, identities=identities)
     part, name = field.split(".")
     cached, wanted = (SPEC, wanted_spec) if part == "spec" else (DATASET, wanted_dataset)
     assert (caught.value.field, caught.value.cached, caught.value.wanted) == (
@@ -213,7 +220,7 @@ def test_overwrite_replaces_a_damaged_cache_and_what_a_link_leads_to(tmp_path: P
     (path / "zarr.json").write_text(json.dumps(header))
     (path / "journal.jsonl").unlink()
     (tmp_path / "link").symlink_to(path)
-    with pytest.raises(CacheFormatError, match="schema version 1, found 99"):
+    with pytest.raises(CacheFormatError, match="schema version 1 or 2, found 99"):
         open_writer(tmp_path / "link")
     open_writer(tmp_path / "link", overwrite=True).close()
     assert (tmp_path / "link").is_symlink()
@@ -228,13 +235,13 @@ def test_overwrite_of_nothing_creates(tmp_path: Path) -> None:
 OPEN = """
 import sys
 from pathlib import Path
-from tests.support.stores import claim_rows, make_maps, open_writer
+from tests.support.stores import claim_rows, commit, make_maps, open_writer
 writer = open_writer(Path(sys.argv[1]))
 claim = writer.claim() if sys.argv[2] == "claim" else None
 print("open", flush=True)
 sys.stdin.readline()
 claim = claim or writer.claim()
-writer.commit(claim, make_maps(writer.spec, claim_rows(claim)))
+commit(writer, claim, make_maps(writer.spec, claim_rows(claim)))
 """
 
 
@@ -265,7 +272,9 @@ def test_a_cache_that_was_replaced_after_its_header_was_read_is_refused(tmp_path
 
 def test_a_cache_that_another_process_just_made_is_not_replaced_unasked(tmp_path: Path) -> None:
     path = make_store(tmp_path / "cache", [(0, 5)])
-    create(path, Header.new(SPEC, DATASET), as_lengths(LENGTHS))  # as if it had not been there a moment ago
+    create(
+        path, Header.new(SPEC, DATASET), as_lengths(LENGTHS), make_identities()
+    )  # as if it had not been there a moment ago
     assert GeometryStore.open(path).rows == ((0, 5),)
 
 
@@ -421,14 +430,15 @@ def _set(*keys: str, to: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("schema_version", to=2), "schema version 1, found 2"),
-        (_set("schema_version", to="1"), "schema version 1, found '1'"),
+        (_set("schema_version", to=3), "schema version 1 or 2, found 3"),
+        (_set("schema_version", to=1), "dataset: .*schema version 1"),
+        (_set("schema_version", to="1"), "schema version 1 or 2, found '1'"),
         (_set("codec", to="lz4"), "codec: .*raw or zstd.*'lz4'"),
         (_set("codec", to=None), "codec: .*raw or zstd.*None"),
-        (_set("shard_frames", to=24), "shard_frames: .*16 to 4096.*24"),
-        (_set("shard_frames", to=2**40), "shard_frames: .*16 to 4096.*1099511627776"),
-        (_set("shard_frames", to=16.0), "shard_frames: .*16 to 4096.*16.0"),
-        (_set("shard_frames", to=True), "shard_frames: .*16 to 4096.*True"),
+        (_set("shard_frames", to=24), "shard_frames: .*16 to 65536.*24"),
+        (_set("shard_frames", to=2**40), "shard_frames: .*16 to 65536.*1099511627776"),
+        (_set("shard_frames", to=16.0), "shard_frames: .*16 to 65536.*16.0"),
+        (_set("shard_frames", to=True), "shard_frames: .*16 to 65536.*True"),
         (_set("spec", to=[]), "spec: .*object.*array"),
         (_set("spec", "grid_hw", to=[3, 4, 5]), "spec.grid_hw: .*2.*3"),
         (_set("spec", "grid_hw", to=[10**9, 4]), "grid: .*1 to 9999.*1000000000"),
@@ -437,8 +447,8 @@ def _set(*keys: str, to: object) -> Callable[[dict[str, Any]], None]:
         (_set("dataset", "frames", to=2**50), "dataset: .*1099511627776.*1125899906842624"),
         (_set("dataset", "frames", to=-1), "frames >= 1.*-1"),
         (_set("dataset", "fps", to=10**300), "dataset: .*1099511627776.*1000"),
-        (_set("schema_version", to=1.0), "schema version 1, found 1.0"),
-        (_set("schema_version", to=True), "schema version 1, found True"),
+        (_set("schema_version", to=1.0), "schema version 1 or 2, found 1.0"),
+        (_set("schema_version", to=True), "schema version 1 or 2, found True"),
         (_set("codec", to=[]), r"codec: .*raw or zstd.*\[\]"),
         (_set("dataset", "repo_id", to="a\x1b[2J"), r"dataset.repo_id: .*x1b"),
         (_set("spec", "process_res", to=112), "fingerprint: .*[0-9a-f]{64}.*[0-9a-f]{64}"),

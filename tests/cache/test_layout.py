@@ -27,12 +27,15 @@ def test_crc32c_is_castagnolis() -> None:
     [
         ((14, 14), 273_465, 4096),  # 32 MiB would hold 14,242 frames; 64 shards of the dataset 4,272
         ((36, 36), 273_465, 2048),  # 32 MiB: 2,157
-        ((36, 36), 30_000_000, 2048),
+        ((36, 36), 16_777_216, 2048),  # 8192 shards
+        ((36, 36), 16_777_217, 4096),  # one frame more would need another
         ((14, 14), 30_000_000, 4096),
-        ((288, 288), 273_465, 32),  # 32 MiB: 33
+        ((14, 14), 8192 * 65_536, 65_536),
+        ((14, 14), 8193 * 65_536, 65_536),  # the largest, whatever the number of shards
+        ((288, 288), 273_465, 64),  # 32 MiB: 33, but 8192 shards need 34
         ((14, 14), 2_765, 32),  # 64 shards: 43
         ((14, 14), 5, 16),
-        ((2000, 2000), 273_465, 16),  # 32 MiB: none
+        ((2000, 2000), 100_000, 16),  # 32 MiB: none
     ],
 )
 def test_shard_frames(grid_hw: tuple[int, int], frames: int, shard_frames: int) -> None:
@@ -50,14 +53,19 @@ def test_layout_names_the_files_of_a_shard() -> None:
         f"{CAMERAS[1]}/ray/c.3.0.0.0",
         f"{CAMERAS[1]}/ray_conf/c.3.0.0",
         "frame_crc32c/c.3.0",
+        "picture_hash/c.3.0",
+        "picture_means/c.3.0.0.0.0",
     )
     ray, conf, index, table = 10 * (3 * 4 * 6 * 2 + 4), 10 * (3 * 4 * 2 + 4), 16 * 16 + 4, 16 * 4 * 4 + 4
-    sizes = ray + index, conf + index, ray + index, conf + index, table
+    tables = table, 16 * 2 * 8 + 4, 16 * 2 * 4 * 4 * 3 + 4
+    sizes = ray + index, conf + index, ray + index, conf + index, *tables
     assert layout.size_bounds(10) == tuple((size, size) for size in sizes)
     assert layout.raw_nbytes(20, 2) == 2 * sum(sizes)
 
 
-@pytest.mark.parametrize("key", ["lock", "episodes", "frame_index", "Zarr.json", "manifest.json", "frame_crc32c"])
+@pytest.mark.parametrize(
+    "key", ["lock", "episodes", "frame_index", "Zarr.json", "manifest.json", "frame_crc32c", "picture_hash"]
+)
 def test_a_camera_cannot_take_the_name_of_another_part(key: str) -> None:
     with pytest.raises(UserInputError, match=f"camera key: expected none of .*, got '{key}'"):
         Layout.of(make_spec(cameras=(key,)), frames=90, shard_frames=16)
@@ -85,8 +93,8 @@ def test_shard_file_holds_maps_checksums_and_index_where_zarr_puts_them() -> Non
 def test_checksum_file_has_a_row_for_every_frame_of_the_shard() -> None:
     layout = Layout.of(make_spec(), frames=90, shard_frames=16)
     numbers = [random.Random(0).randrange(2**32) for _ in range(8)]
-    columns = [np.array(numbers[column * 2 : column * 2 + 2], dtype=np.uint32) for column in range(4)]
-    content = layout.encode_checksums(np.array([3, 15]), columns)
+    values = np.array(numbers, dtype=np.uint32).reshape(4, 2).T
+    content = layout.tables[0].encode(16, np.array([3, 15]), values)
     table = struct.unpack("<64I", content[:-4])
     assert table[12:16] == tuple(numbers[::2])
     assert table[60:64] == tuple(numbers[1::2])

@@ -98,7 +98,7 @@ def test_a_manifest_of_thirty_million_frames_stays_small() -> None:
     layout = Layout.of(SPEC, frames=30_000_000, shard_frames=4096)
     shards = {
         shard: ShardFiles(
-            tuple(low for low, _ in layout.size_bounds(stop - start)), tuple(bytes([n]) * 32 for n in range(5))
+            tuple(low for low, _ in layout.size_bounds(stop - start)), tuple(bytes([n]) * 32 for n in range(7))
         )
         for shard in range(layout.shards)
         for start, stop in [layout.shard_rows(shard)]

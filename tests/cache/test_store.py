@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import google_crc32c
 import numpy as np
@@ -19,6 +19,7 @@ import zarr
 
 from geomcache.cache.codecs import CodecName
 from geomcache.cache.store import GeometryStore
+from geomcache.cache.verify import verify
 from geomcache.errors import (
     CacheCorruptError,
     CacheFormatError,
@@ -33,6 +34,8 @@ from tests.support.stores import (
     expected,
     fill,
     make_dataset_spec,
+    make_identities,
+    make_signatures,
     make_spec,
     make_store,
     open_writer,
@@ -130,9 +133,44 @@ def test_tensorstore_reads_every_array_as_zarr_does(path: str, request: pytest.F
     output_of(run_python(TENSORSTORE, folder, tmp_path / "arrays.npz"))  # in a child: no fork survives it here
     group: Any = zarr.open_group(folder, mode="r")
     with np.load(tmp_path / "arrays.npz") as arrays:
-        assert len(arrays) == len(CAMERAS) * len(SPEC.outputs) + 5
+        assert len(arrays) == len(CAMERAS) * len(SPEC.outputs) + 8
         for key, values in arrays.items():
             assert values.tobytes() == group[key][:].tobytes()
+
+
+@parts_of_every_codec
+def test_signatures_and_identities_are_what_was_written_and_what_zarr_reads(
+    path: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(path)
+    store, group = GeometryStore.open(folder), cast("Any", zarr.open_group(folder, mode="r"))
+    rows = np.flatnonzero(store.covers(np.arange(90)))
+    written = make_signatures(SPEC, rows)
+    for name, values in (("picture_hash", written.hashes), ("picture_means", written.means)):
+        array = group[name][:]
+        assert array.dtype == values.dtype
+        np.testing.assert_array_equal(array[rows], values)
+        assert not np.delete(array, rows, axis=0).any()  # of missing rows
+    for order in (rows, rows[::-1], [89, 3, 3, 63]):
+        assert store.signatures(order).equal(make_signatures(SPEC, order)).all()
+    np.testing.assert_array_equal(group["episodes/identity"][:], make_identities())
+    assert store.episode_identity is not None
+    np.testing.assert_array_equal(store.episode_identity, make_identities())
+    with pytest.raises(MissingFrameError):
+        store.signatures([0, 38])
+
+
+@pytest.mark.parametrize("name", ["picture_hash/c.1.0", "picture_means/c.1.0.0.0.0"])
+def test_damaged_signatures_are_told(whole: Path, tmp_path: Path, name: str) -> None:
+    path = shutil.copytree(whole, tmp_path / "cache")
+    for damage in (_flip(name, 5), _cut(name, 8), lambda path: (path / name).unlink()):
+        damage(path)
+        store = GeometryStore.open(path)
+        assert store.signatures([15, 32]).equal(make_signatures(SPEC, [15, 32])).all()
+        with pytest.raises(CacheCorruptError, match=f"{name}: episode 0 frame 17: "):
+            store.signatures([15, 17])
+        assert_equal(store.batch([17]), [17])  # the maps are whole
+        assert {(problem.file, problem.shard) for problem in verify(path).problems} == {(name, 1)}
 
 
 @pytest.mark.parametrize(
@@ -253,7 +291,8 @@ def test_what_is_there_is_known(path: str, request: pytest.FixtureRequest) -> No
         *(True, True, False, False, True, True, False, False, True, True)
     ]
     assert store.covers([-1, 90]).tolist() == [False, False]
-    files = {file: file.stat().st_size for name in (*CAMERAS, "frame_crc32c") for file in (parts / name).rglob("c.*")}
+    folders = (*CAMERAS, "frame_crc32c", "picture_hash", "picture_means")
+    files = {file: file.stat().st_size for name in folders for file in (parts / name).rglob("c.*")}
     assert store.nbytes == sum(files.values()) == sum(store.array_nbytes.values())
     for name, nbytes in store.array_nbytes.items():
         assert nbytes == sum(size for file, size in files.items() if file.parent == parts / name)

@@ -28,6 +28,7 @@ from geomcache.training.trainer import train
 from tests.support.cli import call
 from tests.support.stores import (
     CAMERAS,
+    commit,
     expected,
     fill,
     make_dataset_spec,
@@ -184,7 +185,7 @@ def test_shards_and_cameras_that_change_places_are_found(path: Path, original: P
     report = verify(path)
     assert {(problem.shard, problem.file.partition("/c.")[0]) for problem in report.problems} == {
         *((shard, f"{camera}/{output}") for shard in (1, 2) for camera in CAMERAS for output in SPEC.outputs),
-        *((shard, "frame_crc32c") for shard in (1, 2)),
+        *((shard, table) for shard in (1, 2) for table in ("frame_crc32c", "picture_hash", "picture_means")),
         *((4, f"{camera}/ray") for camera in CAMERAS),
     }
     assert_repaired(path, original, {1, 2, 4})
@@ -601,7 +602,7 @@ def test_repaired_rows_hold_what_is_made_again(path: Path) -> None:
         assert claim is not None
         maps = make_maps(SPEC, range(16, 32))
         maps[CAMERAS[1]]["ray"] = maps[CAMERAS[1]]["ray"] + np.float16(1)
-        writer.commit(claim, maps)
+        commit(writer, claim, maps)
         assert writer.seal()
     wanted = expected(SPEC, [19])["ray"]
     wanted[:, 1] += np.float16(1)

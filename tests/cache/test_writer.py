@@ -29,6 +29,7 @@ from tests.support.stores import (
     Faults,
     Killed,
     claim_rows,
+    commit,
     expected,
     fill,
     make_maps,
@@ -80,10 +81,10 @@ def test_commit_returns_the_bytes_on_disk(tmp_path: Path) -> None:
     with open_writer(tmp_path / "cache") as writer:
         claim = writer.claim()
         assert claim is not None
-        nbytes = writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
+        nbytes = commit(writer, claim, make_maps(SPEC, claim_rows(claim)))
     files = [*(tmp_path / "cache").rglob("c.0.0*")]
     assert nbytes == sum(file.stat().st_size for file in files)
-    assert len(files) == 5
+    assert len(files) == 7
 
 
 def test_resume_goes_on_where_the_last_run_stopped(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_growth_makes_only_the_shards_again_that_lack_rows(tmp_path: Path) -> No
         assert (path / "manifest.json").exists()  # nothing has changed yet
         claim = writer.claim()
         assert claim == Claim(1, ((16, 32),))  # with the rows that it had
-        writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
+        commit(writer, claim, make_maps(SPEC, claim_rows(claim)))
         assert not (path / "manifest.json").exists()
         assert "statistics" not in json.loads((path / "zarr.json").read_bytes())["attributes"]["geomcache"]
         assert fill(writer) == [2, 3]
@@ -138,7 +139,7 @@ def test_a_dropped_shard_is_made_again_by_whoever_writes_next(tmp_path: Path) ->
         assert (writer.wanted, writer.removed_stale_files) == (((0, 5), (32, 48)), 0)
         assert (writer.pending(), writer.frames_done()) == ((2,), 5)
         assert writer.claim() == claim
-        writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
+        commit(writer, claim, make_maps(SPEC, claim_rows(claim)))
         assert writer.seal()
     check(path, ((0, 90),))
 
@@ -147,7 +148,7 @@ def test_files_of_a_dropped_shard_are_kept_until_it_is_made_again(tmp_path: Path
     path = make_store(tmp_path / "cache")
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("c.2.0*"))
     before = {name: (path / name).read_bytes() for name in names}
-    assert len(names) == 5
+    assert len(names) == 7
     with open_writer(path) as writer:
         assert writer.drop(2, writer._journal.commits[2].files, "damaged")
     for _ in range(2):  # whoever opens it, and however often
@@ -198,7 +199,7 @@ def test_statistics_are_those_of_all_values_whoever_wrote_them_and_when(tmp_path
             claim = claims[number]
             assert claim is not None
             writer = one if number in (0, 2, 5) else two
-            writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
+            commit(writer, claim, make_maps(SPEC, claim_rows(claim)))
         unsealed = GeometryStore.open(tmp_path / "any-order").camera_statistics
         assert two.seal()
     stores = [GeometryStore.open(each) for each in (path, tmp_path / "any-order")]
@@ -231,7 +232,7 @@ def test_saturated_values_are_counted(tmp_path: Path) -> None:
         assert claim is not None
         maps = make_maps(SPEC, [0, 1])
         maps[SPEC.camera_keys[1]]["ray_conf"][1, 0, :3] = 65504
-        writer.commit(claim, maps)
+        commit(writer, claim, maps)
         writer.seal()
     assert GeometryStore.open(tmp_path / "cache").statistics["ray_conf"].saturated == 3
 
@@ -247,12 +248,12 @@ def test_a_number_that_is_none_is_refused_by_place(tmp_path: Path, value: float)
         with pytest.raises(
             NonFiniteGeometryError, match=f"episode 1 frame 1 camera {SPEC.camera_keys[1]} ray"
         ) as caught:
-            writer.commit(claim, maps)
+            commit(writer, claim, maps)
         assert caught.value.places == ((3, 1, "ray"), (7, 1, "ray"))
         maps = make_maps(SPEC, claim_rows(claim))
         maps[SPEC.camera_keys[0]]["ray_conf"][0, 0, 0] = 0  # its logarithm is none
         with pytest.raises(NonFiniteGeometryError, match="episode 0 frame 18 .* above 0"):
-            writer.commit(claim, maps)
+            commit(writer, claim, maps)
         assert writer.frames_done() == 0
 
 
@@ -270,10 +271,10 @@ def test_maps_of_another_form_are_refused(tmp_path: Path) -> None:
             (maps | {second: {**maps[second], "ray": maps[second]["ray"][..., :5]}}, "expected float16"),
         ):
             with pytest.raises(GeometryError, match=message):
-                writer.commit(claim, wrong)
-        writer.commit(claim, maps)
+                commit(writer, claim, wrong)
+        commit(writer, claim, maps)
         with pytest.raises(CacheLockedError, match="expected a claim of shard 0, found none"):
-            writer.commit(claim, maps)
+            commit(writer, claim, maps)
 
 
 @pytest.mark.parametrize("wanted", [[], [(5, 5)], [(-1, 3)], [(0, 91)]])
@@ -387,7 +388,7 @@ def acknowledged(path: Path, into: list[tuple[int, int]]) -> None:
     writer = open_writer(path, lengths=SHORT)
     try:
         while (claim := writer.claim()) is not None:
-            writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
+            commit(writer, claim, make_maps(SPEC, claim_rows(claim)))
             into.extend(claim.rows)
         assert writer.seal()
     finally:
@@ -466,9 +467,9 @@ def test_a_full_disk_leaves_no_half_of_a_shard(tmp_path: Path, monkeypatch: pyte
         assert claim is not None
         faults.start(9, OSError(errno.ENOSPC, "No space left on device"))  # in the third file
         with pytest.raises(OutOfSpaceError, match=r"ray.*\.tmp: expected room for it"):
-            writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
+            commit(writer, claim, make_maps(SPEC, claim_rows(claim)))
         assert {*path.rglob("*")} == before
-        writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
+        commit(writer, claim, make_maps(SPEC, claim_rows(claim)))
 
 
 def test_short_writes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,12 +496,12 @@ def test_an_interrupted_append_of_another_process_is_cut_off_by_the_next(tmp_pat
 WRITE = """
 import sys
 from pathlib import Path
-from tests.support.stores import claim_rows, make_maps, open_writer
+from tests.support.stores import claim_rows, commit, make_maps, open_writer
 with open_writer(Path(sys.argv[1]), lengths=(200, 120)) as writer:
     print("open", flush=True)
     sys.stdin.readline()
     while (claim := writer.claim()) is not None:
-        writer.commit(claim, make_maps(writer.spec, claim_rows(claim)))
+        commit(writer, claim, make_maps(writer.spec, claim_rows(claim)))
         print(claim.shard, flush=True)
     print("sealed", writer.seal(), flush=True)
 """

@@ -40,12 +40,13 @@ def test_training_gets_the_copy_of_a_cache_elsewhere(
     there = make_small_store(tmp_path / "there.zarr")
     monkeypatch.setenv("GEOMCACHE_HOME", str(tmp_path / "home"))
     given: list[tuple[Path, list[str]]] = []
+    given_options = ["--config_path=train_config.json", "--steps=1"]  # the file leaves nothing to choose
     monkeypatch.setattr("geomcache.training.trainer.train", lambda cache, args, verify: given.append((cache, args)))
-    assert call(monkeypatch, "train", "--cache", f"file://{there}", "--steps=1") == 0
+    assert call(monkeypatch, "train", "--cache", f"file://{there}", *given_options) == 0
     ((cache, arguments),) = given
     assert cache.parent == tmp_path / "home"
     assert contents(cache) == contents(there)
-    assert arguments == ["--steps=1"]
+    assert arguments == given_options
     assert str(tmp_path / "home") in capsys.readouterr().out
 
 

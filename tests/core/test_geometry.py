@@ -1,12 +1,13 @@
 """The specs: their JSON form, their fingerprint, and what is refused of JSON from elsewhere."""
 
+import dataclasses
 import hashlib
 import json
 from typing import Any
 
 import pytest
 
-from geomcache.errors import CacheFormatError
+from geomcache.errors import CacheFormatError, UserInputError
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec, canonical_json, fingerprint
 
 SPEC = GeometrySpec(
@@ -37,6 +38,8 @@ DATASET = DatasetSpec(
     decoder="image",
 )
 
+V2 = dataclasses.replace(DATASET, images_sha256=None, identities_sha256="e5" * 32)
+
 
 def test_the_fingerprint_of_existing_caches_never_changes() -> None:
     """The literals are those of the first release: another one makes every cache that exists unreadable."""
@@ -55,6 +58,20 @@ def test_the_fingerprint_of_existing_caches_never_changes() -> None:
     )
 
 
+def test_version_2_tells_a_dataset_by_its_episodes() -> None:
+    assert (DATASET.schema_version, V2.schema_version) == (1, 2)
+    assert "images_sha256" not in V2.to_dict()
+    assert "identities_sha256" not in DATASET.to_dict()
+    assert fingerprint(SPEC, dataclasses.replace(V2, revision="0" * 40)) == fingerprint(SPEC, V2)
+    assert fingerprint(SPEC, dataclasses.replace(DATASET, revision="0" * 40)) != fingerprint(SPEC, DATASET)
+    assert fingerprint(SPEC, dataclasses.replace(V2, identities_sha256="e6" * 32)) != fingerprint(SPEC, V2)
+    for neither_or_both in ({"identities_sha256": None}, {"images_sha256": "d4" * 32}):
+        with pytest.raises(UserInputError):
+            dataclasses.replace(V2, **neither_or_both)
+    with pytest.raises(CacheFormatError, match=r"dataset\.images_sha256"):
+        DatasetSpec.from_dict({**V2.to_dict(), "images_sha256": None})
+
+
 def test_labels_are_no_part_of_the_fingerprint() -> None:
     content = {"spec": SPEC.to_dict(), "dataset": DATASET.to_dict()}
     del content["spec"]["model_id"], content["dataset"]["repo_id"]
@@ -62,7 +79,7 @@ def test_labels_are_no_part_of_the_fingerprint() -> None:
     assert fingerprint(SPEC, DATASET) == hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-@pytest.mark.parametrize("spec", [SPEC, DATASET])
+@pytest.mark.parametrize("spec", [SPEC, DATASET, V2])
 def test_a_spec_comes_back_from_its_json(spec: GeometrySpec | DatasetSpec) -> None:
     assert type(spec).from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 

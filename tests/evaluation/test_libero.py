@@ -60,7 +60,7 @@ def test_the_package_is_found_without_importing_it() -> None:
 
 def test_where_libero_is_not_installed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(SimulatorError, match=r"not installed.*geomcache\[libero\]"):
+    with pytest.raises(SimulatorError, match=r"geomcache\[libero\]"):
         libero.find_package()
 
 
@@ -109,7 +109,7 @@ def test_a_configuration_of_another_installation_is_refused(package: Path, home:
 def test_a_configuration_that_cannot_be_written(package: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "file").touch()
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(home / "file" / "folder"))
-    with pytest.raises(SimulatorError, match=r"cannot write .*LIBERO_CONFIG_PATH"):
+    with pytest.raises(SimulatorError, match="LIBERO_CONFIG_PATH"):
         libero.write_config(package)
 
 
@@ -137,7 +137,7 @@ def test_a_folder_in_the_package_is_not_replaced(
     monkeypatch.setenv("LIBERO_ASSETS", str(own))
     assert libero.provide_assets(package) == own
     monkeypatch.setenv("LIBERO_ASSETS", str(make_assets(tmp_path / "other")))
-    with pytest.raises(SimulatorError, match="remove that one, or leave LIBERO_ASSETS out"):
+    with pytest.raises(SimulatorError, match="LIBERO_ASSETS"):
         libero.provide_assets(package)
     assert not own.is_symlink()
 
@@ -158,7 +158,7 @@ def test_what_libero_downloaded_is_found(package: Path, home: Path) -> None:
 
 def test_a_download_that_fails_says_how_to_get_the_assets(package: Path, home: Path) -> None:
     # HF_HUB_OFFLINE is set for all tests
-    with pytest.raises(SimulatorError, match=r"lerobot/libero-assets cannot be had.*--local-dir DIR.*LIBERO_ASSETS"):
+    with pytest.raises(SimulatorError, match=r"lerobot/libero-assets.*--local-dir DIR.*LIBERO_ASSETS"):
         libero.provide_assets(package)
     assert not (home / ".cache" / "libero" / "assets").exists()
 
@@ -239,9 +239,7 @@ def test_suites_and_tasks_are_checked(libero_config: Path) -> None:
         libero.check_tasks(f"libero_10, {suite}", [0, 9])
         with pytest.raises(UserInputError, match=rf"from 0 to {tasks - 1} for {suite}, got {tasks}: 0 \w+ .*; 9 \w+"):
             libero.check_tasks(suite, [0, tasks])
-    with pytest.raises(
-        UserInputError, match=r"did you mean libero_object\? .*libero_10, .*libero_spatial, got 'libero_objct'"
-    ):
+    with pytest.raises(UserInputError, match=r"libero_object\? .*libero_10, .*libero_spatial, .*libero_objct"):
         libero.check_tasks("libero_10,libero_objct", None)
     with pytest.raises(UserInputError, match="expected suites of"):
         libero.check_tasks(" ,", None)

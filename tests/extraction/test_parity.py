@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -66,17 +67,19 @@ def make_policy(store: GeometryStore) -> PI05GeometryPolicy:
     )
     config.bind_cache(store.spec, store.statistics, store.fingerprint)
     torch.manual_seed(0)
-    return PI05GeometryPolicy(config).eval()
+    policy = PI05GeometryPolicy(config)
+    policy.eval()
+    return policy
 
 
 def assert_same(policy: PI05GeometryPolicy, online: Geometry, cached: Geometry) -> None:
     """To one float16 step, and the adapter's tokens to 1e-3 of their length."""
-    there = Geometry(**{name: torch.from_numpy(values) for name, values in cached.items()})
-    for (name, here), (_, expected) in zip(online.items(), there.items(), strict=True):
-        steps = float16_steps(here.numpy(), expected.numpy())
+    stored = Geometry(**{name: torch.from_numpy(values) for name, values in cached.items()})
+    for (name, values), (_, expected) in zip(online.items(), stored.items(), strict=True):
+        steps = float16_steps(values.numpy(), expected.numpy())
         assert steps.max() <= 1, name
     with torch.no_grad():
-        tokens, expected = (policy.model.geometry_adapter(geometry).embs for geometry in (online, there))
+        tokens, expected = (policy.model.geometry_adapter(geometry).embs for geometry in (online, stored))
     assert torch.linalg.vector_norm(expected, dim=-1).min() > 1e-3
     difference = torch.linalg.vector_norm(tokens - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
     assert difference.max() <= 1e-3
@@ -86,32 +89,33 @@ def test_a_float16_step() -> None:
     one = np.float16(1)
     up, down = np.nextafter(one, np.float16(2)), np.nextafter(one, np.float16(0))
     # Below 1 steps are half as long; the step is that at the larger of the two.
-    np.testing.assert_array_equal(float16_steps([one, up, one, -one], [one, one, down, one]), [0, 1, 0.5, 2048])
-    values = np.float16([3.7, -121.0, 0.013, 65504.0])
+    steps = float16_steps(np.array([one, up, one, -one]), np.array([one, one, down, one]))
+    np.testing.assert_array_equal(steps, [0, 1, 0.5, 2048])
+    values = np.array([3.7, -121.0, 0.013, 65504.0], np.float16)
     below = np.nextafter(values, np.float16(0))
     np.testing.assert_array_equal(float16_steps(values, below), [1, 1, 1, 1])
     # Around zero the step is that at 2^-8, which is 2^-18.
-    np.testing.assert_array_equal(float16_steps([0.0, 2.0**-20], [2.0**-18, -(2.0**-20)]), [1, 0.5])
+    np.testing.assert_array_equal(float16_steps(np.array([0.0, 2.0**-20]), np.array([2.0**-18, -(2.0**-20)])), [1, 0.5])
     assert np.isnan(float16_steps(np.nan, 1.0))
 
 
 def test_rows_are_chosen_among_those_that_are_there() -> None:
-    class Store:
-        path, rows, frames_present = Path("a.zarr"), ((3, 6), (10, 11), (20, 24)), 8
+    def store(*ranges: tuple[int, int]) -> GeometryStore:
+        frames = sum(stop - start for start, stop in ranges)
+        return cast("GeometryStore", SimpleNamespace(path=Path("a.zarr"), rows=ranges, frames_present=frames))
 
-    there = [3, 4, 5, 10, 20, 21, 22, 23]
-    assert choose_rows(Store(), 8, 0).tolist() == there
-    assert choose_rows(Store(), 100, 0).tolist() == there
+    partial, present_rows = store((3, 6), (10, 11), (20, 24)), [3, 4, 5, 10, 20, 21, 22, 23]
+    assert choose_rows(partial, 8, 0).tolist() == present_rows
+    assert choose_rows(partial, 100, 0).tolist() == present_rows
     seen = set()
     for seed in range(40):
-        rows = choose_rows(Store(), 3, seed).tolist()
+        rows = choose_rows(partial, 3, seed).tolist()
         assert rows == sorted(set(rows))
         assert len(rows) == 3
         seen.update(rows)
-    assert seen == set(there)
-    Store.rows, Store.frames_present = (), 0
-    with pytest.raises(CacheIncompleteError, match="found none"):
-        choose_rows(Store(), 1, 0)
+    assert seen == set(present_rows)
+    with pytest.raises(CacheIncompleteError):
+        choose_rows(store(), 1, 0)
 
 
 def test_a_report_beyond_its_bound_is_an_error() -> None:
@@ -143,6 +147,7 @@ def test_one_value_that_differs_is_found_and_named(cache: Path, dataset: Path, m
 
     def changed(self: DA3Encoder, images: Any) -> Geometry:
         geometry = encode(self, images)
+        assert geometry.depth is not None
         if len(geometry.ray) == 1:  # the fifth frame, in a batch of its own
             geometry.depth[0, 1, 2, 3] *= 1.01
         return geometry
@@ -185,7 +190,7 @@ def live_frames(simulator: None) -> Iterator[list[dict[str, Any]]]:
     assert isinstance(env, gymnasium.vector.SyncVectorEnv)
     processor, _ = make_env_pre_post_processors(env_cfg=config, policy_cfg=None)
     observation, _ = env.reset(seed=[0])
-    down = np.float32([[0.5, 0.2, -0.9, 0, 0, 0, 1]])
+    down = np.array([[0.5, 0.2, -0.9, 0, 0, 0, 1]], np.float32)
     observations = [observation, *(env.step(down)[0] for _ in range(2))]
     yield [processor(preprocess_observation(found)) for found in observations]
     env.close()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from geomcache.cache.codecs import Codec
 from geomcache.cache.commands import extract_command
+from geomcache.cache.header import LOCK
+from geomcache.cache.locks import LockFile
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import verify
 from geomcache.errors import (
@@ -31,6 +34,7 @@ from geomcache.errors import (
     OutOfSpaceError,
     UserInputError,
 )
+from geomcache.extraction import run as run_module
 from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.plan import require_space
 from geomcache.extraction.run import ExtractReport, extract
@@ -274,6 +278,33 @@ def test_two_processes_under_accelerate_share_the_work(
     shares = [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith(f"{path}: ")]
     assert len(shares) == 2, done.stdout  # each process tells what it did
     assert sum(int(share.split()[0]) for share in shares if not share.startswith("complete")) == FRAMES
+    assert_same_rows(path, reference.path)
+
+
+def test_shards_that_another_process_holds_are_waited_for_with_a_line(
+    options: ExtractOptions, reference: ExtractReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache.zarr"
+    run(options, output=path, episodes="0")
+    monkeypatch.setattr(run_module, "WAIT_LINE_S", 0.1)
+    holder = LockFile(path / LOCK)
+    assert holder.claim(3)  # the last shard: rows 48 to 59
+    with logged_lines() as lines:
+
+        def waiting() -> list[str]:
+            return [line for line in lines if "other processes hold" in line]
+
+        def release() -> None:
+            while not waiting():
+                time.sleep(0.01)
+            holder.release(3)
+
+        thread = threading.Thread(target=release)
+        thread.start()
+        extract(replace(options, output=path))
+        thread.join()
+    assert all(line.endswith(": 3") for line in waiting())
+    holder.close()
     assert_same_rows(path, reference.path)
 
 

@@ -110,7 +110,6 @@ def test_the_command_line_comes_before_the_file(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: DA3-SMALL", "Missing option '--dataset' (other options are from"),
         ("dataset: x", "Missing option '--model' (other options are from"),
         ("model: a\ndataset: b\nviews: both", "'joint', 'independent' (other options are from"),
         ("model: a\ndataset: b\nbatch_size: many", "batch-size: expected a number of frames, or auto, got 'many'"),

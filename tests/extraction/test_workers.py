@@ -1,10 +1,11 @@
 """Batches come in order, whoever decodes them: this process until the workers are ready, then the workers.
 
-And they come if the workers cannot hand them over: no room in shared memory, a queue that fails, a stopped process.
+And they come if the workers cannot hand them over, or one is stopped; one that dies is an error.
 """
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -15,14 +16,15 @@ from typing import cast
 
 import pytest
 import torch
-from torch.utils.data import get_worker_info
 
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Preprocessor
-from geomcache.errors import FrameDecodeError, GeomcacheError
+from geomcache.errors import FrameDecodeError, WorkerDiedError
 from geomcache.extraction import workers as workers_module
-from geomcache.extraction.decoding import BatchDecoder, Handed, NetworkBatch, hand_over, open_batch
+from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
+from geomcache.extraction.handover import open_channel, receive, send
 from geomcache.extraction.workers import ForkServer, RowRange, claimed_ranges, decode
+from geomcache.frames.reader import FrameReader
 from geomcache.frames.source import FrameDataset, open_dataset
 from tests.support.datasets import make_dataset
 from tests.support.logs import logged_lines
@@ -53,54 +55,68 @@ class Server:
 
 
 class Marked(BatchDecoder):
-    """Leaves the process's number in place of a time."""
+    """Leaves the process's number in place of a time, and does something at some rows if it runs in a worker."""
 
-    def decode(self, start: int, stop: int) -> NetworkBatch | GeomcacheError:
-        batch = super().decode(start, stop)
-        return replace(batch, decode_s=os.getpid()) if isinstance(batch, NetworkBatch) else batch
+    def __init__(self, reader: FrameReader, preprocessor: DA3Preprocessor) -> None:
+        super().__init__(reader, preprocessor)
+        self.main = os.getpid()
+
+    def decode(self, start: int, stop: int) -> NetworkBatch:
+        batch = replace(super().decode(start, stop), decode_s=os.getpid())
+        return batch if os.getpid() == self.main else self.in_worker(batch)
+
+    def in_worker(self, batch: NetworkBatch) -> NetworkBatch:
+        return batch
 
 
 class Unsendable(Marked):
-    """Hands over something, in a worker, on which the thread that feeds its queue fails."""
+    def in_worker(self, batch: NetworkBatch) -> NetworkBatch:
+        return cast("NetworkBatch", threading.Lock()) if batch.start == 8 else batch
 
-    def __getitem__(self, rows: RowRange) -> Handed:
-        if get_worker_info() is not None and rows == (8, 11):
-            return cast("Handed", threading.Lock())
-        return super().__getitem__(rows)
+
+class WithoutMemory(Marked):
+    """Is refused the memory for the tensors of a batch."""
+
+    def in_worker(self, batch: NetworkBatch) -> NetworkBatch:
+        if batch.start == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        return batch
 
 
 class Stopping(Marked):
     """Stops its worker, as a debugger or a job scheduler does."""
 
-    def __getitem__(self, rows: RowRange) -> Handed:
-        if get_worker_info() is not None and rows == (12, 16):
+    def in_worker(self, batch: NetworkBatch) -> NetworkBatch:
+        if batch.start == 12:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return super().__getitem__(rows)
+        return batch
+
+
+class Dying(Marked):
+    def in_worker(self, batch: NetworkBatch) -> NetworkBatch:
+        if batch.start == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch
+
+
+class Failing(Marked):
+    """Has a fault that no error of ours describes."""
+
+    def in_worker(self, batch: NetworkBatch) -> NetworkBatch:
+        if batch.start == 8:
+            raise KeyError("missing key")
+        return batch
 
 
 class Slow(Marked):
     """Works for longer than the watch waits."""
 
-    def __getitem__(self, rows: RowRange) -> Handed:
-        end = time.process_time() + (2.5 if get_worker_info() is not None and rows == (12, 16) else 0)
+    def in_worker(self, batch: NetworkBatch) -> NetworkBatch:
+        end = time.process_time() + (2.5 if batch.start == 12 else 0)
         while time.process_time() < end:
             pass
-        return super().__getitem__(rows)
-
-
-class Cramped(Marked):
-    """Finds no room in shared memory."""
-
-    def __getitem__(self, rows: RowRange) -> Handed:
-        if get_worker_info() is not None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch.Tensor, "share_memory_", refuse)
-                return super().__getitem__(rows)
-        return super().__getitem__(rows)
-
-
-def refuse(_tensor: torch.Tensor) -> None:
-    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+        return batch
 
 
 @pytest.fixture(scope="module")
@@ -118,18 +134,14 @@ EXPECTED = [(0, 4), (4, 8), (8, 11), (12, 16), (16, 20), (20, 23)]
 
 
 def run(decoder: BatchDecoder, workers: int, server: Server | None = None) -> list[NetworkBatch]:
-    batches = list(decode(decoder, ranges(), workers, server=cast("ForkServer | None", server), pin_memory=False))
+    batches = list(decode(decoder, ranges(), workers, server=cast("ForkServer | None", server)))
     assert [(batch.start, batch.stop) for batch in batches] == EXPECTED
     for batch in batches:
         expected = decoder.preprocessor(decoder.reader.read(batch.start, batch.stop).images)
         assert isinstance(expected, torch.Tensor)
-        assert torch.equal(tensor(batch), expected)
+        assert isinstance(batch.inputs, torch.Tensor)
+        assert torch.equal(batch.inputs, expected)
     return batches
-
-
-def tensor(batch: NetworkBatch) -> torch.Tensor:
-    assert isinstance(batch.inputs, torch.Tensor)
-    return batch.inputs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,7 +157,7 @@ def decoder(dataset: FrameDataset) -> Marked:
 
 def test_rows_in_order_and_claims_announced(decoder: Marked) -> None:
     claims: list[Claim] = []
-    for _ in decode(decoder, ranges(claims.append), 0, server=None, pin_memory=False):
+    for _ in decode(decoder, ranges(claims.append), 0, server=None):
         pass
     assert [claim.shard for claim in claims] == [0, 1, 2]
     run(decoder, 0)
@@ -166,21 +178,42 @@ def test_a_bad_frame_is_one_line_from_either(decoder: Marked, monkeypatch: pytes
     assert "/nowhere" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [Unsendable, Stopping])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Unsendable, "lock"),
+        (WithoutMemory, "File too large"),
+        (Stopping, "3 s"),
+    ],
+)
 def test_workers_that_hand_over_nothing_are_given_up_with_a_line(
-    decoder: Marked, monkeypatch: pytest.MonkeyPatch, kind: type[Marked]
+    decoder: Marked, monkeypatch: pytest.MonkeyPatch, kind: type[Marked], reason: str
 ) -> None:
-    """Without the watch the loader would wait forever; no batch is lost and none comes twice."""
+    """No batch is lost and none comes twice."""
     monkeypatch.setattr(workers_module, "WATCH_S", 3)
     monkeypatch.setattr(workers_module, "IDLE_S", 0.05)
     with logged_lines() as lines:
         batches = run(kind(decoder.reader, decoder.preprocessor), 1)
-    assert [line for line in lines if "idle" in line and "timed out after 3 seconds" in line]
+    assert [line for line in lines if reason in line and "in this process" in line]
     assert batches[0].decode_s != os.getpid()
     assert batches[-1].decode_s == os.getpid()
-    for worker in multiprocessing.active_children():
-        worker.join(20)
-        assert not worker.is_alive()
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_stopped_while_its_batches_are_unread_holds_up_nothing(
+    decoder: Marked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_module, "WATCH_S", 3)
+    batches = decode(decoder, ranges(), 1, server=None)
+    first = next(batches)
+    time.sleep(1)  # the next two are decoded
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    with logged_lines() as lines:
+        rest = list(batches)
+    assert [(batch.start, batch.stop) for batch in (first, *rest)] == EXPECTED
+    assert [line for line in lines if "in this process" in line]
 
 
 def test_workers_that_are_slow_are_waited_for_with_a_line(decoder: Marked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,38 +225,49 @@ def test_workers_that_are_slow_are_waited_for_with_a_line(decoder: Marked, monke
     assert all(batch.decode_s != os.getpid() for batch in batches)
 
 
-def test_batches_without_room_in_shared_memory_come_through_the_pipe(decoder: Marked) -> None:
-    with logged_lines() as lines:
-        batches = run(Cramped(decoder.reader, decoder.preprocessor), 1)
-    assert all(batch.decode_s != os.getpid() for batch in batches)
-    (line,) = lines  # once
-    assert line.startswith("/dev/shm: ")
-    assert "--shm-size" in line
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_dies_is_one_line_with_the_signal(decoder: Marked, workers: int) -> None:
+    with pytest.raises(WorkerDiedError, match="SIGKILL") as caught:
+        run(Dying(decoder.reader, decoder.preprocessor), workers)
+    assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_a_batch_is_pickled_whole_if_it_does_not_fit(monkeypatch: pytest.MonkeyPatch, several: bool) -> None:
-    inputs = [torch.rand(2, 3, 4, 4), torch.rand(2, 3, 8, 4)]
-    batch = NetworkBatch(start=0, stop=2, inputs=inputs if several else inputs[0], decode_s=0, preprocess_s=0)
-    assert hand_over(batch) is batch
-    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
-    handed = hand_over(batch)
-    assert isinstance(handed, bytes)
-    opened = open_batch(handed, pin_memory=False).inputs
-    for ours, expected in zip(opened if several else [opened], inputs, strict=False):
-        assert isinstance(ours, torch.Tensor)
-        assert torch.equal(ours, expected)
+def test_another_fault_in_a_worker_keeps_its_traceback(decoder: Marked) -> None:
+    with pytest.raises(KeyError, match="missing key") as caught:
+        run(Failing(decoder.reader, decoder.preprocessor), 1)
+    assert "in in_worker" in "".join(caught.value.__notes__)
 
 
 def test_processes_that_cannot_be_started_are_done_without(decoder: Marked, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_loader: object) -> None:
+    def fail(_process: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("torch.utils.data.DataLoader.__iter__", fail)
+    monkeypatch.setattr("multiprocessing.context.ForkServerProcess.start", fail)
     with logged_lines() as lines:
         batches = run(decoder, 1)
     assert all(batch.decode_s == os.getpid() for batch in batches)
     assert [line for line in lines if "No space left on device" in line]
+
+
+def test_workers_end_with_whoever_reads_their_batches(decoder: Marked) -> None:
+    batches = decode(decoder, ranges(), 2, server=None)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_ends_when_the_main_process_is_gone(decoder: Marked) -> None:
+    near, far = open_channel()
+    process = multiprocessing.get_context("forkserver").Process(target=workers_module._work, args=(decoder, far))
+    process.start()
+    far.close()
+    send(near, (0, 4))
+    assert receive(near).start == 0
+    near.close()  # as the kernel does
+    process.join(20)
+    assert process.exitcode == 0
 
 
 def test_the_fork_server_becomes_ready() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from geomcache.cache import durable
 from geomcache.cache.writer import StoreWriter
 from tests.faults.common import LONG, SHORT, assert_finished, finish, held_rows
-from tests.support.stores import Faults, claim_rows, make_maps, make_store, open_writer
+from tests.support.stores import Faults, claim_rows, commit, make_maps, make_store, open_writer
 
 
 def work(path: Path, lengths: tuple[int, ...], report: int) -> None:
@@ -31,7 +31,7 @@ def work(path: Path, lengths: tuple[int, ...], report: int) -> None:
 def _work(writer: StoreWriter, report: int) -> None:
     while (claim := writer.claim()) is not None:
         os.write(report, b"claim %d\n" % claim.shard)
-        writer.commit(claim, make_maps(writer.spec, claim_rows(claim)))
+        commit(writer, claim, make_maps(writer.spec, claim_rows(claim)))
         os.write(report, b"done %d\n" % claim.shard)
     writer.seal()
 

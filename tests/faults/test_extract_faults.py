@@ -138,7 +138,7 @@ def test_a_decoding_worker_that_dies_is_one_line_and_the_next_run_goes_on(
     thread = threading.Thread(target=kill_worker, daemon=True)
     thread.start()
     path = tmp_path / "cache.zarr"
-    with pytest.raises(WorkerDiedError, match=r"DataLoader worker .*--num-workers") as caught:
+    with pytest.raises(WorkerDiedError, match=r"SIGKILL.*--num-workers") as caught:
         extract(replace(options, output=path, num_workers=1))
     assert "\n" not in str(caught.value)
     thread.join()
@@ -163,10 +163,8 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="a mount namespace needs privileges")
-def test_a_dev_shm_that_is_too_small_for_a_batch_is_worked_around(
-    options: ExtractOptions, reference: Path, tmp_path: Path
-) -> None:
-    """As Docker's 64 MB at the GPU's default batch: torch's queue thread fails, and its loader waits forever."""
+def test_a_dev_shm_that_is_too_small_for_a_batch_does_not_matter(options: ExtractOptions, tmp_path: Path) -> None:
+    """As Docker's 64 MB at the GPU's default batch."""
     path, script = tmp_path / "cache.zarr", tmp_path / "with_workers.py"
     script.write_text(WITH_WORKERS)
     wide = replace(options, process_res=112)
@@ -182,8 +180,8 @@ def test_a_dev_shm_that_is_too_small_for_a_batch_is_worked_around(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"/dev/shm: .*--shm-size", done.stderr)
     assert "Traceback" not in done.stderr
+    assert "in this process" not in done.stderr  # the workers are not given up
     plain = extract(replace(wide, output=tmp_path / "plain.zarr")).path
     assert_same_rows(path, plain)
 

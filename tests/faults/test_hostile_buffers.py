@@ -15,7 +15,7 @@ from geomcache.errors import CacheCorruptError, RemoteError
 from geomcache.sharing.remote_store import RemoteGeometryStore
 from tests.faults.buffers import HEADER, STORED
 from tests.faults.common import Figure, few_or_many
-from tests.support.stores import CAMERAS, claim_rows, make_maps, make_spec, open_writer, output_of, run_python
+from tests.support.stores import CAMERAS, claim_rows, commit, make_maps, make_spec, open_writer, output_of, run_python
 
 PROGRAM = "from tests.faults.buffers import main; main()"
 SPEC = make_spec(grid_hw=(1000, 1000), outputs=("ray",), cameras=CAMERAS[:1])
@@ -82,7 +82,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(Codec, "encode", lambda codec, maps: [LIES["stored, and no content"] for _ in maps])
         claim = writer.claim()
         assert claim is not None
-        writer.commit(claim, make_maps(SPEC, claim_rows(claim)))
+        commit(writer, claim, make_maps(SPEC, claim_rows(claim)))
         assert writer.seal()
     return path
 
@@ -108,7 +108,7 @@ def test_zarr_is_told_codecs_and_shapes_by_the_header_alone(tmp_path: Path) -> N
     with open_writer(path, [(0, 2)], spec=make_spec(), codec="zstd") as writer:
         claim = writer.claim()
         assert claim is not None
-        writer.commit(claim, make_maps(writer.spec, claim_rows(claim)))
+        commit(writer, claim, make_maps(writer.spec, claim_rows(claim)))
     with GeometryStore.open(path) as store:
         wanted = store.batch([0, 1])
         for file in path.glob("*/*/zarr.json"):

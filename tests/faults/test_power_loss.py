@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.common import SHORT, Figure, few_or_many, finish, held_rows
 from tests.faults.power import Disk, Inode, Recorder, choices
-from tests.support.stores import claim_rows, make_maps, make_store, open_writer
+from tests.support.stores import claim_rows, commit, make_maps, make_store, open_writer
 
 
 @few_or_many("states", 1, 60)
@@ -26,7 +26,7 @@ def test_nothing_acknowledged_is_lost_with_the_power(tmp_path: Path, start: str,
         recorder = Recorder(patch, path)
         with open_writer(path, lengths=SHORT) as writer:
             while (claim := writer.claim()) is not None:
-                writer.commit(claim, make_maps(writer.spec, claim_rows(claim)))
+                commit(writer, claim, make_maps(writer.spec, claim_rows(claim)))
                 acknowledged.append((len(recorder.operations), claim_rows(claim)))
             assert writer.seal()
     assert len(acknowledged) == 2
@@ -91,7 +91,7 @@ def test_a_protocol_without_fsync_would_be_caught(tmp_path: Path) -> None:
         with open_writer(path, lengths=SHORT) as writer:
             claim = writer.claim()
             assert claim is not None
-            writer.commit(claim, make_maps(writer.spec, claim_rows(claim)))
+            commit(writer, claim, make_maps(writer.spec, claim_rows(claim)))
     disk = Disk(original)
     for operation in recorder.operations:
         if not (operation[0] == "sync" and operation[1] not in disk.names):

@@ -1,6 +1,7 @@
 """Whatever changes between extraction, resuming and training is refused with its field and both values."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from geomcache.errors import CacheMismatchError, GeomcacheError, GeometryError, 
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec
 from geomcache.policy.online import OnlineEncoder
 from tests.faults.common import Figure
-from tests.support.stores import CAMERAS, LENGTHS, make_dataset_spec, make_spec, make_store, open_writer
+from tests.support.stores import (
+    CAMERAS,
+    LENGTHS,
+    make_dataset_spec,
+    make_identities,
+    make_spec,
+    make_store,
+    open_writer,
+)
 
 SPEC_CHANGES: dict[str, Any] = {
     "model_revision": "0" * 40,
@@ -38,12 +47,12 @@ SPEC_CHANGES: dict[str, Any] = {
     "storage_dtype": "float32",
 }
 DATASET_CHANGES: dict[str, Any] = {
-    "revision": "1" * 40,
     "fps": 20,
-    "images_sha256": "33" * 32,
+    "identities_sha256": hashlib.sha256(make_identities()[::-1].tobytes()).hexdigest(),
     "decoder": "pyav",
 }
-LABELS = {"model_id", "repo_id"}
+V1_CHANGES: dict[str, Any] = {"revision": "1" * 40, "images_sha256": "33" * 32}
+LABELS = {"model_id", "repo_id", "revision"}
 # They follow from the lengths of the episodes, which are changed together below.
 OF_LENGTHS = {"frames", "episodes", "episodes_sha256"}
 
@@ -62,7 +71,7 @@ def fields(kind: type) -> set[str]:
 
 def test_every_field_is_tried() -> None:
     assert fields(GeometrySpec) == {*SPEC_CHANGES} | (LABELS & fields(GeometrySpec))
-    assert fields(DatasetSpec) == {*DATASET_CHANGES} | OF_LENGTHS | (LABELS & fields(DatasetSpec))
+    assert fields(DatasetSpec) == {*DATASET_CHANGES, *V1_CHANGES} | OF_LENGTHS | (LABELS & fields(DatasetSpec))
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, figure: Figure) -> None:
@@ -78,8 +87,9 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, figure: Figure)
                 impossible += 1
                 continue
             pair: Mapping[str, Any] = {"spec": spec, "dataset": dataset, group: other}
+            identities = make_identities()[:: -1 if name == "identities_sha256" else 1]
             with pytest.raises(CacheMismatchError) as caught:
-                open_writer(path, spec=pair["spec"], dataset=pair["dataset"])
+                open_writer(path, spec=pair["spec"], dataset=pair["dataset"], identities=identities)
             assert caught.value.field.startswith(f"{group}.{name}")
             assert str(caught.value.cached) in str(caught.value)
             assert str(caught.value.wanted) in str(caught.value)
@@ -103,11 +113,10 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, figure: Figure)
 
 
 def test_training_on_another_dataset_is_refused(figure: Figure) -> None:
-    cached = make_dataset_spec(LENGTHS, revision="0" * 40)
-    others = [
-        dataclasses.replace(cached, **{name: value}) for name, value in DATASET_CHANGES.items() if name != "decoder"
-    ]
-    others += [make_dataset_spec(lengths, revision="0" * 40) for lengths in ((20, 30, 25, 16), (30, 20, 25, 15))]
+    v1 = {"revision": "0" * 40, "images_sha256": "11" * 32}  # from version 2 on, episodes are compared one by one
+    cached = make_dataset_spec(LENGTHS, **v1)
+    others = [dataclasses.replace(cached, **{name: value}) for name, value in {**V1_CHANGES, "fps": 20}.items()]
+    others += [make_dataset_spec(lengths, **v1) for lengths in ((20, 30, 25, 16), (30, 20, 25, 15))]
     named = set()
     for other in others:
         with pytest.raises(CacheMismatchError) as caught:

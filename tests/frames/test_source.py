@@ -3,11 +3,13 @@
 import hashlib
 import json
 import shutil
+import typing
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.hf_api import RepoFile
 from lerobot.datasets import LeRobotDatasetMetadata
 
 from geomcache.errors import DatasetError, DatasetNotFoundError
@@ -168,7 +170,14 @@ def test_files_of_a_hub_dataset_are_fetched_where_lerobot_keeps_them(
         "geomcache.frames.source.open_metadata", lambda *_: LeRobotDatasetMetadata("org/demo", root=root)
     )
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    dataset, _ = open_dataset("org/demo")
+    file = typing.cast("typing.Any", RepoFile)  # huggingface_hub does not say its types
+    entries = [file(path=name, size=size, oid="") for name, size in ((video, 35_200_000_000), ("other", 1_000))]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", lambda *_, **_options: entries)
+    with logged_lines() as lines:
+        dataset, _ = open_dataset("org/demo")
+    (line,) = lines
+    assert "org/demo" in line
+    assert "35.2 GB" in line
     assert dataset.spec.revision == commit
     assert asked["repo_id"] == "org/demo"
     assert asked["revision"] == commit

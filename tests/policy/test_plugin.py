@@ -226,7 +226,7 @@ def test_another_cache_than_the_checkpoints(field: str, change: dict[str, Any], 
 
 
 def test_a_policy_needs_a_spec() -> None:
-    with pytest.raises(UserInputError, match="expected the cache's spec in geom_spec, found none: train with"):
+    with pytest.raises(UserInputError, match="geom_spec"):
         PI05GeometryPolicy(make_config(bound=False))
     PI05GeometryPolicy(make_config(bound=False, use_geom_prefix=False))
 
@@ -234,7 +234,7 @@ def test_a_policy_needs_a_spec() -> None:
 def test_a_damaged_configuration_says_so() -> None:
     config = make_config()
     config.geom_statistics = {"ray": (config.geom_statistics or {})["ray"]}
-    with pytest.raises(CacheFormatError, match="statistics of ray_conf: expected"):
+    with pytest.raises(CacheFormatError, match="ray_conf"):
         PI05GeometryPolicy(config)
     config = make_config()
     config.geom_spec = (config.geom_spec or {}) | {"grid_hw": "4x4"}
@@ -247,7 +247,7 @@ def test_a_damaged_configuration_says_so() -> None:
 
 def test_random_weights_of_the_full_model_must_be_asked_for() -> None:
     config = make_config(model_size="full", image_resolution=(224, 224))
-    with pytest.raises(UserInputError, match=r"expected pretrained weights, got none: give --policy\.pretrained_path"):
+    with pytest.raises(UserInputError, match=r"--policy\.pretrained_path"):
         make_policy(config, ds_meta=dataset_metadata())
 
 
@@ -367,7 +367,7 @@ def test_a_plain_checkpoint_that_lacks_something_else_is_an_error(
 ) -> None:
     saved(make_plain_policy(monkeypatch), tmp_path)
     edit_weights(tmp_path, lambda state: state.pop("model.time_mlp_in.bias"))
-    with pytest.raises(ModelError, match=r"the checkpoint lacks model\.time_mlp_in\.bias: load"):
+    with pytest.raises(ModelError, match=r"model\.time_mlp_in\.bias"):
         PI05GeometryPolicy.from_pretrained(tmp_path, config=make_config())
 
 
@@ -392,25 +392,25 @@ def test_a_checkpoint_of_another_policy_is_an_error(tmp_path: Path) -> None:
 
 def test_a_plain_checkpoint_needs_a_configuration_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(make_plain_policy(monkeypatch), tmp_path)
-    with pytest.raises(ModelError, match="expected a pi05_geometry configuration, got pi05"):
+    with pytest.raises(ModelError, match=r"pi05_geometry .*pi05\b"):
         PI05GeometryPolicy.from_pretrained(tmp_path)
 
 
 def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = make_config()
-    with pytest.raises(FileNotFoundError, match="expected a folder, or a Hub id that can be reached"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         PI05GeometryPolicy.from_pretrained(tmp_path / "nowhere", config=config)
-    with pytest.raises(ModelNotFoundError, match="nobody/nothing: expected a folder, or a Hub id"):
+    with pytest.raises(ModelNotFoundError, match="nobody/nothing"):
         PI05GeometryPolicy.from_pretrained("nobody/nothing", config=config, local_files_only=True)
-    with pytest.raises(ModelNotFoundError, match=r"expected config\.json in this folder, found nothing"):
+    with pytest.raises(ModelNotFoundError, match=r"config\.json"):
         PI05GeometryPolicy.from_pretrained(tmp_path, config=config)
     saved(make_small_policy(), tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "weights.safetensors")
-    with pytest.raises(ModelNotFoundError, match=r"expected model\.safetensors in this folder, found config\.json"):
+    with pytest.raises(ModelNotFoundError, match=r"model\.safetensors .*config\.json"):
         make_policy(make_config(pretrained_path=tmp_path), ds_meta=dataset_metadata())
     (tmp_path / "model.safetensors").write_bytes(b"12345678 no weights")
-    with pytest.raises(ModelError, match=r"expected weights in model\.safetensors"):
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
         PI05GeometryPolicy.from_pretrained(tmp_path, config=config)
 
 
@@ -422,7 +422,7 @@ def test_a_geometry_checkpoint_brings_its_statistics_and_refuses_other_geometry(
     policy = PI05GeometryPolicy.from_pretrained(tmp_path, config=config)
     assert policy.config.geometry_statistics == make_statistics(spec)
     other = dataclasses.replace(spec, process_res=112)
-    with pytest.raises(CacheMismatchError, match=r"spec\.process_res: expected 56, .* the cache has 112"):
+    with pytest.raises(CacheMismatchError, match=r"spec\.process_res: .*56.*112"):
         PI05GeometryPolicy.from_pretrained(tmp_path, config=make_config(spec=other))
 
 
@@ -485,12 +485,12 @@ def test_a_lora_folder_is_named_as_one(tmp_path: Path) -> None:
     saved(make_small_policy(), tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/base"}))
-    with pytest.raises(ModelError, match=r"found a LoRA adapter of the base checkpoint me/base") as caught:
+    with pytest.raises(ModelError, match="LoRA .*me/base") as caught:
         PI05GeometryPolicy.from_pretrained(tmp_path)
     assert f"--policy.path={tmp_path}" in str(caught.value)
     for damaged in ("[]", "{"):
         (tmp_path / "adapter_config.json").write_text(damaged)
-        with pytest.raises(ModelError, match=r"found a LoRA adapter .* adapter_config\.json names"):
+        with pytest.raises(ModelError, match=r"LoRA .*adapter_config\.json"):
             PI05GeometryPolicy.from_pretrained(tmp_path)
 
 
@@ -620,7 +620,7 @@ def test_another_tokenizer_by_folder(tmp_path: Path) -> None:
 
 def test_a_tokenizer_too_large_for_the_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_processor.AutoTokenizer, "from_pretrained", lambda name: [0] * 257152)
-    with pytest.raises(UserInputError, match="expected at most 512 tokens for model_size=small, big has 257152"):
+    with pytest.raises(UserInputError, match="512 .*model_size=small, big .*257152"):
         make_pi05_geometry_pre_post_processors(make_config(tokenizer_name="big"), STATISTICS)
 
 

@@ -472,7 +472,7 @@ def test_modules_to_train_in_full_must_name_the_adapter() -> None:
     assert policy._get_default_peft_targets()["modules_to_save"] == ["geometry_adapter"]
     policy._validate_peft_config(types.SimpleNamespace(modules_to_save=["action_in_proj", "geometry_adapter"]))
     for modules in (None, ["action_in_proj"]):
-        with pytest.raises(UserInputError, match="expected geometry_adapter among them"):
+        with pytest.raises(UserInputError, match="geometry_adapter"):
             policy._validate_peft_config(types.SimpleNamespace(modules_to_save=modules))
     plain = make_policy(use_geom_prefix=False)
     assert plain._get_default_peft_targets()["modules_to_save"] == []
@@ -579,14 +579,14 @@ def test_all_byte_values_come_back() -> None:
     ids=["resized", "normalised", "bytes as floats", "nan", "bfloat16"],
 )
 def test_pictures_that_are_not_8_bit_are_refused(pictures: torch.Tensor) -> None:
-    with pytest.raises(GeometryError, match="camera front: expected uint8, or its values divided by 255"):
+    with pytest.raises(GeometryError, match="camera front: .*uint8"):
         to_uint8(pictures, "front")
 
 
 def test_missing_camera_names_both(encoder: type[FakeEncoder]) -> None:
     batch = make_batch(geometry=False)
     batch["observation.images.top"] = batch.pop(CAMERAS[1])
-    with pytest.raises(GeometryError, match=r"images.wrist: expected in the batch, found .*front, .*images\.top"):
+    with pytest.raises(GeometryError, match=r"images\.wrist: .*front, .*images\.top"):
         make_policy().geometry_of(batch)
     assert encoder.made == []
 
@@ -595,7 +595,7 @@ def test_another_size_names_both_and_can_be_allowed(encoder: type[FakeEncoder]) 
     policy = make_policy()
     batch = make_batch(geometry=False)
     batch |= {key: torch.zeros(2, 3, 24, 32) for key in CAMERAS}
-    with pytest.raises(GeometryError, match=r"images\.front: expected 16x16 pixels, as in the cache, got 24x32"):
+    with pytest.raises(GeometryError, match=r"images\.front: .*16x16 .*24x32"):
         policy.predict_action_chunk(batch)
     assert encoder.made == []
     policy.allow_resize = True
@@ -608,7 +608,7 @@ def test_another_size_names_both_and_can_be_allowed(encoder: type[FakeEncoder]) 
 def test_channels_last_pictures_are_refused(encoder: type[FakeEncoder]) -> None:
     batch = make_batch(geometry=False)
     batch[CAMERAS[0]] = batch[CAMERAS[0]].permute(0, 2, 3, 1)
-    with pytest.raises(GeometryError, match=r"expected shape \[B, 3, H, W\], got \[2, 16, 16, 3\]"):
+    with pytest.raises(GeometryError, match=r"\[B, 3, H, W\], .*\[2, 16, 16, 3\]"):
         make_policy().geometry_of(batch)
 
 
@@ -677,7 +677,7 @@ def test_one_action_a_chunk_is_lerobots_first_action() -> None:
 
 def test_geometry_that_was_cast_is_refused_in_training() -> None:
     batch = make_batch() | {key: value.bfloat16() for key, value in make_geometry().to_batch().items()}
-    with pytest.raises(GeometryError, match=r"expected float16 .* got bfloat16.*--policy\.dtype=float32"):
+    with pytest.raises(GeometryError, match=r"float16 .*bfloat16.*--policy\.dtype=float32"):
         make_policy().forward(batch)
 
 

@@ -20,12 +20,16 @@ MISSING = object()
 
 # Members that a cache may not have, by path; MISSING takes the member away.
 MUTATIONS: list[tuple[tuple[str | int, ...], Any]] = [
-    (("schema_version",), 2),
+    (("schema_version",), 3),
+    (("schema_version",), 1),
+    (("dataset", "images_sha256"), "11" * 32),
+    (("dataset", "identities_sha256"), MISSING),
+    (("dataset", "identities_sha256"), "11"),
     (("schema_version",), MISSING),
     (("fingerprint",), "00"),
     (("fingerprint",), MISSING),
     (("shard_frames",), 15),
-    (("shard_frames",), 8192),
+    (("shard_frames",), 131_072),
     (("shard_frames",), "16"),
     (("codec",), "lz4"),
     (("codec",), MISSING),
@@ -86,7 +90,7 @@ def test_caches_fit(tmp_path: Path, outputs: tuple[str, ...], codec: str) -> Non
     assert set(described["statistics"]["pooled"]) == set(outputs)  # the part that only a sealed cache has
 
 
-@pytest.mark.parametrize(("path", "value"), MUTATIONS, ids=lambda part: str(part))
+@pytest.mark.parametrize(("path", "value"), MUTATIONS, ids=lambda part: "missing" if part is MISSING else str(part))
 def test_what_the_schema_refuses_the_reader_refuses(
     sealed: Path, tmp_path: Path, path: tuple[str | int, ...], value: object
 ) -> None:

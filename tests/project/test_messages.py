@@ -27,8 +27,8 @@ LEROBOT = ("train", "eval")
 UPDATE = bool(os.environ.get("UPDATE_MESSAGES"))
 EXTRACT = "extract --dataset geomcache/demo --root DEMO --output TMP/new.zarr"
 TRAIN = (
-    "--dataset.repo_id=geomcache/demo --dataset.root=DEMO --policy.device=cpu --policy.geom_target_hw=[1,1]"
-    " --output_dir=TMP/run"
+    "--dataset.repo_id=geomcache/demo --dataset.root=DEMO --policy.device=cpu --policy.random_init=true"
+    " --policy.geom_target_hw=[1,1] --output_dir=TMP/run"
 )
 
 

@@ -1,6 +1,9 @@
 """A small Hub on loopback: the part of the Hugging Face Hub's protocol that huggingface_hub speaks for a dataset.
 
+Files of models are downloaded from it too; their repositories are put into `Hub.repositories` by a test.
+
     repositories   POST /api/repos/create    GET /api/datasets/ID[/revision/REV]    POST /api/datasets/ID/branch/NAME
+                   GET /api/datasets/ID/refs
     files          GET /api/datasets/ID/tree/REV    HEAD, GET /datasets/ID/resolve/REV/PATH  (large ones by redirect)
     commits        POST .../preupload/REV    POST ID.git/info/lfs/objects/batch    PUT, POST /lfs/OID
                    POST /api/validate-yaml   POST /api/datasets/ID/commit/REV
@@ -95,6 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         (r"POST /api/repos/create", "_create"),
         (r"POST /api/validate-yaml", "_validate"),
         (r"GET /api/datasets/([^/]+/[^/]+)(?:/revision/(.+))?", "_info"),
+        (r"GET /api/datasets/([^/]+/[^/]+)/refs", "_refs"),
         (r"GET /api/datasets/([^/]+/[^/]+)/tree/([^/]+)", "_tree"),
         (r"POST /api/datasets/([^/]+/[^/]+)/branch/(.+)", "_branch"),
         (r"POST /api/datasets/([^/]+/[^/]+)/preupload/(.+)", "_preupload"),
@@ -103,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         (r"PUT /lfs/([0-9a-f]{64})", "_upload"),
         (r"POST /lfs/([0-9a-f]{64})", "_verify"),
         (r"(?:GET|HEAD) /lfs/([0-9a-f]{64})", "_download"),
-        (r"(?:GET|HEAD) /datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "_resolve"),
+        (r"(?:GET|HEAD) /(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "_resolve"),
     )
 
     def _create(self, body: bytes, query: Any) -> None:
@@ -127,6 +131,14 @@ class _Handler(BaseHTTPRequestHandler):
         if (found := self._find(name, revision or "main")) is not None:
             repository, oid = found
             self._send(200, {"id": name, "sha": oid, "private": repository.private, "siblings": []})
+
+    def _refs(self, name: str, body: bytes, query: Any) -> None:
+        if (found := self._find(name, "main")) is not None:
+            branches = [
+                {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commits[-1]}
+                for branch, commits in found[0].branches.items()
+            ]
+            self._send(200, {"branches": branches, "tags": [], "converts": []})
 
     def _tree(self, name: str, revision: str, body: bytes, query: Any) -> None:
         if (found := self._find(name, revision)) is not None:

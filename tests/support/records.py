@@ -21,11 +21,12 @@ def commit(shard: int, rows: tuple[tuple[int, int], ...] | None = None) -> Commi
         camera: {name: Moments.of(name, values).to_dict() for name, values in outputs.items()}
         for camera, outputs in maps.items()
     }
-    digests = tuple(hashlib.sha256(bytes([shard, n])).digest() for n in range(5))
+    digests = tuple(hashlib.sha256(bytes([shard, n])).digest() for n in range(7))
     return Commit(shard, rows, ShardFiles(sizes(count_rows(rows)), digests), statistics)
 
 
 def sizes(rows: int) -> tuple[int, ...]:
     """Bytes of a shard's files that hold so many rows."""
     ray, conf, index = rows * (3 * 4 * 6 * 2 + 4), rows * (3 * 4 * 2 + 4), 16 * 16 + 4
-    return ray + index, conf + index, ray + index, conf + index, 16 * 4 * 4 + 4
+    tables = 16 * 4 * 4 + 4, 16 * 2 * 8 + 4, 16 * 2 * 48 + 4
+    return ray + index, conf + index, ray + index, conf + index, *tables

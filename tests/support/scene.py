@@ -7,7 +7,8 @@ import numpy as np
 from lerobot.datasets import LeRobotDatasetMetadata
 from numpy.typing import NDArray
 
-from geomcache.frames.source import describe_dataset
+from geomcache.frames.signature import sign_pictures
+from geomcache.frames.source import describe_dataset, episode_identities
 from geomcache.geometry import Camera
 from tests.support.datasets import make_dataset
 from tests.support.stores import claim_rows, make_spec, open_writer
@@ -80,13 +81,16 @@ def make_scene(
     spec = make_spec(grid_hw=GRID, outputs=outputs, cameras=KEYS, views=views)
     spec = type(spec).from_dict({**spec.to_dict(), "cameras": [vars(camera) for camera in cameras]})
     path = folder / "scene.zarr"
-    with open_writer(path, wanted, spec=spec, lengths=LENGTHS, dataset=describe_dataset(meta, KEYS)) as writer:
+    dataset, identities = describe_dataset(meta, KEYS), episode_identities(meta, KEYS)
+    signatures = sign_pictures([pictures[key] for key in KEYS])
+    with open_writer(path, wanted, spec=spec, lengths=LENGTHS, dataset=dataset, identities=identities) as writer:
         while (claim := writer.claim()) is not None:
             rows = claim_rows(claim)
             made = {key: [scene_maps(view, row) for row in rows] for view, key in enumerate(KEYS)}
             writer.commit(
                 claim,
                 {key: {name: np.stack([maps[name] for maps in made[key]]) for name in outputs} for key in KEYS},
+                signatures[rows],
             )
         assert writer.seal()
     return Scene(cache=path, root=root, pictures=pictures)

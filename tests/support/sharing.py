@@ -9,7 +9,7 @@ import pytest
 
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import StoreWriter
-from tests.support.stores import claim_rows, expected, fill, make_maps, make_spec, open_writer
+from tests.support.stores import claim_rows, commit, expected, fill, make_maps, make_spec, open_writer
 
 SPEC = make_spec(cameras=("observation.images.front",), outputs=("ray",))
 RAY = "observation.images.front/ray"
@@ -34,7 +34,7 @@ def make_small_store(
 
 def fill_shifted(writer: StoreWriter, shift: int) -> None:
     while (claim := writer.claim()) is not None:
-        writer.commit(claim, make_maps(writer.spec, [row + shift for row in claim_rows(claim)]))
+        commit(writer, claim, make_maps(writer.spec, [row + shift for row in claim_rows(claim)]))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from geomcache.cache import durable
 from geomcache.cache.codecs import Codec
+from geomcache.cache.signatures import BLOCKS, Signatures
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.geometry import OUTPUTS, Camera, DatasetSpec, GeometrySpec
 
@@ -63,10 +64,38 @@ def make_dataset_spec(lengths: Sequence[int] | NDArray[np.int64] = LENGTHS, **fi
         "episodes": len(array),
         "fps": 10,
         "episodes_sha256": hashlib.sha256(array.astype("<i8").tobytes()).hexdigest(),
-        "images_sha256": "11" * 32,
         "decoder": "image",
     }
+    if "images_sha256" not in fields:
+        values["identities_sha256"] = hashlib.sha256(make_identities(array).tobytes()).hexdigest()
     return DatasetSpec(**(values | fields))
+
+
+def make_identities(lengths: Sequence[int] | NDArray[np.int64] = LENGTHS) -> NDArray[np.uint64]:
+    """An identity of every episode that depends on its number and length alone."""
+    seeds = [f"{number} {length}".encode() for number, length in enumerate(lengths)]
+    return np.array([int.from_bytes(hashlib.sha256(seed).digest()[:8], "little") for seed in seeds], "<u8")
+
+
+def make_signatures(spec: GeometrySpec, rows: Iterable[int]) -> Signatures:
+    """Random signatures that depend on the row and the number of views alone."""
+    parts = []
+    for row in rows:
+        generator = np.random.default_rng((int(row), 77))
+        parts.append(
+            Signatures(
+                hashes=generator.integers(0, 2**64, size=(1, len(spec.cameras)), dtype=np.uint64),
+                means=generator.integers(0, 256, size=(1, len(spec.cameras), BLOCKS, BLOCKS, 3), dtype=np.uint8),
+            )
+        )
+    return Signatures(
+        hashes=np.concatenate([part.hashes for part in parts]), means=np.concatenate([part.means for part in parts])
+    )
+
+
+def commit(writer: StoreWriter, claim: Claim, maps: Mapping[str, Mapping[str, NDArray[np.float16]]]) -> int:
+    """Commit maps with `make_signatures`; the bytes of the shard's files."""
+    return writer.commit(claim, maps, make_signatures(writer.spec, claim_rows(claim)))
 
 
 def make_maps(spec: GeometrySpec, rows: Iterable[int]) -> MadeUpMaps:
@@ -93,7 +122,7 @@ def fill(writer: StoreWriter, shards: int | None = None) -> list[int]:
     """Commit what can be claimed, at most so many shards; which."""
     made: list[int] = []
     while (shards is None or len(made) < shards) and (claim := writer.claim()) is not None:
-        writer.commit(claim, make_maps(writer.spec, claim_rows(claim)))
+        commit(writer, claim, make_maps(writer.spec, claim_rows(claim)))
         made.append(claim.shard)
     return made
 
@@ -105,6 +134,7 @@ def open_writer(
     spec: GeometrySpec | None = None,
     lengths: Sequence[int] = LENGTHS,
     dataset: DatasetSpec | None = None,
+    identities: NDArray[np.uint64] | None = None,
     codec: str = "raw",
     overwrite: bool = False,
 ) -> StoreWriter:
@@ -116,6 +146,7 @@ def open_writer(
         dataset,
         as_lengths(lengths),
         rows,
+        identities=make_identities(lengths) if identities is None else identities,
         codec=Codec.of(codec),
         overwrite=overwrite,
     )

@@ -11,8 +11,11 @@ import numpy as np
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from numpy.typing import NDArray
 
+from geomcache.cache.layout import SCHEMA_VERSION
+from geomcache.cache.signatures import Signatures
 from geomcache.cache.writer import StoreWriter
-from geomcache.frames.source import describe_dataset, episode_lengths
+from geomcache.frames.signature import sign_pictures
+from geomcache.frames.source import describe_dataset, episode_identities, episode_lengths, open_dataset
 from geomcache.geometry import OUTPUTS, Camera, GeometrySpec
 from geomcache.training import trainer as training
 
@@ -106,6 +109,12 @@ def row_maps(spec: GeometrySpec, indices: NDArray[np.int64]) -> dict[str, dict[s
     return maps
 
 
+def sign_dataset(meta: LeRobotDatasetMetadata, spec: GeometrySpec) -> Signatures:
+    """The signatures of every frame of a dataset in a folder."""
+    opened, _ = open_dataset(REPO_ID, root=Path(meta.root), cameras=spec.camera_keys)
+    return sign_pictures(opened.reader.read(0, opened.spec.frames).images)
+
+
 def make_cache(
     path: Path,
     meta: LeRobotDatasetMetadata,
@@ -114,6 +123,7 @@ def make_cache(
     episodes: Sequence[int] | None = None,
     maps: dict[str, dict[str, NDArray[np.float16]]] | None = None,
     seal: bool = True,
+    schema_version: int = SCHEMA_VERSION,
 ) -> Path:
     """A cache of these episodes (all where None) that holds `row_maps`, or these maps of all rows."""
     lengths = episode_lengths(meta)
@@ -121,12 +131,15 @@ def make_cache(
     wanted = [
         (int(starts[e]), int(starts[e] + lengths[e])) for e in (range(len(lengths)) if episodes is None else episodes)
     ]
+    signatures = sign_dataset(meta, spec)
     every = row_maps(spec, np.arange(meta.total_frames)) if maps is None else maps
-    with StoreWriter.create_or_open(path, spec, describe_dataset(meta, spec.camera_keys), lengths, wanted) as writer:
+    dataset = describe_dataset(meta, spec.camera_keys, schema_version=schema_version)
+    identities = episode_identities(meta, spec.camera_keys)
+    with StoreWriter.create_or_open(path, spec, dataset, lengths, wanted, identities=identities) as writer:
         while (claim := writer.claim()) is not None:
             rows = np.concatenate([np.arange(start, stop) for start, stop in claim.rows])
             part = {camera: {name: values[rows] for name, values in of.items()} for camera, of in every.items()}
-            writer.commit(claim, part)
+            writer.commit(claim, part, signatures[rows])
         if seal:
             assert writer.seal()
     return path

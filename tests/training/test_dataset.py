@@ -178,7 +178,7 @@ def test_a_frame_that_is_not_there_is_an_error(meta: LeRobotDatasetMetadata, tmp
 
 def test_a_dataset_of_another_length_is_refused(cache: Path, tmp_path: Path) -> None:
     other = make_dataset(tmp_path / "other", (5, 4))
-    with pytest.raises(CacheMismatchError, match="a dataset of 15 frames, got tests/pens with 9"):
+    with pytest.raises(CacheMismatchError, match="15 .*tests/pens .*9"):
         GeometryDataset(lerobot_dataset(other), GeometryStore.open(cache))
 
 

@@ -262,7 +262,7 @@ def test_there_is_no_cache(meta: LeRobotDatasetMetadata, tmp_path: Path) -> None
 @pytest.mark.usefixtures("no_step")
 def test_an_incomplete_cache_names_the_episodes_and_the_command(meta: LeRobotDatasetMetadata, tmp_path: Path) -> None:
     unsealed = make_cache(tmp_path / "unsealed.zarr", meta, make_spec(meta), episodes=[0], seal=False)
-    with pytest.raises(CacheIncompleteError, match=r"lacks episodes 1:3: finish it with `geomcache extract"):
+    with pytest.raises(CacheIncompleteError, match=r"1:3.*`geomcache extract"):
         training.train(unsealed, options(meta, tmp_path / "run"))
     sealed = make_cache(tmp_path / "sealed.zarr", meta, make_spec(meta), episodes=[0, 2])
     with pytest.raises(CacheIncompleteError, match=rf"lacks 1: .*--root {meta.root} .*--episodes 1`"):
@@ -272,13 +272,13 @@ def test_an_incomplete_cache_names_the_episodes_and_the_command(meta: LeRobotDat
 @pytest.mark.usefixtures("no_step")
 def test_a_cache_of_another_dataset_is_refused(cache: Path, tmp_path: Path) -> None:
     longer = make_dataset(tmp_path / "longer", (5, 4, 4))
-    with pytest.raises(CacheMismatchError, match=r"dataset\.frames: .* with 12, .* with 13"):
+    with pytest.raises(CacheMismatchError, match=r"(order|length): episodes .*frames\)"):
         training.train(cache, options(longer, tmp_path / "run"))
     repainted = make_dataset(tmp_path / "repainted", LENGTHS, seed=1)
-    with pytest.raises(CacheMismatchError, match=r"dataset\.images_sha256"):
+    with pytest.raises(CacheMismatchError, match=r"content: episodes 0:3 \(12 frames\)"):
         training.train(cache, options(repainted, tmp_path / "run"))
     other_size = make_dataset(tmp_path / "larger", LENGTHS, size=24)
-    with pytest.raises(CacheMismatchError, match=r"the cache is of 16x16 pictures, .* has 24x24"):
+    with pytest.raises(CacheMismatchError, match="16x16 .*24x24"):
         training.train(cache, options(other_size, tmp_path / "run"))
     one_camera = make_dataset(tmp_path / "one", LENGTHS, cameras=CAMERAS[:1])
     with pytest.raises(CacheMismatchError, match=rf"spec\.cameras: the cache has {CAMERAS[1]}"):
@@ -288,7 +288,7 @@ def test_a_cache_of_another_dataset_is_refused(cache: Path, tmp_path: Path) -> N
 @pytest.mark.usefixtures("no_step")
 def test_another_policy_is_refused(meta: LeRobotDatasetMetadata, cache: Path, tmp_path: Path) -> None:
     run = [f"--dataset.repo_id={REPO_ID}", f"--dataset.root={meta.root}", f"--output_dir={tmp_path / 'run'}"]
-    with pytest.raises(UserInputError, match="policy: expected pi05_geometry, got pi05: leave --policy.type out"):
+    with pytest.raises(UserInputError, match=r"policy: .*pi05_geometry, .*pi05\b.*--policy\.type"):
         training.train(cache, [*run, "--policy.type=pi05", "--policy.device=cpu"])
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -308,7 +308,7 @@ def test_resuming_from_another_cache_is_refused(
     with pytest.raises(CacheMismatchError, match=r"spec\.grid"):
         training.train(finer, resume)
     larger = make_dataset(tmp_path / "larger", (*LENGTHS, 2))
-    with pytest.raises(CacheMismatchError, match="fingerprint: the checkpoint was trained from"):
+    with pytest.raises(CacheMismatchError, match="fingerprint: "):
         training.train(make_cache(tmp_path / "larger.zarr", larger, make_spec(larger)), resume)
 
 
@@ -337,7 +337,7 @@ def test_missing_quantiles_are_refused_with_lerobots_remedy(
     low = ("observation.state", "action")  # the cameras' statistics belong to the identity of the cache's dataset
     root = without_statistics(meta, tmp_path / "pens", lambda key, name: key in low and name.startswith("q"))
     run = [f"--dataset.root={root}", f"--policy.use_geom_prefix={geometry}"]
-    with pytest.raises(DatasetError, match=r"q01, q99 of observation\.state, which QUANTILES") as caught:
+    with pytest.raises(DatasetError, match=r"q01, q99 .*observation\.state, .*QUANTILES") as caught:
         training.train(cache, options(meta, tmp_path / "run", *run))
     remedy = f"`python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id={REPO_ID} --root={root}`"
     assert remedy in str(caught.value)
@@ -352,16 +352,16 @@ def test_features_and_statistics_are_checked(meta: LeRobotDatasetMetadata, tmp_p
     both = ["observation.state", "action"]
     enough = {key: {"q01": 0, "q99": 1} for key in both}
     check(both, enough)
-    with pytest.raises(DatasetError, match=r"expected observation\.state, the robot's state, found state, action"):
+    with pytest.raises(DatasetError, match=r"observation\.state, .*state, action"):
         check(["state", "action"], enough)
-    with pytest.raises(DatasetError, match=r"expected action, the actions, found observation\.state"):
+    with pytest.raises(DatasetError, match=r"action, .*observation\.state"):
         check(["observation.state"], enough)
-    with pytest.raises(DatasetError, match=r"q01, q99 of observation\.state.*found none.*recompute_stats"):
+    with pytest.raises(DatasetError, match=r"q01, q99 .*observation\.state.*recompute_stats"):
         check(both, None)
-    with pytest.raises(DatasetError, match=r"dataset me/x: .*q99 of action, .*found q01, mean"):
+    with pytest.raises(DatasetError, match=r"dataset me/x: .*q99 .*action, .*q01, mean"):
         check(both, enough | {"action": {"q01": 0, "mean": 0}})
     config.policy.normalization_mapping = {"ACTION": "IDENTITY", "STATE": "MEAN_STD", "VISUAL": "IDENTITY"}
-    with pytest.raises(DatasetError, match=r"mean, std of observation\.state, which MEAN_STD"):
+    with pytest.raises(DatasetError, match=r"mean, std .*observation\.state, .*MEAN_STD"):
         check(both, enough)
     check(both, {"observation.state": {"mean": 0, "std": 1}})
     config.resume = True  # by the checkpoint's statistics
@@ -534,7 +534,7 @@ def test_weights_of_a_geometry_checkpoint_keep_its_adapters_options(
     store = GeometryStore.open(cache)
     pretrained = [*options(meta, tmp_path / "run"), f"--policy.pretrained_path={trained}"]
     without_grid = [option for option in pretrained if "geom_target_hw" not in option]
-    with pytest.raises(UserInputError, match=r"policy\.geom_target_hw: expected \[2, 2\], .* default \[14, 14\]"):
+    with pytest.raises(UserInputError, match=r"policy\.geom_target_hw: .*\[2, 2\], .*\[14, 14\]"):
         training.bind(training.parse_config(without_grid), store, without_grid)
     changed = [*pretrained, "--policy.num_inference_steps=5"]
     with caplog.at_level("WARNING", logger="geomcache"):

@@ -1,0 +1,209 @@
+"""Compare the episodes and the pictures of a dataset with those that a cache was made of.
+
+The pictures' signatures decide. Identities of episodes, which the dataset's metadata give without a look at a picture,
+say at once what has changed, and where.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomcache.cache.signatures import TOLERANCE
+from geomcache.cache.store import GeometryStore
+from geomcache.errors import CacheMismatchError
+from geomcache.frames.signature import sign_pictures
+from geomcache.ranges import format_ranges
+
+logger = logging.getLogger(__name__)
+
+SAMPLED_EPISODES, SAMPLE_S = 500, 20.0
+
+Pictures = Sequence[NDArray[np.uint8]]
+"""The pictures of one row, [H, W, 3] of each view."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeDifferences:
+    """Episodes of a dataset that are not those of a cache at the same place, by kind: ascending numbers, [n] each."""
+
+    order: NDArray[np.int64]
+    """Episodes that the cache has at another place."""
+    length: NDArray[np.int64]
+    """Episodes of another length than the cache's of this number."""
+    content: NDArray[np.int64]
+    """Episodes of the same length with other pictures."""
+    new: NDArray[np.int64]
+    """Episodes behind the cache's last one."""
+    unknown: NDArray[np.int64]
+    """Episodes of the right length whose metadata do not tell them from others. No difference by itself."""
+    rows: int
+    """Frames of the first four kinds together."""
+
+    def describe(self) -> str:
+        """Return what differs, in words; empty if nothing does."""
+        kinds = {"order": self.order, "length": self.length, "content": self.content, "new": self.new}
+        return "; ".join(f"{kind}: episodes {_listed(numbers)}" for kind, numbers in kinds.items() if len(numbers))
+
+
+def _listed(numbers: NDArray[np.int64]) -> str:
+    text = format_ranges(numbers).replace(",", ", ")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def find_differences(
+    cached: tuple[NDArray[np.int64], NDArray[np.uint64]],
+    current: tuple[NDArray[np.int64], NDArray[np.uint64]],
+    episodes: NDArray[np.int64],
+) -> EpisodeDifferences:
+    """Compare episodes of a dataset with those of a cache at the same place.
+
+    Args:
+        cached: lengths and identities of the cache's episodes, [E] each.
+        current: the same of the dataset.
+        episodes: the ones to compare, ascending, [n].
+    """
+    (cached_lengths, cached_identities), (lengths, identities) = cached, current
+    cached_starts, starts = np.cumsum(cached_lengths) - cached_lengths, np.cumsum(lengths) - lengths
+    known = np.isin(identities[episodes], cached_identities) & (identities[episodes] != 0)
+    kinds: dict[str, list[int]] = {kind: [] for kind in ("order", "length", "content", "new", "unknown")}
+    for episode, in_cache in zip(episodes.tolist(), known.tolist(), strict=True):
+        if episode >= len(cached_lengths):
+            kinds["order" if in_cache else "new"].append(episode)
+            continue
+        same_length = cached_lengths[episode] == lengths[episode]
+        in_place = same_length and cached_starts[episode] == starts[episode]
+        compared = identities[episode] != 0 and cached_identities[episode] != 0
+        if compared and in_place and identities[episode] == cached_identities[episode]:
+            continue
+        if in_cache and (compared or not in_place):
+            kinds["order"].append(episode)
+        elif not same_length:
+            kinds["length"].append(episode)
+        elif compared:
+            kinds["content"].append(episode)
+        else:
+            kinds["unknown" if in_place else "order"].append(episode)
+    numbers = {kind: np.array(each, np.int64) for kind, each in kinds.items()}
+    differing = [each for kind, each in numbers.items() if kind != "unknown"]
+    return EpisodeDifferences(**numbers, rows=int(lengths[np.concatenate(differing)].sum()))
+
+
+def compare_episodes(
+    store: GeometryStore,
+    repo_id: str,
+    current: tuple[NDArray[np.int64], NDArray[np.uint64]],
+    episodes: Sequence[int] | None = None,
+) -> EpisodeDifferences:
+    """Require that episodes of a dataset are those that a cache was made of, as far as metadata tell.
+
+    Args:
+        store: a cache of schema version 2.
+        repo_id: the dataset's name, for the message.
+        current: lengths and identities of the dataset's episodes, [E] each.
+        episodes: the ones that will be read; None for all.
+
+    Returns:
+        No differences but unknown episodes.
+
+    Raises:
+        CacheMismatchError: episodes differ; the message names which, and in what.
+    """
+    wanted = np.arange(len(current[0])) if episodes is None else np.unique(np.asarray(episodes, np.int64))
+    assert store.episode_identity is not None
+    differences = find_differences((store.episode_length, store.episode_identity), current, wanted)
+    if differences.rows:
+        raise CacheMismatchError(
+            f"dataset {repo_id}: expected the episodes that cache {store.path} was made of, found others in"
+            f" {differences.describe()} ({differences.rows} frames): use the dataset that the cache was made of, or"
+            " make a cache of this one with `geomcache extract` and another --output",
+            "dataset.episodes",
+            store.dataset.identities_sha256,
+            differences.describe(),
+        )
+    return differences
+
+
+def choose_sample(store: GeometryStore, episodes: Sequence[int] | None = None, seed: int = 0) -> NDArray[np.int64]:
+    """Return a row of each of at most 500 episodes that the cache has, spread over all, in random order.
+
+    Args:
+        store: the cache.
+        episodes: the ones to choose from; None for all.
+        seed: of the choice.
+    """
+    chosen = np.arange(len(store.episode_start)) if episodes is None else np.unique(np.asarray(episodes, np.int64))
+    first = np.array([store.covers(store.episode_start[chosen])]).reshape(-1)
+    chosen = chosen[first]
+    if len(chosen) > SAMPLED_EPISODES:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, SAMPLED_EPISODES).astype(np.int64)]
+    generator = np.random.default_rng(seed)
+    rows = store.episode_start[chosen] + generator.integers(0, store.episode_length[chosen])
+    rows = np.where(store.covers(rows), rows, store.episode_start[chosen])  # a cache may have parts of an episode
+    shuffled: NDArray[np.int64] = generator.permutation(rows)
+    return shuffled
+
+
+def check_pictures(
+    store: GeometryStore,
+    read: Callable[[int], Pictures],
+    rows: NDArray[np.int64],
+    *,
+    seconds: float = SAMPLE_S,
+) -> int:
+    """Compare the pictures of rows with the signatures of those that the cache was made of.
+
+    Pictures that differ by no more than another decoder or encoding makes them differ are taken, and said.
+
+    Args:
+        store: a cache of schema version 2.
+        read: decodes the pictures of a row, in the order of the cache's views.
+        rows: the ones to compare, int64 [n].
+        seconds: after which the rest of the rows is left out.
+
+    Returns:
+        How many rows were compared.
+
+    Raises:
+        CacheMismatchError: a picture is another one; the message names episode, frame and camera.
+    """
+    expected, end = store.signatures(rows), time.monotonic() + seconds
+    largest = differing = compared = 0
+    for number, row in enumerate(rows.tolist()):
+        if compared and time.monotonic() > end:
+            break
+        signatures, of_cache = sign_pictures([picture[None] for picture in read(row)]), expected[number : number + 1]
+        compared += 1
+        if signatures.equal(of_cache).all():
+            continue
+        distances = signatures.distances(of_cache)[0]
+        differing, largest = differing + 1, max(largest, int(distances.max()))
+        if largest > TOLERANCE:
+            raise _other_picture(store, row, int(distances.argmax()), largest)
+    if differing:
+        logger.info(
+            "cache %s: %d of %d sampled frames were decoded or encoded otherwise than those that it was made of; block"
+            " means differ by at most %d of 255",
+            store.path,
+            differing,
+            compared,
+            largest,
+        )
+    return compared
+
+
+def _other_picture(store: GeometryStore, row: int, view: int, distance: int) -> CacheMismatchError:
+    episode, frame = store.locate(row)
+    camera = store.spec.camera_keys[view]
+    return CacheMismatchError(
+        f"episode {episode} frame {frame} camera {camera}: expected the picture that cache {store.path} was made of,"
+        f" found another one (block means differ by {distance} of 255, another decoder or encoding by at most"
+        f" {TOLERANCE}): the dataset's episodes were changed or re-ordered; use the dataset that the cache was made of,"
+        " or make a cache of this one with `geomcache extract` and another --output",
+        "pictures",
+        None,
+        distance,
+    )
