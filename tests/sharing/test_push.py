@@ -25,7 +25,7 @@ from geomcache.sharing.limits import check_hub_folders
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.pull import pull
 from geomcache.sharing.push import UNSEALED, push
-from tests.support.sharing import CONTROL, FILES, RAY, SPEC, contents, make_small_store
+from tests.support.sharing import CONTROL, FILES, RAY, SHARD_FILES, SPEC, contents, make_small_store
 from tests.support.stores import fill, make_dataset_spec, make_spec, make_store, open_writer
 
 
@@ -106,8 +106,8 @@ def test_a_cache_that_has_grown_sends_what_is_new(tmp_path: Path, there: Path) -
         fill(writer)
         assert writer.seal()
     report = push(path, address_of(there))
-    # shard 3 was made again with more rows, 4 and 5 are new: two files each, beside the control files
-    assert report.sent == 2 * 3 + CONTROL
+    # shard 3 was made again with more rows, 4 and 5 are new: their files and the control files
+    assert report.sent == 3 * SHARD_FILES + CONTROL
     assert contents(there) == contents(path)
 
 
