@@ -48,16 +48,16 @@ def test_the_reader_locates_every_row() -> None:
     assert located == expected
 
 
-def test_the_identity_is_of_the_pictures_not_of_the_name_or_place(demo: Path) -> None:
-    here = describe_dataset(LeRobotDatasetMetadata("a", root=DEMO), ["observation.images.image"])
-    there = describe_dataset(LeRobotDatasetMetadata("b", root=demo), ["observation.images.image"])
+def test_the_hash_of_schema_version_1_is_of_the_pictures_not_of_the_name_or_place(demo: Path) -> None:
+    here = describe_dataset(LeRobotDatasetMetadata("a", root=DEMO), ["observation.images.image"], schema_version=1)
+    there = describe_dataset(LeRobotDatasetMetadata("b", root=demo), ["observation.images.image"], schema_version=1)
     assert here.images_sha256 == there.images_sha256
-    other = describe_dataset(LeRobotDatasetMetadata("a", root=DEMO), ["observation.images.image2"])
+    other = describe_dataset(LeRobotDatasetMetadata("a", root=DEMO), ["observation.images.image2"], schema_version=1)
     assert other.images_sha256 != here.images_sha256
     stats = json.loads((demo / "meta" / "stats.json").read_text())
     stats["observation.images.image"]["mean"][0][0][0] += 1e-6
     (demo / "meta" / "stats.json").write_text(json.dumps(stats))
-    changed = describe_dataset(LeRobotDatasetMetadata("b", root=demo), ["observation.images.image"])
+    changed = describe_dataset(LeRobotDatasetMetadata("b", root=demo), ["observation.images.image"], schema_version=1)
     assert changed.images_sha256 != here.images_sha256
     assert changed.episodes_sha256 == here.episodes_sha256
 

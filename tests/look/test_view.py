@@ -260,7 +260,7 @@ def test_an_episode_that_is_not_cached(scene: Scene, tmp_path: Path) -> None:
 
 def test_another_dataset_is_refused(scene: Scene, tmp_path: Path) -> None:
     make_dataset(tmp_path / "other", (7, 6), dict.fromkeys(KEYS, (SIZE, SIZE)))
-    with pytest.raises(CacheMismatchError, match=r"dataset\.frames"):
+    with pytest.raises(CacheMismatchError, match=r"length: episodes 1 \(6 frames\)"):
         run(scene, tmp_path / "a.png", root=tmp_path / "other")
 
 

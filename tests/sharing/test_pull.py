@@ -44,7 +44,6 @@ from tests.support.stores import fill, make_store, open_writer
 __all__ = ["said"]
 
 
-
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
     """A pushed cache, as a folder that an address leads to."""
