@@ -1,4 +1,7 @@
-"""Turn options into LeRobot's configuration objects, by its own parser; a refusal becomes one line."""
+"""Turn options into LeRobot's configuration objects, by its own parser; a refusal becomes one line.
+
+`replaced` is the form of all seams into LeRobot's commands.
+"""
 
 import contextlib
 import io
@@ -7,6 +10,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 from geomcache.errors import GeomcacheError, UserInputError, one_line
@@ -51,7 +55,11 @@ def parse_options(
     register_third_party_plugins()
     usage = io.StringIO()  # what argparse prints
     try:
-        with _command_line([program, *args]), contextlib.redirect_stderr(usage), short_ffmpeg_warning():
+        with (
+            replaced(sys, "argv", lambda _: [program, *args]),  # LeRobot's parser and validation read it
+            contextlib.redirect_stderr(usage),
+            short_ffmpeg_warning(),
+        ):
             config = parser.wrap()(keep)()
     except SystemExit as stop:
         if not stop.code:
@@ -105,13 +113,14 @@ def given(name: str, args: Sequence[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _command_line(argv: list[str]) -> Iterator[None]:
-    """Replace the command line of the process, which LeRobot's parser and validation read."""
-    before, sys.argv = sys.argv, argv
+def replaced(module: ModuleType, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace a name of a module, while this lasts, by what `make` makes of it."""
+    upstream = getattr(module, name)
+    setattr(module, name, make(upstream))
     try:
         yield
     finally:
-        sys.argv = before
+        setattr(module, name, upstream)
 
 
 def _refusal(program: str, error: BaseException, text: str) -> GeomcacheError:

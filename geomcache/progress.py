@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
 LINE_EVERY_S = 30.0
 POLL_EVERY_S = 0.5
 
@@ -36,10 +35,6 @@ def human_time(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
-
-
-def silent(_line: str) -> None:
-    """Where lines are nobody's business."""
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""Half-open ranges of rows or episodes: merge, intersect, count, look up, parse and print."""
+"""Half-open ranges of rows or episodes: merge, intersect, count, look up, name, parse and print."""
 
 import re
 from bisect import bisect_left, bisect_right
@@ -47,6 +47,18 @@ def rows_of(ranges: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
     """Return the numbers in ranges, one by one: int64 [n]."""
     parts = [np.arange(start, stop, dtype=np.int64) for start, stop in ranges]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def locate(episode_start: NDArray[np.int64], row: int) -> tuple[int, int]:
+    """Return the episode of a row, and the frame's number within it; `episode_start` are the first rows, int64 [E]."""
+    episode = int(episode_start.searchsorted(row, "right")) - 1
+    return episode, row - int(episode_start[episode])
+
+
+def name_row(episode_start: NDArray[np.int64], row: int) -> str:
+    """Return a row's name for messages."""
+    episode, frame = locate(episode_start, row)
+    return f"episode {episode} frame {frame}"
 
 
 class RowSet:

@@ -56,10 +56,6 @@ def compare_datasets(cached: DatasetSpec, run: DatasetSpec) -> None:
 def compare_cameras(spec: GeometrySpec, cameras: Mapping[str, Camera]) -> None:
     """Require that a run's dataset has the cache's cameras, with the same picture sizes. It may have more cameras.
 
-    Args:
-        spec: spec of the cache.
-        cameras: cameras of the dataset, by key.
-
     Raises:
         CacheMismatchError: a camera is missing or of another size.
     """
@@ -144,10 +140,6 @@ def require_episodes(store: "GeometryStore", episodes: Sequence[int] | None, roo
 
 def compare_fingerprints(checkpoint: str | None, cache: str) -> None:
     """Require that a run resumes with the cache that it began with.
-
-    Args:
-        checkpoint: fingerprint in the checkpoint; None where it was trained without a cache.
-        cache: fingerprint of the cache.
 
     Raises:
         CacheMismatchError: the two differ.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from geomcache.cache import durable, locks
 from geomcache.cache.header import GROUP, LOCK, Header
+from geomcache.cache.inventory import Stored
 from geomcache.cache.journal import begin_line
 from geomcache.cache.manifest import JOURNAL
 from geomcache.cache.records import Files
@@ -37,12 +38,7 @@ def create(
 ) -> None:
     """Create an empty cache at `target`, unless another process does so first.
 
-    Args:
-        target: the cache's folder.
-        header: what it is to say of itself.
-        episode_lengths: frames of every episode, int64 [E].
-        identities: what tells each episode from others, uint64 [E]; None for schema version 1.
-        overwrite: replace a cache that is there.
+    `episode_lengths` is int64 [E]; `identities`, uint64 [E], are those of the episodes, None for schema version 1.
 
     Raises:
         CacheExistsError: something that is no cache is there, and is to be replaced.
@@ -100,10 +96,8 @@ def _fill(
 ) -> None:
     with durable.file_errors(draft):
         create_arrays(draft, header, episode_lengths, identities)
-    files: Files = {}
-    for name in (*header.metadata(), *header.chunks()):
-        content = (draft / name).read_bytes()
-        files[name] = len(content), sha256(content).hexdigest()
+    names = (*header.metadata(), *header.chunks())
+    files: Files = {name: Stored.of((draft / name).read_bytes()) for name in names}
     durable.write_file(draft / JOURNAL, [begin_line(header.layout, header.fingerprint, files)])
     durable.sync_tree(draft, locked=LOCK)
 

@@ -102,9 +102,19 @@ def file_errors(path: Path) -> Iterator[None]:
                 f"{path}: expected room for it, found none ({error.strerror}): free some, then run the same command"
                 " again to resume"
             ) from error
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # another library's may have a text alone
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def synchronised(descriptor: int) -> Iterator[int]:
+    """Yield a descriptor; make durable what was done with it, and close it in any case."""
+    try:
+        yield descriptor
+        fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes | NDArray[np.uint8]) -> None:
@@ -123,16 +133,11 @@ def write_file(path: Path, parts: Sequence[bytes | NDArray[np.uint8]]) -> tuple[
     A file or link of this name is removed first: it is stale, or somebody planted it.
     """
     digest, nbytes = hashlib.sha256(), 0
-    with file_errors(path):
-        descriptor = _create(path)
-        try:
-            for part in parts:
-                digest.update(part)
-                write_all(descriptor, part)
-                nbytes += memoryview(part).nbytes
-            fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with file_errors(path), synchronised(_create(path)) as descriptor:
+        for part in parts:
+            digest.update(part)
+            write_all(descriptor, part)
+            nbytes += memoryview(part).nbytes
     return nbytes, digest.digest()
 
 
@@ -147,12 +152,8 @@ def _create(path: Path) -> int:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
-    with file_errors(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with file_errors(path), synchronised(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)):
+        pass
 
 
 def sync_tree(path: Path, *, locked: str) -> None:
@@ -160,12 +161,8 @@ def sync_tree(path: Path, *, locked: str) -> None:
     for folder, _, names in os.walk(path):
         for name in sorted({*names} - {locked}):
             file = Path(folder, name)
-            with file_errors(file):
-                descriptor = open_file(file, 0)
-                try:
-                    fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            with file_errors(file), synchronised(open_file(file, 0)):
+                pass
         sync_folder(Path(folder))
 
 

@@ -159,13 +159,8 @@ class Journal:
         """Cut off what follows the last good line; return how many bytes. Only under the journal's lock."""
         cut = self.incomplete_nbytes
         if cut:
-            with durable.file_errors(self.path):
-                descriptor = durable.open_file(self.path, 0)
-                try:
-                    durable.truncate(descriptor, self._length)
-                    durable.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            with durable.file_errors(self.path), durable.synchronised(durable.open_file(self.path, 0)) as descriptor:
+                durable.truncate(descriptor, self._length)
             self.incomplete_nbytes = 0
         return cut
 

@@ -37,13 +37,6 @@ class OpenShard:
     def __init__(self, folder: str, layout: Layout, shard: int, present_rows: RowSet, written: ShardFiles) -> None:
         """Open and check a shard's files.
 
-        Args:
-            folder: the cache.
-            layout: its layout.
-            shard: the shard's number.
-            present_rows: the rows that the cache has.
-            written: sizes and hashes of the shard's files.
-
         Raises:
             _DamageError: a file is missing, or its size, index or hash differs.
             OSError: a file cannot be opened.
@@ -171,15 +164,6 @@ class ShardReader:
         written: Mapping[int, ShardFiles],
         name_of: Callable[[int], str],
     ) -> None:
-        """Open nothing yet.
-
-        Args:
-            folder: the cache.
-            layout: its layout.
-            present_rows: the rows that it has.
-            written: sizes and hashes of each shard's files.
-            name_of: gives the name of a row for messages.
-        """
         self._folder, self._layout, self._present_rows, self._written = folder, layout, present_rows, written
         self._name_of = name_of
         limit = getrlimit(RLIMIT_NOFILE)[0]

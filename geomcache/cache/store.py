@@ -7,15 +7,14 @@ Ranges are half-open.
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.commands import extract_command
-from geomcache.cache.contents import check_files, read_episodes
 from geomcache.cache.header import Header
+from geomcache.cache.inventory import check_files, read_episodes
 from geomcache.cache.journal import Journal
 from geomcache.cache.layout import Table
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
@@ -24,7 +23,7 @@ from geomcache.cache.shard_reader import ShardReader
 from geomcache.cache.signatures import Signatures
 from geomcache.errors import CacheCorruptError, MissingFrameError, UserInputError
 from geomcache.geometry import Geometry
-from geomcache.ranges import Ranges, RowSet
+from geomcache.ranges import Ranges, RowSet, locate, name_row
 from geomcache.statistics import Moments
 
 
@@ -153,18 +152,14 @@ class GeometryStore:
         """
         if not 0 <= index < self.dataset.frames:
             raise UserInputError(f"index: expected 0 to {self.dataset.frames - 1}, got {index}")
-        episode = int(self.episode_start.searchsorted(index, "right")) - 1
-        return episode, index - int(self.episode_start[episode])
+        return locate(self.episode_start, index)
 
     def frame(self, episode: int, frame: int) -> Geometry:
         """Return the geometry of one frame, as a batch of one. Raises what `index` and `batch` raise."""
         return self.batch([self.index(episode, frame)])
 
     def batch(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Geometry:
-        """Read the geometry of rows, in the order given, duplicates included.
-
-        Args:
-            indices: B rows.
+        """Read the geometry of B rows, in the order given, duplicates included.
 
         Returns:
             C-contiguous float16 arrays: rays [B, V, h, w, 6], other outputs [B, V, h, w].
@@ -243,9 +238,7 @@ class GeometryStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -255,8 +248,7 @@ class GeometryStore:
         return self._present_rows.covers(self.episode_start, self.episode_start + self.episode_length)
 
     def _name(self, row: int) -> str:
-        episode, frame = self.locate(row)
-        return f"episode {episode} frame {frame}"
+        return name_row(self.episode_start, row)
 
     def _missing(self, row: int) -> MissingFrameError:
         episode, _ = self.locate(row)

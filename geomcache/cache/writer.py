@@ -17,9 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -27,21 +25,16 @@ from numpy.typing import NDArray
 
 from geomcache.cache import durable, locks
 from geomcache.cache.codecs import RAW, Codec
-from geomcache.cache.contents import check_files
 from geomcache.cache.create import check_episodes, check_identities, check_rows, create, matching_header, require_cache
 from geomcache.cache.header import GROUP, LOCK, Header
+from geomcache.cache.inventory import Stored, check_files
 from geomcache.cache.journal import Commit, Drop, Journal
 from geomcache.cache.layout import CHECKSUMS, PICTURE_HASH, PICTURE_MEANS, Column, ShardFiles
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.cache.signatures import Signatures
-from geomcache.errors import (
-    CacheCorruptError,
-    CacheLockedError,
-    GeometryError,
-    NonFiniteGeometryError,
-)
+from geomcache.errors import CacheCorruptError, CacheLockedError, GeometryError, NonFiniteGeometryError
 from geomcache.geometry import OUTPUTS, DatasetSpec, GeometrySpec
-from geomcache.ranges import Ranges, clip_ranges, common_ranges, count_rows, merge_ranges, rows_of
+from geomcache.ranges import Ranges, clip_ranges, common_ranges, count_rows, merge_ranges, name_row, rows_of
 from geomcache.statistics import Moments
 
 ShardMaps = Mapping[str, Mapping[str, NDArray[np.float16]]]
@@ -203,9 +196,8 @@ class StoreWriter:
             raise
         with self._current():
             self._append(Commit(claim.shard, claim.rows, written, statistics))
-        _remove(
-            path for path in map(_dropped_name, files) if path.exists()
-        )  # of the shard as it was before it was dropped
+        dropped = map(_dropped_name, files)  # of the shard as it was before it was dropped
+        _remove(path for path in dropped if path.exists())
         self._lock.release(claim.shard)
         return written.nbytes
 
@@ -254,7 +246,7 @@ class StoreWriter:
             group = self._header.encode(statistics)
             manifest = Manifest(
                 rows=self._journal.rows,
-                files={**self._journal.files, GROUP: (len(group), sha256(group).hexdigest())},
+                files={**self._journal.files, GROUP: Stored.of(group)},
                 shards=self._journal.shards,
                 statistics=statistics,
             ).encode(self._layout, self._header.fingerprint)
@@ -273,9 +265,7 @@ class StoreWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @contextlib.contextmanager
@@ -432,12 +422,10 @@ class StoreWriter:
             return
         positions = np.flatnonzero(~fits.reshape(len(values), -1).all(axis=1))
         row = int(rows_of(claim.rows)[positions[0]])
-        episode = int(self._episode_starts.searchsorted(row, "right")) - 1
         view = self.spec.camera_keys.index(column.camera)
         raise NonFiniteGeometryError(
-            f"episode {episode} frame {row - int(self._episode_starts[episode])} camera {column.camera}"
-            f" {column.output}: expected finite numbers{', above 0' if log else ''}, found others in"
-            f" {len(positions)} frames: check the model's weights",
+            f"{name_row(self._episode_starts, row)} camera {column.camera} {column.output}: expected finite"
+            f" numbers{', above 0' if log else ''}, found others in {len(positions)} frames: check the model's weights",
             tuple((int(position), view, column.output) for position in positions),
         )
 

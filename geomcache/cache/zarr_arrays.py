@@ -46,10 +46,6 @@ def open_arrays(store: Any, header: Header) -> "dict[str, zarr.Array[Any]]":
 
     Shapes and codecs are the header's: stored array metadata could name any codec and any size. Blosc buffers pass
     through `Codec.decode_into`, so that reading one that lies about its size is a ValueError.
-
-    Args:
-        store: the cache's folder, or a Zarr store of it.
-        header: of this cache.
     """
     import zarr
     from zarr.storage import LocalStore, MemoryStore, StorePath

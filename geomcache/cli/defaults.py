@@ -108,7 +108,7 @@ def _dataset(store: "GeometryStore", cache: Path, args: Sequence[str]) -> list[s
 
 def _recorded_root(cache: Path) -> str | None:
     """Return the folder that the cache's dataset was read from, which `extract` has noted next to the cache."""
-    from geomcache.cache.info import run_config_path
+    from geomcache.cache.commands import run_config_path
     from geomcache.extraction.options import recorded_options
     from geomcache.extraction.run_config import HEADER, read_run_config
 

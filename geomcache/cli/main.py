@@ -67,14 +67,10 @@ def info(
     """Print what is in a cache: model, dataset, grid, bytes, episodes, statistics."""
     import json
 
-    from geomcache.cache.info import describe, describe_lines
+    from geomcache.look.info import describe, describe_lines
 
     facts = describe(path)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        for line in describe_lines(facts):
-            typer.echo(line)
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(describe_lines(facts)))
 
 
 @app.command(epilog=cli_help.PROBE, rich_help_panel=cli_help.MODELS)
@@ -129,8 +125,7 @@ def evaluate(
     """Evaluate a checkpoint in closed loop with DA3 online, and print success rates and latency."""
     from geomcache.evaluation.run import evaluate as run
 
-    for line in run(policy, context.args, allow_resize=allow_resize).lines():
-        typer.echo(line)
+    typer.echo("\n".join(run(policy, context.args, allow_resize=allow_resize).lines()))
 
 
 @app.command(epilog=cli_help.VERIFY, rich_help_panel=cli_help.CACHES)
@@ -194,8 +189,7 @@ def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
     from geomcache.cache.verify import verify as run
 
     report = run(path, repair=repair)
-    for line in [json.dumps(report.to_dict(), indent=2)] if as_json else report.lines():
-        typer.echo(line)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
     if report.problems:
         raise typer.Exit(EXIT_DAMAGE)
 

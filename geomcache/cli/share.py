@@ -56,8 +56,7 @@ def push(
     from geomcache.sharing.push import push as run
 
     report = run(path, destination, revision=revision, overwrite=overwrite, verify=verify, private=private)
-    for line in report.lines():
-        typer.echo(line)
+    typer.echo("\n".join(report.lines()))
 
 
 def pull(
@@ -71,8 +70,7 @@ def pull(
     """Download a cache, or some episodes of it, and compare every file with its hash. Run it again to resume."""
     from geomcache.sharing.pull import pull as run
 
-    for line in run(source, path, revision=revision, episodes=episodes).lines():
-        typer.echo(line)
+    typer.echo("\n".join(run(source, path, revision=revision, episodes=episodes).lines()))
 
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="A JSON list, for scripts.")] = False) -> None:
@@ -82,8 +80,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="A JSON list, fo
     from geomcache.cli.models import describe_models, table_lines
 
     facts = describe_models()
-    for line in [json.dumps(facts, indent=2)] if as_json else table_lines(facts):
-        typer.echo(line)
+    typer.echo(json.dumps(facts, indent=2) if as_json else "\n".join(table_lines(facts)))
 
 
 def register(app: typer.Typer) -> None:

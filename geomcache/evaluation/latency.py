@@ -52,11 +52,7 @@ class ChunkTimer:
     """
 
     def __init__(self, policy: Any) -> None:
-        """Start to time a policy.
-
-        Args:
-            policy: LeRobot's Pi0.5 or `PI05GeometryPolicy`; wrapped in a `PeftModel` or not.
-        """
+        """Start to time LeRobot's Pi0.5 or a `PI05GeometryPolicy`, wrapped in a `PeftModel` or not."""
         self.times: list[ChunkTime] = []
         self._policy = unwrapped(policy)
         self._cuda = str(self._policy.config.device).startswith("cuda")

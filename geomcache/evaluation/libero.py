@@ -61,9 +61,6 @@ def find_package() -> Path:
 def write_config(package: Path) -> Path:
     """Write LIBERO's ``config.yaml`` if it is missing: without it, LIBERO asks a question when it is imported.
 
-    Args:
-        package: folder of `find_package`.
-
     Returns:
         The file, in the folder that LIBERO_CONFIG_PATH names, otherwise in ``~/.libero``.
 
@@ -119,9 +116,6 @@ def provide_assets(package: Path) -> Path:
 
     A folder given in the environment variable LIBERO_ASSETS is linked into LIBERO's package. Without it, assets in the
     package or in ``~/.cache/libero`` are used; otherwise they are downloaded from the Hub.
-
-    Args:
-        package: folder of `find_package`.
 
     Returns:
         The folder of the assets.

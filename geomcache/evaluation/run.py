@@ -12,14 +12,14 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from geomcache.errors import UserInputError
 from geomcache.evaluation.latency import ChunkTimer, unwrapped
-from geomcache.lerobot_options import given, parse_options
+from geomcache.lerobot_options import given, parse_options, replaced
 
 Z_95 = 1.959963984540054  # the standard normal distribution's 97.5 % point
 LIBERO = "libero"
@@ -119,15 +119,10 @@ def evaluate(policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = F
 
 
 def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, Any]) -> Any:
-    """Parse options to LeRobot's `EvalPipelineConfig`.
+    """Parse options of `lerobot-eval` to LeRobot's `EvalPipelineConfig`, for a checkpoint with this ``config.json``.
 
     A plain `pi05` checkpoint gets the configuration of `pi05_geometry` with geometry switched off: the same network,
     and weights that are missing or do not fit are an error instead of random numbers.
-
-    Args:
-        policy: folder or Hub id of the checkpoint.
-        lerobot_args: options of `lerobot-eval`, as on its command line.
-        saved: the checkpoint's ``config.json``.
 
     Raises:
         UserInputError: LeRobot refuses an option.
@@ -179,19 +174,18 @@ def watched_policy(*, allow_resize: bool) -> Iterator[list[ChunkTimer]]:
     from lerobot.scripts import lerobot_eval
 
     timers: list[ChunkTimer] = []
-    make_policy = lerobot_eval.make_policy
 
-    def make(*args: Any, **kwargs: Any) -> Any:
-        policy = make_policy(*args, **kwargs)
-        unwrapped(policy).allow_resize = allow_resize
-        timers.append(ChunkTimer(policy))
-        return policy
+    def watched(make_policy: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            policy = make_policy(*args, **kwargs)
+            unwrapped(policy).allow_resize = allow_resize
+            timers.append(ChunkTimer(policy))
+            return policy
 
-    lerobot_eval.make_policy = make
-    try:
+        return make
+
+    with replaced(lerobot_eval, "make_policy", watched):
         yield timers
-    finally:
-        lerobot_eval.make_policy = make_policy
 
 
 def read_rates(file: Path, env_type: str) -> tuple[tuple[SuccessRate, ...], tuple[SuccessRate, ...]]:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.info import recorded_machines
+from geomcache.cache.commands import recorded_machines
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import CacheIncompleteError, GeometryError, UserInputError

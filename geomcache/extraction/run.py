@@ -18,9 +18,9 @@ from contextlib import closing
 import numpy as np
 
 from geomcache.cache.codecs import Codec
+from geomcache.cache.commands import Machine
 from geomcache.cache.create import is_cache
 from geomcache.cache.header import Header
-from geomcache.cache.info import Machine
 from geomcache.cache.layout import SCHEMA_VERSION
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Encoder

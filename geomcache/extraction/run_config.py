@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geomcache.cache import durable, locks
-from geomcache.cache.commands import extract_settings
+from geomcache.cache.commands import Machine, extract_settings, recorded_machines, run_config_path
 from geomcache.cache.header import LOCK
-from geomcache.cache.info import Machine, recorded_machines, run_config_path
 from geomcache.errors import UserInputError, did_you_mean, one_line
 from geomcache.extraction.options import ExtractOptions, recorded_options
 

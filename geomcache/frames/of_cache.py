@@ -36,14 +36,9 @@ def open_pictures(
     root: Path | None,
     revision: str | None,
 ) -> FrameReader:
-    """Return a reader of the images of these episodes (sorted, at least one).
+    """Return a reader of the images of these episodes (sorted, at least one), whose files are downloaded if need be.
 
-    Args:
-        store: the cache.
-        episodes: whose files are needed; they are downloaded if the dataset is on the Hub.
-        dataset: its name; None for the cache's.
-        root: its folder, if it is on this machine.
-        revision: its branch, tag or commit on the Hub; None for the cache's.
+    A dataset's name or revision that is None is the cache's.
 
     Raises:
         DatasetNotFoundError: there is no such dataset.

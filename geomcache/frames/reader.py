@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from geomcache.errors import FrameDecodeError, one_line
 from geomcache.geometry import Camera
+from geomcache.ranges import locate, name_row
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,8 +70,7 @@ class FrameReader:
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the (episode, frame) of a row."""
-        episode = int(np.searchsorted(self.episode_start, index, side="right")) - 1
-        return episode, index - int(self.episode_start[episode])
+        return locate(self.episode_start, index)
 
     def read(self, start: int, stop: int) -> FrameBatch:
         """Read the images of the rows `start` to `stop`, half open.
@@ -223,8 +223,7 @@ class FrameReader:
         )
 
     def _name_row(self, row: int) -> str:
-        episode, frame = self.locate(row)
-        return f"episode {episode} frame {frame}"
+        return name_row(self.episode_start, row)
 
 
 def _decode_video(path: Path, seconds: list[float], tolerance_s: float) -> NDArray[np.uint8]:

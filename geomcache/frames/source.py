@@ -21,7 +21,7 @@ from geomcache.errors import DatasetError, DatasetNotFoundError, did_you_mean, o
 from geomcache.frames.reader import DECODER, TOLERANCE_S, FrameReader, VideoColumn
 from geomcache.geometry import Camera, DatasetSpec, canonical_json, check_camera_key
 from geomcache.progress import human_bytes
-from geomcache.ranges import parse_episodes
+from geomcache.ranges import parse_episodes, rows_of
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -88,9 +88,8 @@ def open_dataset(
     meta = open_metadata(repo_id, root, revision)
     keys = _choose_cameras(meta, cameras)
     wanted = parse_episodes(episodes, int(meta.total_episodes))
-    _require_files(meta, repo_id, keys, wanted, local=root is not None)
-    reader = _make_reader(meta, keys)
-    reader.tolerance_s = tolerance_s
+    reader = _make_reader(meta, keys, tolerance_s)
+    _require_files(meta, reader, wanted, local=root is not None)
     identities = episode_identities(meta, keys)
     dataset = FrameDataset(
         spec=_describe(meta, keys, DECODER, identities_sha256=hash_identities(identities)),
@@ -149,7 +148,7 @@ def episode_lengths(meta: "LeRobotDatasetMetadata") -> NDArray[np.int64]:
     """
     starts, stops = _column(meta, "dataset_from_index"), _column(meta, "dataset_to_index")
     lengths: NDArray[np.int64] = stops - starts
-    expected = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+    expected = np.cumsum(lengths) - lengths
     if len(lengths) != meta.total_episodes or not np.array_equal(starts, expected) or stops[-1] != meta.total_frames:
         raise DatasetError(
             f"dataset {meta.repo_id}: expected episodes that follow each other from index 0 to {meta.total_frames},"
@@ -230,13 +229,9 @@ def describe_dataset(
     *,
     schema_version: int = SCHEMA_VERSION,
 ) -> DatasetSpec:
-    """Return what a cache records of its dataset; see `DatasetSpec`. Reads metadata only, no image.
+    """Return what a cache of these cameras records of its dataset; see `DatasetSpec`. Reads metadata only, no image.
 
-    Args:
-        meta: the dataset's metadata.
-        camera_keys: the cameras that matter.
-        decoder: what turns video into pixels; ``image`` is recorded if no camera is a video.
-        schema_version: of the cache's format.
+    Where no camera is a video, ``image`` is recorded for the decoder. `schema_version` is the cache format's.
     """
     if schema_version >= 2:
         identities_sha256 = hash_identities(episode_identities(meta, camera_keys))
@@ -356,7 +351,7 @@ def _file_table(
     return paths, file_of_episode.reshape(-1)
 
 
-def _make_reader(meta: "LeRobotDatasetMetadata", keys: Sequence[str]) -> FrameReader:
+def _make_reader(meta: "LeRobotDatasetMetadata", keys: Sequence[str], tolerance_s: float) -> FrameReader:
     lengths = episode_lengths(meta)
     data_paths, data_file = _file_table(
         meta.data_path, _column(meta, "data/chunk_index"), _column(meta, "data/file_index")
@@ -376,11 +371,12 @@ def _make_reader(meta: "LeRobotDatasetMetadata", keys: Sequence[str]) -> FrameRe
     return FrameReader(
         root=Path(meta.root),
         cameras=tuple(_camera(meta, key) for key in keys),
-        episode_start=np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64),
+        episode_start=np.cumsum(lengths) - lengths,
         episode_length=lengths,
         data_paths=data_paths,
         data_file=data_file,
         videos=videos,
+        tolerance_s=tolerance_s,
     )
 
 
@@ -402,11 +398,10 @@ def _image_shape(meta: "LeRobotDatasetMetadata", key: str) -> tuple[int, int, in
 
 
 def _require_files(
-    meta: "LeRobotDatasetMetadata", repo_id: str, keys: Sequence[str], wanted: list[tuple[int, int]], *, local: bool
+    meta: "LeRobotDatasetMetadata", reader: FrameReader, wanted: list[tuple[int, int]], *, local: bool
 ) -> None:
     """Require the files of these episodes; download those that are missing if the dataset is on the Hub."""
-    reader = _make_reader(meta, keys)
-    episodes = np.concatenate([np.arange(first, last) for first, last in wanted])
+    episodes = rows_of(wanted)
     files = {reader.data_paths[i] for i in np.unique(reader.data_file[episodes])}
     for column in reader.videos.values():
         files |= {column.paths[i] for i in np.unique(column.file[episodes])}
@@ -416,8 +411,8 @@ def _require_files(
     revision = _resolved_revision(meta)
     if local or revision is None:
         raise DatasetError(
-            f"dataset {repo_id}: {len(missing)} of {len(files)} files are missing, first {reader.root / missing[0]}:"
-            " complete the copy, or leave --root out to use the Hub's"
+            f"dataset {meta.repo_id}: {len(missing)} of {len(files)} files are missing, first"
+            f" {reader.root / missing[0]}: complete the copy, or leave --root out to use the Hub's"
         )
     import httpx
     from huggingface_hub import HfApi, snapshot_download
@@ -425,15 +420,20 @@ def _require_files(
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
     try:
-        entries = HfApi().list_repo_tree(repo_id, recursive=True, revision=revision, repo_type="dataset")
+        entries = HfApi().list_repo_tree(meta.repo_id, recursive=True, revision=revision, repo_type="dataset")
         sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
         total = human_bytes(sum(sizes.get(name, 0) for name in missing))
-        logger.info("dataset %s: downloading %s (files: %d) to %s", repo_id, total, len(missing), HF_LEROBOT_HUB_CACHE)
+        count = len(missing)
+        logger.info("dataset %s: downloading %s (files: %d) to %s", meta.repo_id, total, count, HF_LEROBOT_HUB_CACHE)
         # into the folder that LeRobotDataset itself uses, so that training finds them
         snapshot_download(
-            repo_id, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE, allow_patterns=missing
+            meta.repo_id,
+            repo_type="dataset",
+            revision=revision,
+            cache_dir=HF_LEROBOT_HUB_CACHE,
+            allow_patterns=missing,
         )
     except (OSError, httpx.HTTPError) as error:
         raise DatasetError(
-            f"dataset {repo_id}: {len(missing)} files cannot be downloaded: {one_line(error)}"
+            f"dataset {meta.repo_id}: {len(missing)} files cannot be downloaded: {one_line(error)}"
         ) from error

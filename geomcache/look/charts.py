@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,18 +15,6 @@ SERIES_COLOURS = ("#1f6fb4", "#c4610a", "#2a8a4a", "#9c3fa0", "#a67c00", "#b3263
 def series_colour(number: int) -> str:
     """Return the colour of a series."""
     return SERIES_COLOURS[number % len(SERIES_COLOURS)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Neighbouring frames that one point of a line stands for."""
-
-    time: float
-    mean: float
-    lowest: float
-    highest: float
-    segment: int
-    """The gapless stretch of the cache that they are of."""
 
 
 def histogram(series: Sequence[NDArray[np.int64]], edges: NDArray[np.float64]) -> bytes:
@@ -48,7 +35,7 @@ def histogram(series: Sequence[NDArray[np.int64]], edges: NDArray[np.float64]) -
 
 def over_time(
     number: int,
-    groups: Sequence[Group],
+    lines: Iterable[NDArray[np.float64]],
     limits: tuple[float, float],
     span: tuple[int, int],
     label: str,
@@ -58,7 +45,7 @@ def over_time(
 
     Args:
         number: of the series, for its colour.
-        groups: in order; lines break between segments.
+        lines: one for each gapless stretch of time: [points, 4] of time, mean, lowest and highest value.
         limits: values at the lower and the upper end.
         span: times at the left and the right end.
         label: what the values are.
@@ -70,19 +57,10 @@ def over_time(
         for tick in ticks:
             axes.axvline(tick, color="#d9dce1", linewidth=0.8)
         colour = series_colour(number)
-        for segment in dict.fromkeys(group.segment for group in groups):
-            part = [group for group in groups if group.segment == segment]
-            times = [group.time for group in part]
-            marker = "o" if len(part) == 1 else ""
-            axes.fill_between(
-                times,
-                [group.lowest for group in part],
-                [group.highest for group in part],
-                color=colour,
-                alpha=0.22,
-                lw=0,
-            )
-            axes.plot(times, [group.mean for group in part], color=colour, linewidth=1.3, marker=marker, markersize=3)
+        for line in lines:
+            times, means, lowest, highest = line.T
+            axes.fill_between(times, lowest, highest, color=colour, alpha=0.22, lw=0)
+            axes.plot(times, means, color=colour, linewidth=1.3, marker="o" if len(line) == 1 else "", markersize=3)
         low, high = limits
         margin = 0.03 * max(high - low, 1e-3 * max(abs(high), 1e-3))
         axes.set_ylim(low - margin, high + margin)

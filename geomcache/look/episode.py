@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from geomcache.cache.commands import extract_command
 from geomcache.cache.store import GeometryStore
-from geomcache.errors import MissingFrameError, UserInputError
+from geomcache.errors import GeometryError, MissingFrameError, UserInputError
 from geomcache.frames.reader import FrameReader
-from geomcache.look.pinhole import mean_origin
+from geomcache.look.pinhole import Pinhole, fit_pinhole, mean_origin
 from geomcache.look.value_counts import ValueCounts
 from geomcache.ranges import format_ranges, rows_of
 
@@ -39,6 +39,14 @@ class Frame:
     def directions(self) -> NDArray[np.float16]:
         """Directions of the rays, [V, h, w, 3], not normalised."""
         return self.maps["ray"][..., :3]
+
+    def pinhole(self, view: int) -> Pinhole | None:
+        """Fit a camera to a view's rays; None where they are no pinhole camera's."""
+        confidence = self.maps.get("ray_conf")
+        try:
+            return fit_pinhole(self.maps["ray"][view], None if confidence is None else confidence[view])
+        except GeometryError:
+            return None
 
 
 @dataclass(frozen=True, kw_only=True)

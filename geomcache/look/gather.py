@@ -9,53 +9,23 @@ Legend of shapes:  V views   h, w grid   n frames read   E episodes
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.info import describe
 from geomcache.cache.store import GeometryStore
-from geomcache.errors import CacheIncompleteError, DatasetNotFoundError, UserInputError
+from geomcache.errors import CacheIncompleteError, DatasetNotFoundError
 from geomcache.frames.of_cache import open_pictures
 from geomcache.frames.reader import FrameReader
 from geomcache.geometry import OUTPUTS
 from geomcache.look.episode import SCALARS, FrameMaps, block_frames, require_few_views
-from geomcache.look.output import check_output
+from geomcache.look.info import describe
+from geomcache.look.options import ReportOptions
 from geomcache.look.value_counts import ValueCounts
 from geomcache.ranges import RowSet
 
 SAMPLES, OUTLIERS = 6, 12  # frames on the page
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    """Which cache to report on, and where the page goes."""
-
-    path: Path
-    """The cache."""
-    output: Path
-    """An .html file."""
-    dataset: str | None = None
-    """The dataset's name; None for the cache's."""
-    root: Path | None = None
-    """The folder of a local dataset."""
-    revision: str | None = None
-    """The dataset's branch, tag or commit on the Hub; None for the cache's."""
-    rgb: bool = True
-    """Whether to show the dataset's pictures, if it is available."""
-    max_frames: int = 20_000
-    """The most frames to read."""
-
-    def __post_init__(self) -> None:
-        check_output(self.output, (".html",))
-        if self.max_frames < 1:
-            raise UserInputError(f"max-frames: expected at least 1, got {self.max_frames}")
-        if not self.rgb:
-            for name in ("dataset", "root", "revision"):
-                if getattr(self, name) is not None:
-                    raise UserInputError(f"--{name}: expected none with --no-rgb, got one: leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.info import describe_rows
 from geomcache.geometry import OUTPUTS
-from geomcache.look.charts import Group, histogram, over_time, series_colour
+from geomcache.look.charts import histogram, over_time, series_colour
 from geomcache.look.drawing import fit_width, scalar_colours, vector_colours
 from geomcache.look.episode import SCALARS, short_key
 from geomcache.look.gather import Report, ShownFrame
+from geomcache.look.info import describe_rows
 from geomcache.look.value_counts import ValueCounts
 from geomcache.progress import human_bytes
 
@@ -62,14 +62,15 @@ def _confidence(report: Report, name: str) -> dict[str, Any]:
     gaps = np.flatnonzero(np.diff(report.segments)) + 1
     starts = np.union1d(np.arange(size, len(report.rows), size), gaps).astype(int)
     positions = np.split(np.arange(len(report.rows)), starts)
+    breaks = np.flatnonzero(np.isin(starts, gaps)) + 1  # the first point of each gapless stretch but the first
     limits = float(report.confidence.min()), float(report.confidence.max())
     span = int(report.rows[0]), int(report.rows[-1])
     episodes = report.episode_start[(report.episode_start > span[0]) & (report.episode_start < span[1])].tolist()
     ticks = episodes if len(episodes) <= TICKS else []
     charts = []
     for view, camera in enumerate(report.cameras):
-        groups = [_group(report, view, part) for part in positions]
-        chart = over_time(view, groups, limits, span, name, ticks)
+        points = np.array([_point(report, view, part) for part in positions])
+        chart = over_time(view, np.split(points, breaks), limits, span, name, ticks)
         charts.append({"name": camera, "address": _address(chart, "svg+xml")})
     return {
         "frames_a_point": size,
@@ -88,15 +89,10 @@ def _confidence(report: Report, name: str) -> dict[str, Any]:
     }
 
 
-def _group(report: Report, view: int, positions: NDArray[np.int64]) -> Group:
+def _point(report: Report, view: int, positions: NDArray[np.int64]) -> tuple[float, ...]:
+    """Return mean time, and mean, lowest and highest confidence, of neighbouring frames."""
     values = report.confidence[positions, view]
-    return Group(
-        time=float(report.rows[positions].mean()),
-        mean=float(values.mean()),
-        lowest=float(values.min()),
-        highest=float(values.max()),
-        segment=int(report.segments[positions[0]]),
-    )
+    return report.rows[positions].mean(), values.mean(), values.min(), values.max()
 
 
 def _sample(report: Report, shown: ShownFrame) -> dict[str, Any]:

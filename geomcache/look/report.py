@@ -2,8 +2,9 @@
 
 import logging
 
-from geomcache.look.gather import ReportOptions, gather
-from geomcache.look.output import replacing
+from geomcache.cache.durable import replacing
+from geomcache.look.gather import gather
+from geomcache.look.options import ReportOptions
 from geomcache.progress import human_bytes
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,8 @@ def report(options: ReportOptions) -> None:
     from geomcache.look.page import write_page
 
     gathered = gather(options)
-    with replacing(options.output) as partial:
-        partial.write_text(write_page(gathered), encoding="utf-8")
+    with replacing(options.output) as draft:
+        draft.write_text(write_page(gathered), encoding="utf-8")
     if gathered.no_pictures is not None and options.rgb:
         logger.info("no pictures: %s", gathered.no_pictures)
     size, present = human_bytes(options.output.stat().st_size), gathered.facts["frames_present"]

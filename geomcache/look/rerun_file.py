@@ -22,10 +22,9 @@ import rerun.blueprint as rrb
 from numpy.typing import NDArray
 from PIL import Image
 
-from geomcache.errors import GeometryError
 from geomcache.look.drawing import AXIS_COLOURS
 from geomcache.look.episode import SCALARS, Episode, Frame
-from geomcache.look.pinhole import Pinhole, fit_pinhole
+from geomcache.look.pinhole import Pinhole
 from geomcache.look.sheet import map_colours
 
 TIMELINE = "frame"
@@ -100,10 +99,8 @@ def _log_camera(
     if "depth" in frame.maps:
         points, colours = point_cloud(frame, view, picture)
         recording.log(f"{camera}_points", rr.Points3D(points, colors=colours))
-    confidence = frame.maps.get("ray_conf")
-    try:
-        pinhole = fit_pinhole(frame.maps["ray"][view], None if confidence is None else confidence[view])
-    except GeometryError:
+    pinhole = frame.pinhole(view)
+    if pinhole is None:
         recording.log(camera, rr.Clear(recursive=True))
         return False
     _log_pinhole(recording, camera, pinhole, picture)

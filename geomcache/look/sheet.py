@@ -3,7 +3,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.errors import GeometryError
 from geomcache.look.drawing import (
     Column,
     Panel,
@@ -16,7 +15,6 @@ from geomcache.look.drawing import (
     vector_colours,
 )
 from geomcache.look.episode import SCALARS, Episode, Frame
-from geomcache.look.pinhole import fit_pinhole
 
 COORDINATES = {"joint": "the first view's", "independent": "each view's own"}
 
@@ -83,10 +81,8 @@ def map_colours(episode: Episode, frame: Frame) -> dict[str, NDArray[np.uint8]]:
 
 def pinhole_caption(frame: Frame, view: int) -> str:
     """Say which field of view a camera with these rays has and how far off they are, or that no camera has them."""
-    confidence = frame.maps.get("ray_conf")
-    try:
-        pinhole = fit_pinhole(frame.maps["ray"][view], None if confidence is None else confidence[view])
-    except GeometryError:
+    pinhole = frame.pinhole(view)
+    if pinhole is None:
         return "no pinhole camera has these rays"
     horizontal, vertical = pinhole.fields_of_view
     return f"pinhole {horizontal:.0f} x {vertical:.0f} degrees, {100 * pinhole.residual:.1f} % off"

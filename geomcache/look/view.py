@@ -1,72 +1,23 @@
 """``geomcache view``: cached geometry next to the cameras' pictures, as a picture, a video or a rerun file."""
 
-import importlib.util
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from geomcache.cache.durable import replacing
 from geomcache.cache.store import GeometryStore
-from geomcache.errors import DatasetNotFoundError, UserInputError
+from geomcache.errors import DatasetNotFoundError
 from geomcache.frames.of_cache import open_pictures
 from geomcache.frames.reader import FrameReader
 from geomcache.look.episode import Episode, require_cached, require_frame, survey
-from geomcache.look.output import check_output, replacing
+from geomcache.look.options import ViewOptions
 from geomcache.progress import human_bytes
 
-SUFFIXES = (".png", ".mp4", ".rrd")
 PRINT_SCALE = 2  # a picture has twice a video's pixels a side
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewOptions:
-    """What to show, and where to find it."""
-
-    path: Path
-    """The cache."""
-    episode: int
-    frame: int | None = None
-    """The frame of a picture; None for the first. Videos and rerun files show all."""
-    output: Path | None = None
-    """A file with one of `SUFFIXES`; None for a picture in the current folder."""
-    dataset: str | None = None
-    """The dataset's name; None for the cache's."""
-    root: Path | None = None
-    """The folder of a local dataset."""
-    revision: str | None = None
-    """The dataset's branch, tag or commit on the Hub; None for the cache's."""
-    rgb: bool = True
-    """Whether to show the dataset's pictures."""
-
-    def __post_init__(self) -> None:
-        if not self.rgb:
-            for name in ("dataset", "root", "revision"):
-                if getattr(self, name) is not None:
-                    raise UserInputError(f"--{name}: expected none with --no-rgb, got one: leave one of them out")
-        check_output(self.target, SUFFIXES)
-        if self.frame is not None and self.suffix != ".png":
-            raise UserInputError(f"--frame: expected none with {self.suffix}, which has all frames, got {self.frame}")
-        if self.suffix == ".rrd" and importlib.util.find_spec("rerun") is None:
-            raise UserInputError(
-                f"output {self.target}: expected the package rerun-sdk, found none: install the extra with"
-                " `uv sync --extra view` or `pip install rerun-sdk`"
-            )
-
-    @property
-    def target(self) -> Path:
-        """File to write."""
-        if self.output is not None:
-            return self.output
-        return Path(f"{self.path.name.removesuffix('.zarr')}-episode-{self.episode}-frame-{self.frame or 0}.png")
-
-    @property
-    def suffix(self) -> str:
-        """Kind of the file, one of `SUFFIXES`."""
-        return self.target.suffix.lower()
 
 
 def view(options: ViewOptions) -> None:
@@ -82,8 +33,8 @@ def view(options: ViewOptions) -> None:
         frame = options.frame or 0
         require_frame(store, options.episode, frame)
         episode = survey(store, options.episode, _open_pictures(store, options))
-        with replacing(options.target) as partial:
-            _write(options.suffix, episode, frame, partial)
+        with replacing(options.target) as draft:
+            _write(options.suffix, episode, frame, draft)
         shown = f"frame {frame}" if options.suffix == ".png" else f"{len(episode)} frames"
         size = human_bytes(options.target.stat().st_size)
         logger.info("%s: %s of episode %d, %s", options.target, shown, options.episode, size)

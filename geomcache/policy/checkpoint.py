@@ -42,12 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_file(path: str, name: str, **hub: Any) -> Path:
-    """Return a file of a checkpoint, in a folder or on the Hub.
-
-    Args:
-        path: folder or Hub id.
-        name: name of the file.
-        hub: ``revision`` and other options of `hf_hub_download`.
+    """Return a file of a checkpoint, in a folder or on the Hub. `hub` are options of `hf_hub_download`.
 
     Raises:
         ModelNotFoundError: the folder, Hub id or file does not exist, or the Hub cannot be reached.
@@ -132,13 +127,7 @@ def check_options(
     """Compare a run's options with those of the checkpoint whose weights it starts from (`pretrained_path`).
 
     LeRobot takes the weights alone and leaves every option at its default. Differences are logged in one line; those
-    that change what a trained adapter sees must have been given.
-
-    Args:
-        config: the run's configuration.
-        saved: the checkpoint's ``config.json``.
-        path: path of the checkpoint, for messages.
-        is_given: tells whether the command line has the option of this name.
+    that change what a trained adapter sees must have been given: `is_given` says so of an option's name.
 
     Raises:
         UserInputError: an option of the trained adapter was not given and differs from the checkpoint's.
@@ -174,11 +163,7 @@ def check_options(
 def load_weights(policy: PI05Policy, path: str, file: Path, *, has_adapter: bool) -> None:
     """Load a weight file: every parameter and buffer comes from it, except those of a fresh adapter.
 
-    Args:
-        policy: policy to load into.
-        path: path of the checkpoint, for messages.
-        file: ``model.safetensors``.
-        has_adapter: the checkpoint was trained with geometry. If not, the policy's adapter stays as it is.
+    The adapter stays as it is where the checkpoint was trained without geometry. `path` is for messages.
 
     Raises:
         ModelError: the file is damaged, or a key is missing, unexpected or of the wrong shape.

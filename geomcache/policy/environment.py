@@ -61,12 +61,7 @@ def check_cameras(spec: GeometrySpec, config: Any, *, allow_resize: bool | None)
 
 
 def find_da3(policy: str, spec: GeometrySpec, model: str | None) -> None:
-    """Find or download the DA3 that a policy acts with.
-
-    Args:
-        policy: name of the policy, for the message.
-        spec: the policy's spec.
-        model: `geom_model_id`, where the run sets it.
+    """Find or download the DA3 that a policy with this spec acts with; `model` is the run's `geom_model_id`, if set.
 
     Raises:
         ModelNotFoundError: the model is not available.

@@ -1,4 +1,4 @@
-"""What pushing and pulling share: transfers in parallel, hashes of files, and errors as one line.
+"""What pushing and pulling share: transfers in parallel, checks of files, and errors as one line.
 
     hf://datasets/owner/name[@revision]   a dataset repository of the Hugging Face Hub: `hub`
     s3://  gs://  memory://  file://  ... any address that fsspec has a driver for: `object_store`
@@ -12,7 +12,6 @@ import contextlib
 import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from hashlib import file_digest
 from pathlib import Path
 
 from geomcache.cache.inventory import Stored
@@ -115,23 +114,13 @@ def in_parallel[T](operation: Callable[[T], object], items: Iterable[T]) -> None
             raise
 
 
-def hash_file(path: Path) -> Stored | None:
-    """Return bytes and sha256 of a file; None where there is none."""
-    try:
-        with path.open("rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-            return Stored(file.tell(), digest)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def damaged(folder: Path, files: Mapping[str, Stored]) -> set[str]:
     """Return the names of the files that are missing in a folder, or differ in size or sha256."""
     names = {name for name, stored in files.items() if file_size(folder / name) != stored.size}
     with TransferBar("check", sum(files[name].size for name in files.keys() - names)) as bar:
 
         def check(name: str) -> None:
-            if hash_file(folder / name) != files[name]:
+            if Stored.of_file(folder / name) != files[name]:
                 names.add(name)
             bar(files[name].size)
 

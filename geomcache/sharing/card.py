@@ -64,12 +64,7 @@ def _published_label(label: str) -> str:
 
 
 def write_card(path: Path, address: str, header: Header) -> str:
-    """Return the card of the cache at `path`, which can be pulled from `address`.
-
-    Args:
-        path: the cache on this machine.
-        address: of the remote.
-        header: as it is published.
+    """Return the card of the cache at `path`, which can be pulled from `address`; the header is the published one.
 
     Raises:
         CacheError: the cache cannot be opened.

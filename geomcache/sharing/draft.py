@@ -90,11 +90,9 @@ def _foreign(draft: Path, name: str) -> CacheExistsError:
 
 
 def files_in(draft: Path, known: Set[str]) -> set[str]:
-    """Return the names of the files that an interrupted pull left.
+    """Return the names of the files that an interrupted pull left in its claimed folder.
 
-    Args:
-        draft: the folder, claimed.
-        known: names of all files that a pull of this cache makes, besides the control files.
+    `known` are the names of all files that a pull of this cache makes, besides the control files.
 
     Raises:
         CacheExistsError: it holds something else. Nothing is removed then.

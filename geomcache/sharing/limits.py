@@ -11,9 +11,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.contents import damaged_files, read_episodes
 from geomcache.cache.header import COORDINATE_CHUNK, GROUP, Header
-from geomcache.cache.inventory import CONTROL_LIMITS, Inventory
+from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, damaged_files, read_episodes
 from geomcache.cache.layout import CRC_NBYTES
 from geomcache.cache.manifest import JOURNAL, MANIFEST
 from geomcache.cache.records import Files
@@ -32,10 +31,7 @@ def fetch_description(
 ) -> tuple[Inventory, NDArray[np.int64]]:
     """Download the few files that describe a sealed cache, check them, and compare them with each other.
 
-    Args:
-        remote: where the cache is.
-        folder: an empty one, for the copy.
-        metadata: also download the metadata of the arrays, not yet compared with their hashes.
+    They come to `folder`, which is empty; with `metadata` also those of the arrays, not yet compared with their hashes.
 
     Returns:
         The inventory, and the length of every episode, int64 [E].
@@ -54,20 +50,18 @@ def fetch_description(
             )
         remote.fetch(JOURNAL, CONTROL_LIMITS[JOURNAL], folder)  # the inventory names a missing one
         inventory = Inventory.read(folder)
-        sizes = _check_sizes(inventory.header, inventory.manifest.files, folder / MANIFEST)
+        files = inventory.manifest.files
+        _check_sizes(inventory.header, files, folder / MANIFEST)
         table = [f"{name}/c.0" for name in inventory.header.episode_table]
         for name in [*table, *(inventory.header.metadata() if metadata else ())]:
-            remote.fetch(name, sizes[name], folder)  # the check of the hashes names a missing one
-        for _, error in damaged_files(folder, table, inventory.manifest.files):
+            remote.fetch(name, files[name][0], folder)  # the check of the hashes names a missing one
+        for _, error in damaged_files(folder, table, files):
             raise error
         return inventory, read_episodes(folder, inventory.header).length
 
 
-def _check_sizes(header: Header, files: Files, manifest: Path) -> dict[str, int]:
+def _check_sizes(header: Header, files: Files, manifest: Path) -> None:
     """Compare the sizes that a manifest gives with what the header allows.
-
-    Returns:
-        Bytes of every file, by name.
 
     Raises:
         CacheCorruptError: a size cannot be that of such a file.
@@ -76,7 +70,6 @@ def _check_sizes(header: Header, files: Files, manifest: Path) -> dict[str, int]
     chunk_nbytes = min(header.dataset.frames, COORDINATE_CHUNK) * _INT64_NBYTES
     bounds = dict.fromkeys(header.metadata(), (1, MAX_METADATA_NBYTES))
     bounds |= {f"{name}/c.0": (table_nbytes, min(table_nbytes, MAX_TABLE_NBYTES)) for name in header.episode_table}
-    sizes = {}
     for name, (size, _) in files.items():
         # what is neither is a chunk of the coordinates; zstd makes incompressible data longer by a hundredth at most
         low, high = bounds.get(name, (1, chunk_nbytes + chunk_nbytes // 100 + 1024))
@@ -85,8 +78,6 @@ def _check_sizes(header: Header, files: Files, manifest: Path) -> dict[str, int]
                 f"{manifest}: {name}: expected {low} to {high} bytes, found {size}: something else than geomcache wrote"
                 " it; push the cache again"
             )
-        sizes[name] = size
-    return sizes
 
 
 def check_hub_folders(path: Path, names: Iterable[str]) -> None:

@@ -42,7 +42,7 @@ from geomcache.ranges import (
 )
 from geomcache.sharing import draft as drafts
 from geomcache.sharing.address import is_remote
-from geomcache.sharing.base import damaged, file_size, hash_file, in_parallel
+from geomcache.sharing.base import damaged, file_size, in_parallel
 from geomcache.sharing.limits import fetch_description
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.open import open_remote
@@ -271,14 +271,13 @@ class _Pull:
 
     def _fetch(self, name: str, expected: Stored, bar: TransferBar) -> None:
         copy = self._draft / name
-        found = hash_file(copy) if self._remote.fetch(name, expected.size, self._draft) else None
+        found = Stored.of_file(copy) if self._remote.fetch(name, expected.size, self._draft) else None
         if found != expected:
             if found is not None:
                 durable.unlink(copy)
-            what = f"{found.size} bytes with {found.sha256}" if found else "none"
             raise CacheCorruptError(
-                f"{self._remote.address}/{name}: expected {expected.size} bytes with sha256 {expected.sha256}, as its"
-                f" {MANIFEST} says, found {what}: push the cache again, with --verify"
+                f"{self._remote.address}/{name}: expected {expected}, as its {MANIFEST} says, found {found or 'none'}:"
+                " push the cache again, with --verify"
             )
         bar(expected.size)
 

@@ -16,7 +16,6 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from geomcache.cache import durable
@@ -27,7 +26,7 @@ from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.errors import CacheCorruptError, CacheExistsError, CacheFormatError, CacheLockedError
 from geomcache.progress import TransferBar, human_bytes
 from geomcache.ranges import common_ranges, count_rows
-from geomcache.sharing.base import Content, damaged, errors_name, file_size, hash_file, in_parallel
+from geomcache.sharing.base import Content, damaged, errors_name, file_size, in_parallel
 from geomcache.sharing.card import published_header, write_card
 from geomcache.sharing.limits import check_hub_folders
 from geomcache.sharing.object_store import FsspecRemote
@@ -102,7 +101,7 @@ def _published_control(inventory: Inventory) -> dict[str, bytes]:
     if header == inventory.header:
         return inventory.control
     group = header.encode(manifest.statistics)
-    files = manifest.files | {GROUP: (len(group), sha256(group).hexdigest())}
+    files = manifest.files | {GROUP: Stored.of(group)}
     sealed = dataclasses.replace(manifest, files=files).encode(header.layout, header.fingerprint)
     return inventory.control | {GROUP: group, MANIFEST: sealed}
 
@@ -111,7 +110,7 @@ class _Push:
     def __init__(self, folder: Path, inventory: Inventory, remote: FsspecRemote) -> None:
         self._folder, self._inventory, self._remote = folder, inventory, remote
         self._control = _published_control(inventory)
-        self._files = inventory.files() | {name: _stored(content) for name, content in self._control.items()}
+        self._files = inventory.files() | {name: Stored.of(content) for name, content in self._control.items()}
 
     def run(self, *, overwrite: bool, verify: bool) -> PushReport:
         """Send what the remote lacks."""
@@ -149,11 +148,7 @@ class _Push:
         return manifests
 
     def _check_destination(self, listing: Mapping[str, Stored], manifests: Mapping[bytes, Manifest] | None) -> set[str]:
-        """Refuse to write to what is no cache, or, unless it may be replaced, holds what this one lacks.
-
-        Args:
-            listing: the remote's files.
-            manifests: its manifests; None where another cache may be replaced.
+        """Refuse to write to what is no cache, or holds what this one lacks; without manifests it may be replaced.
 
         Returns:
             Names of the remote's files that belong to a cache and have no place in this one.
@@ -195,7 +190,7 @@ class _Push:
             if content == self._control[MANIFEST]:
                 hashes |= {name: self._files[name].sha256 for name in (JOURNAL, MANIFEST)}
         if GROUP in listing:  # it is overwritten in place, before the manifest that knows it is there
-            hashes[GROUP] = _stored(self._read(GROUP)).sha256
+            hashes[GROUP] = Stored.of(self._read(GROUP)).sha256
         return hashes
 
     def _check_local_files(self, missing: Mapping[str, Stored]) -> None:
@@ -244,12 +239,12 @@ class _Push:
             def check(name: str) -> None:
                 copy, stored = Path(folder, name), files[name]
                 self._remote.fetch(name, stored.size, Path(folder))
-                found = hash_file(copy)
+                found = Stored.of_file(copy)
                 if found != stored:
                     self._remote.delete({name})  # so that the same command sends it again
                     raise CacheCorruptError(
-                        f"{self._remote.address}/{name}: expected sha256 {stored.sha256}, found"
-                        f" {found.sha256 if found else 'none'}: removed; run the same command again"
+                        f"{self._remote.address}/{name}: expected {stored}, found {found or 'none'}: removed; run the"
+                        " same command again"
                     )
                 copy.unlink()
                 bar(stored.size)
@@ -272,10 +267,6 @@ class _Push:
         with tempfile.TemporaryDirectory(prefix="geomcache-") as folder:
             self._remote.fetch(name, CONTROL_LIMITS.get(name, CONTROL_LIMITS[MANIFEST]), Path(folder))
             return Path(folder, name).read_bytes()
-
-
-def _stored(content: bytes) -> Stored:
-    return Stored(len(content), sha256(content).hexdigest())
 
 
 def _belongs(name: str, header: Header) -> bool:

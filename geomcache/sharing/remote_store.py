@@ -40,10 +40,7 @@ class RemoteGeometryStore(GeometryStore):
     @classmethod
     @override
     def open(cls, path: str | Path) -> Self:
-        """Open the sealed cache at an address.
-
-        Args:
-            path: ``hf://datasets/owner/name``, or an address that fsspec knows.
+        """Open the sealed cache at an address: ``hf://datasets/owner/name``, or one that fsspec knows.
 
         Raises:
             CacheNotFoundError, CacheIncompleteError, CacheFormatError, CacheCorruptError: there is no sealed cache.

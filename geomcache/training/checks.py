@@ -43,10 +43,7 @@ STATE_KEY, ACTION_KEY = "observation.state", "action"  # LeRobot's names of Pi0.
 
 
 def check_options(config: Any) -> None:
-    """Refuse options that no run can have, which LeRobot finds late or never.
-
-    Args:
-        config: LeRobot's `TrainPipelineConfig`.
+    """Refuse options of a `TrainPipelineConfig` that no run can have, which LeRobot finds late or never.
 
     Raises:
         UserInputError: a number is out of range, or streaming is asked for with a choice of episodes.
@@ -63,10 +60,7 @@ def check_options(config: Any) -> None:
 
 
 def check_image_transforms(config: Any) -> None:
-    """Refuse augmentation that moves content: the cached geometry is that of the pictures as they are stored.
-
-    Args:
-        config: LeRobot's `ImageTransformsConfig`.
+    """Refuse an `ImageTransformsConfig` that moves content: the cached geometry is that of the pictures as stored.
 
     Raises:
         UserInputError: a transform that is switched on is not known to leave content in place.
@@ -94,10 +88,6 @@ def renamed_spec(spec: GeometrySpec, config: Any) -> GeometrySpec:
 
     LeRobot's preprocessor renames the pictures (`rename_map`), in training and in evaluation: the online encoder finds
     them under the new names.
-
-    Args:
-        spec: the cache's spec, its cameras under the dataset's names.
-        config: LeRobot's `TrainPipelineConfig`.
 
     Raises:
         UserInputError: a camera is renamed for a policy that takes its cameras from the dataset, or two get one name.
@@ -142,11 +132,7 @@ def use_colour_cameras(meta: Any, config: Any) -> None:
 
 
 def check_features(meta: Any, config: Any) -> None:
-    """Check that a dataset has state, actions, and the statistics that they are normalised by.
-
-    Args:
-        meta: LeRobot's `LeRobotDatasetMetadata`.
-        config: LeRobot's `TrainPipelineConfig`.
+    """Check that a dataset has state, actions, and the statistics that a `TrainPipelineConfig` normalises them by.
 
     Raises:
         DatasetError: a feature or a statistic is missing.
@@ -191,11 +177,8 @@ def check_streaming(meta: Any, tolerance_s: float) -> None:
     """Refuse to stream videos where LeRobot would show the pictures of other frames.
 
     LeRobot's streaming dataset takes ``index / fps`` for the time in a video file. That is right only while a frame's
-    file starts with the dataset's first frame: in the second file, pictures are those of other frames.
-
-    Args:
-        meta: LeRobot's `LeRobotDatasetMetadata`.
-        tolerance_s: largest difference of the two times, seconds.
+    file starts with the dataset's first frame: in the second file, pictures are those of other frames. The two times
+    may differ by `tolerance_s` seconds.
 
     Raises:
         DatasetError: the times differ; the message names camera and episode.

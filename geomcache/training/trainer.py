@@ -16,13 +16,12 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import require_intact
 from geomcache.errors import DatasetError, UserInputError, one_line
-from geomcache.lerobot_options import given, parse_options, short_ffmpeg_warning
+from geomcache.lerobot_options import given, parse_options, replaced, short_ffmpeg_warning
 
 if TYPE_CHECKING:
     from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
@@ -73,12 +72,7 @@ def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = Fals
 
 
 def resume_note(cache: str | Path, output: Path) -> str:
-    """Return how an interrupted run is resumed, and from which step, in one line.
-
-    Args:
-        cache: the run's cache, as given.
-        output: the run's output folder.
-    """
+    """Return how an interrupted run with this output folder is resumed, and from which step, in one line."""
     last = output / "checkpoints" / "last"
     if not (last / "training_state").is_dir():
         remove = f"remove {output} and " if output.exists() else ""
@@ -159,12 +153,7 @@ def parse_config(lerobot_args: Sequence[str]) -> Any:
 
 
 def bind(config: Any, store: GeometryStore, lerobot_args: Sequence[str] = ()) -> None:
-    """Compare a run's configuration with a cache, and put the cache's identity into the policy's configuration.
-
-    Args:
-        config: LeRobot's `TrainPipelineConfig`.
-        store: the cache.
-        lerobot_args: options that the configuration was parsed from.
+    """Compare a `TrainPipelineConfig`, parsed from `lerobot_args`, with a cache; put the cache's identity into it.
 
     Raises:
         UserInputError: an option does not go with a cache.
@@ -262,7 +251,7 @@ def geometry_datasets(store: GeometryStore | None) -> Iterator[None]:
     """
     from lerobot.scripts import lerobot_train
 
-    with _replaced(lerobot_train, "make_train_eval_datasets", lambda upstream: _factory(upstream, store)):
+    with replaced(lerobot_train, "make_train_eval_datasets", lambda upstream: _factory(upstream, store)):
         yield
 
 
@@ -293,7 +282,7 @@ def exact_resume(config: Any) -> Iterator[None]:
 
         return batches
 
-    with _replaced(lerobot_train, "cycle", resumed):
+    with replaced(lerobot_train, "cycle", resumed):
         yield
 
 
@@ -316,19 +305,8 @@ def readable_metrics() -> Iterator[None]:
 
         return Tracker
 
-    with _replaced(lerobot_train, "MetricsTracker", with_digits):
+    with replaced(lerobot_train, "MetricsTracker", with_digits):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(module: ModuleType, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace a name of a module by what `make` makes of it: the form of all seams into LeRobot's trainer."""
-    upstream = getattr(module, name)
-    setattr(module, name, make(upstream))
-    try:
-        yield
-    finally:
-        setattr(module, name, upstream)
 
 
 def _factory(

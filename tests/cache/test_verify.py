@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import zarr
 
+from geomcache.cache.check import CacheCheck, Problem
 from geomcache.cache.header import Header
 from geomcache.cache.journal import begin_line
 from geomcache.cache.store import GeometryStore
-from geomcache.cache.verify import Problem, VerifyReport, _Check, require_intact, verify
+from geomcache.cache.verify import VerifyReport, require_intact, verify
 from geomcache.cli import main as cli
 from geomcache.errors import CacheCorruptError, CacheFormatError, CacheNotFoundError, UserInputError
 from geomcache.training.trainer import train
@@ -366,7 +367,7 @@ class FailingReads:
             return read_bytes(path)
 
         patch.setattr(Path, "read_bytes", failing)
-        patch.setattr("geomcache.cache.verify._SECOND_READ_S", 0)
+        patch.setattr("geomcache.cache.check._SECOND_READ_S", 0)
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EMFILE, errno.EIO])
@@ -529,7 +530,7 @@ def test_an_episode_of_2_to_the_40_frames_is_not_walked_through(
     tmp_path: Path, present: tuple[tuple[int, int], ...], cut: bool
 ) -> None:
     """Shard by shard that would take days."""
-    check = _Check(tmp_path)
+    check = CacheCheck(tmp_path)
     check.header = Header.new(make_spec(), make_dataset_spec())
     assert check.header.shard_frames == 16
     start, stop = 5, (1 << 40) + 5

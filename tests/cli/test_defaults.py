@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geomcache.cache.info import run_config_path
+from geomcache.cache.commands import run_config_path
 from geomcache.cli import defaults
 from geomcache.cli import main as cli
 from geomcache.errors import CacheNotFoundError, UserInputError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lerobot.datasets import LeRobotDataset
 
-from geomcache.cache.info import Machine, run_config_path
+from geomcache.cache.commands import Machine, run_config_path
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import CacheIncompleteError, CacheMismatchError, GeometryError, ModelError, UserInputError

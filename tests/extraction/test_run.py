@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from geomcache.cache.codecs import Codec
-from geomcache.cache.commands import extract_command
+from geomcache.cache.commands import extract_command, run_config_path
 from geomcache.cache.header import LOCK
-from geomcache.cache.info import run_config_path
 from geomcache.cache.locks import LockFile
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import verify

@@ -13,8 +13,7 @@ import yaml
 
 from geomcache import geometry
 from geomcache.cache.codecs import CodecName
-from geomcache.cache.commands import extract_command
-from geomcache.cache.info import Machine, describe, describe_lines, recorded_machines, run_config_path
+from geomcache.cache.commands import Machine, extract_command, recorded_machines, run_config_path
 from geomcache.cache.store import GeometryStore
 from geomcache.cli import main as cli
 from geomcache.errors import UserInputError
@@ -22,6 +21,7 @@ from geomcache.extraction import run as extract
 from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.run import ExtractReport
 from geomcache.extraction.run_config import HEADER, read_run_config, record_machine, resolve, write_run_config
+from geomcache.look.info import describe, describe_lines
 from tests.support.cli import call
 from tests.support.logs import logged_lines
 from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store

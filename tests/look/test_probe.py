@@ -25,10 +25,15 @@ def write_picture(path: Path, height: int = 48, width: int = 64, seed: int = 0) 
     return path
 
 
+def printed(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What probe itself logs: another test may have lowered the level of all loggers."""
+    return [record.getMessage() for record in caplog.records if record.name == "geomcache.look.probe"]
+
+
 def test_numbers_are_upstreams(random_da3_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = [write_picture(tmp_path / "front.png"), write_picture(tmp_path / "wrist cam.png", seed=1)]
     probe(str(random_da3_folder), images, tmp_path / "out", process_res=56, grid="3x3", device="cpu")
-    lines = caplog.messages
+    lines = printed(caplog)
     native = upstream_maps(upstream_network(random_da3_folder), [np.asarray(Image.open(path)) for path in images], 56)
 
     shown: dict[tuple[str, str], list[float]] = {}
@@ -65,13 +70,13 @@ def test_pictures_of_different_sizes_and_turned_ones(
 ) -> None:
     small, large = write_picture(tmp_path / "a.png", 48, 64), write_picture(tmp_path / "b.png", 96, 128)
     probe(str(random_da3_folder), [small, large], tmp_path, process_res=56, device="cpu")
-    assert "2 views, seen as 42x56" in caplog.messages[1]  # one size for the network
+    assert "2 views, seen as 42x56" in printed(caplog)[1]  # one size for the network
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was held upright
     Image.open(small).save(tmp_path / "turned.png", exif=turned)
     caplog.clear()
     probe(str(random_da3_folder), [tmp_path / "turned.png"], tmp_path, process_res=56, device="cpu")
-    assert "1 view, seen as 56x42" in caplog.messages[1]
+    assert "1 view, seen as 56x42" in printed(caplog)[1]
     square = write_picture(tmp_path / "square.png", 40, 40)
     with pytest.raises(UserInputError, match=r"0-a\.png 42x56, 1-square\.png 56x56"):
         probe(str(random_da3_folder), [small, square], tmp_path, process_res=56, device="cpu")

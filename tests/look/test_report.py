@@ -20,8 +20,10 @@ from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheIncompleteError, DatasetNotFoundError, UserInputError
 from geomcache.look import charts
 from geomcache.look import gather as gather_module
-from geomcache.look.charts import Group, histogram, over_time
-from geomcache.look.gather import ReportOptions, choose_rows, disk_use, gather, lowest_confidence
+from geomcache.look import page as page_module
+from geomcache.look.charts import histogram, over_time
+from geomcache.look.gather import choose_rows, disk_use, gather, lowest_confidence
+from geomcache.look.options import ReportOptions
 from geomcache.look.page import write_page
 from geomcache.look.report import report
 from tests.support.scene import KEYS, LENGTHS, Scene, make_scene, scene_maps
@@ -163,6 +165,27 @@ def test_a_large_cache_is_sampled_evenly(tmp_path: Path, caplog: pytest.LogCaptu
     assert gathered.segments.tolist() == [1, 1, 1, 1, 2, 2, 2, 2, 2]
 
 
+def test_points_stand_for_neighbouring_frames_and_no_line_spans_a_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_store(tmp_path / "a.zarr", [(0, 20), (50, 75)])
+    gathered = gather(ReportOptions(path=path, output=tmp_path / "a.html", rgb=False))
+    drawn: list[list[NDArray[np.float64]]] = []
+
+    def draw(view: int, lines: list[NDArray[np.float64]], *_: object) -> bytes:
+        drawn.append(lines)
+        return b""
+
+    monkeypatch.setattr(page_module, "over_time", draw)
+    monkeypatch.setattr(page_module, "GROUPS", 5)  # of 45 frames: 9 frames a point
+    write_page(gathered)
+    for view, lines in enumerate(drawn):
+        assert [line[:, 0].tolist() for line in lines] == [[4.0, 13.0, 18.5], [53.0, 61.0, 70.0]]
+        last = gathered.confidence[36:, view]
+        np.testing.assert_allclose(lines[1][2, 1:], [last.sum() / 9, last.min(), last.max()])
+    assert len(drawn) == len(gathered.cameras) > 1
+
+
 def test_blocks_give_the_same_numbers(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = gather(options(scene, tmp_path))
     monkeypatch.setattr(gather_module, "block_frames", lambda store: 5)
@@ -222,10 +245,12 @@ def svg_paths(chart: bytes) -> dict[str, list[list[tuple[float, float]]]]:
     return found
 
 
+MEANS = [[(0.0, 1.0), (10.0, 2.0)], [(90.0, 2.0), (100.0, 1.0)]]
+
+
 def test_lines_break_at_the_gaps_of_the_cache() -> None:
-    means = [(0.0, 1.0, 1), (10.0, 2.0, 1), (90.0, 2.0, 2), (100.0, 1.0, 2)]
-    groups = [Group(time=time, mean=mean, lowest=mean, highest=mean, segment=segment) for time, mean, segment in means]
-    chart = over_time(0, groups, (1.0, 3.0), (0, 100), "ray_conf", [50])
+    lines = [np.array([[time, mean, mean, mean] for time, mean in line]) for line in MEANS]
+    chart = over_time(0, lines, (1.0, 3.0), (0, 100), "ray_conf", [50])
     first, second = [points for points in svg_paths(chart)[charts.series_colour(0)] if len(points) == 2]
     (x0, y0), (x10, y10) = first
     (x90, y90), (x100, y100) = second

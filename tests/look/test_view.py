@@ -18,8 +18,9 @@ from geomcache.geometry import Camera
 from geomcache.look import video
 from geomcache.look.drawing import HEADING, MARGIN, NAME, PANEL, TITLE, scalar_colours, vector_colours
 from geomcache.look.episode import Frame, survey
+from geomcache.look.options import ViewOptions
 from geomcache.look.sheet import EpisodeSheet, pinhole_caption
-from geomcache.look.view import PRINT_SCALE, ViewOptions, view
+from geomcache.look.view import PRINT_SCALE, view
 from tests.support.datasets import make_dataset
 from tests.support.scene import KEYS, LENGTHS, SIZE, WALL, Scene, make_scene, scene_maps
 
@@ -259,7 +260,7 @@ def test_an_episode_that_is_not_cached(scene: Scene, tmp_path: Path) -> None:
 
 def test_another_dataset_is_refused(scene: Scene, tmp_path: Path) -> None:
     make_dataset(tmp_path / "other", (7, 6), dict.fromkeys(KEYS, (SIZE, SIZE)))
-    with pytest.raises(CacheMismatchError, match=r"dataset\.frames"):
+    with pytest.raises(CacheMismatchError, match=r"length: episodes 1 \(6 frames\)"):
         run(scene, tmp_path / "a.png", root=tmp_path / "other")
 
 

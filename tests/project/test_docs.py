@@ -98,7 +98,8 @@ def test_the_format_page_names_every_field_of_spec_and_dataset() -> None:
     for member, part in ((GeometrySpec, "spec"), (DatasetSpec, "dataset")):
         rows = page.partition(f"| member of `{part}` |")[2].partition("\n\n")[0]
         named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]+)\|", rows, re.MULTILINE)))
-        assert named == [field.name for field in dataclasses.fields(member)]
+        # the page's history has `images_sha256`, of schema version 1
+        assert named == [field.name for field in dataclasses.fields(member) if field.name != "images_sha256"]
 
 
 def shown_commands(page: Path) -> Iterator[list[str]]:

@@ -7,7 +7,7 @@ import pytest
 
 from geomcache.cache.inventory import Stored
 from geomcache.errors import CacheMismatchError, RemoteError
-from geomcache.sharing.base import damaged, errors_name, hash_file, in_parallel
+from geomcache.sharing.base import damaged, errors_name, in_parallel
 
 
 def test_the_first_failure_stops_what_has_not_begun() -> None:
@@ -27,15 +27,15 @@ def test_damaged_files_are_those_of_other_size_or_content(tmp_path: Path) -> Non
     files = {}
     for name in ("good", "changed", "short", "none"):
         (tmp_path / name).write_bytes(name.encode() * 100)
-        stored = hash_file(tmp_path / name)
+        stored = Stored.of_file(tmp_path / name)
         assert stored is not None
         files[name] = stored
     (tmp_path / "changed").write_bytes(b"CHANGED" * 100)
     (tmp_path / "short").write_bytes(b"short")
     (tmp_path / "none").unlink()
     assert damaged(tmp_path, files) == {"changed", "short", "none"}
-    assert hash_file(tmp_path / "none") is None
-    assert hash_file(tmp_path / "short") == Stored(
+    assert Stored.of_file(tmp_path / "none") is None
+    assert Stored.of_file(tmp_path / "short") == Stored(
         5, "f9b0078b5df596d2ea19010c001bbd009e651de2c57e8fb7e355f31eb9d3f739"
     )
 

@@ -28,12 +28,20 @@ from geomcache.errors import (
 from geomcache.sharing import draft as drafts
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.pull import home, local_copy, pull
-from tests.support.sharing import FILES, RAY, SHARD_FILES, SPEC, assert_reads, contents, make_small_store, said
+from tests.support.sharing import (
+    BEGIN_FILES,
+    FILES,
+    RAY,
+    SHARD_FILES,
+    SPEC,
+    assert_reads,
+    contents,
+    make_small_store,
+    said,
+)
 from tests.support.stores import fill, make_store, open_writer
 
 __all__ = ["said"]
-
-BEGIN_FILES = 16  # metadata, coordinates and table
 
 
 @pytest.fixture
@@ -78,7 +86,7 @@ def test_a_whole_cache_comes_byte_for_byte(there: Path, path: Path) -> None:
 def test_a_part_says_what_it_has_and_grows(there: Path, path: Path) -> None:
     report = pull(address_of(there), path, episodes="1")
     # episode 1 has rows 20 to 49, in shards 1 to 3, whose rows are 16 to 63
-    assert report.fetched == BEGIN_FILES + SHARD_FILES * 3
+    assert report.fetched == BEGIN_FILES + 3 * SHARD_FILES
     assert (report.frames, report.frames_extra, report.episodes) == (48, 18, "1")
     assert "18 of these frames were not asked for" in report.lines()[1]
     assert verify(path).problems == ()
@@ -97,7 +105,7 @@ def test_a_part_says_what_it_has_and_grows(there: Path, path: Path) -> None:
     assert alone["statistics"]["pooled"]["ray"]["count"] == 48 * 12
 
     grown = pull(address_of(there), path, episodes="3")
-    assert grown.fetched == SHARD_FILES * 2  # row 75 to 89: shards 4 and 5
+    assert grown.fetched == 2 * SHARD_FILES  # row 75 to 89: shards 4 and 5
     assert grown.episodes == "1:4"
     assert verify(path).problems == ()
     assert pull(address_of(there), path, episodes="1:3").fetched == 0
@@ -335,7 +343,7 @@ def test_a_compressed_cache_comes_in_part_and_whole(tmp_path: Path, path: Path) 
     there = make_small_store(tmp_path / "there", codec="zstd")
     (there / "lock").unlink()
     part = pull(address_of(there), path, episodes="1")
-    assert (part.fetched, part.frames) == (BEGIN_FILES + SHARD_FILES * 3, 48)
+    assert (part.fetched, part.frames) == (BEGIN_FILES + 3 * SHARD_FILES, 48)
     assert part.nbytes == sum(len(content) for content in contents(path).values()) - control_nbytes(path)
     assert verify(path).problems == ()
     assert_reads(path, list(range(16, 64)))

@@ -106,8 +106,8 @@ def test_a_cache_that_has_grown_sends_what_is_new(tmp_path: Path, there: Path) -
         fill(writer)
         assert writer.seal()
     report = push(path, address_of(there))
-    # shard 3 was made again with more rows, 4 and 5 are new: two files each, beside the control files
-    assert report.sent == SHARD_FILES * 3 + CONTROL
+    # shard 3 was made again with more rows, 4 and 5 are new: their files and the control files
+    assert report.sent == 3 * SHARD_FILES + CONTROL
     assert contents(there) == contents(path)
 
 

@@ -13,8 +13,9 @@ from tests.support.stores import claim_rows, commit, expected, fill, make_maps, 
 
 SPEC = make_spec(cameras=("observation.images.front",), outputs=("ray",))
 RAY = "observation.images.front/ray"
-SHARD_FILES = 4  # rays, their checksums, hashes and block means of the pictures
-FILES = 11 + 5 + 6 * SHARD_FILES  # metadata, coordinates and episode table, six shards
+BEGIN_FILES = 11 + 5  # metadata; coordinates, and start, length and identity of the episodes
+SHARD_FILES = 4  # rays, checksums, and two of the pictures' signatures
+FILES = BEGIN_FILES + 6 * SHARD_FILES
 CONTROL = 3
 EVERYTHING = ((0, 90),)
 EPISODES = ((0, 20), (20, 50), (50, 75), (75, 90))  # shards are of 16 rows

@@ -281,7 +281,7 @@ def test_a_cache_of_another_dataset_is_refused(cache: Path, tmp_path: Path) -> N
     with pytest.raises(CacheMismatchError, match="16x16 .*24x24"):
         training.train(cache, options(other_size, tmp_path / "run"))
     one_camera = make_dataset(tmp_path / "one", LENGTHS, cameras=CAMERAS[:1])
-    with pytest.raises(CacheMismatchError, match=rf"spec\.cameras: the cache has {CAMERAS[1]}"):
+    with pytest.raises(CacheMismatchError, match=rf"spec\.cameras: .*{CAMERAS[1]}, .*{CAMERAS[0]}"):
         training.train(cache, options(one_camera, tmp_path / "run"))
 
 

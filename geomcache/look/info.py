@@ -1,44 +1,14 @@
 """Describe a cache, for people and for scripts."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from geomcache.cache.commands import recorded_machines
 from geomcache.cache.store import GeometryStore
 from geomcache.geometry import OUTPUTS
 from geomcache.progress import human_bytes
 from geomcache.ranges import format_ranges, rows_of
-
-_ENCODED_ON = re.compile(r"# encoded on: (?P<device>.+) \((?P<engine>eager|compiled)\)")
-
-
-class Machine(NamedTuple):
-    """What encoded frames of a cache. Not part of the cache: a comment line in the options of its run, next to it."""
-
-    device: str
-    """A GPU's name, or ``CPU``."""
-    engine: str
-
-    @property
-    def line(self) -> str:
-        """Return the comment line."""
-        return f"# encoded on: {self.device} ({self.engine})\n"
-
-
-def run_config_path(cache: Path) -> Path:
-    """Return where the options of a cache's last run are: ``libero.zarr`` -> ``libero.run.yaml``, next to it."""
-    return cache.with_name(cache.name.removesuffix(".zarr") + ".run.yaml")
-
-
-def recorded_machines(cache: Path) -> tuple[Machine, ...]:
-    """Return what encoded a cache, as far as that is recorded: a pulled or moved cache has no such record."""
-    try:
-        text = run_config_path(cache).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ()
-    found = [match for line in text.splitlines() if (match := _ENCODED_ON.fullmatch(line))]
-    return tuple(dict.fromkeys(Machine(match["device"], match["engine"]) for match in found))
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Output files: refused before the work, and complete or missing."""
+"""Output files are refused before the work."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from geomcache.errors import UserInputError
-from geomcache.look.output import check_output, replacing
+from geomcache.look.options import check_output
 
 
 def test_names_that_cannot_be(tmp_path: Path) -> None:
@@ -28,22 +28,3 @@ def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UserInputError, match=str(tmp_path)):
         check_output(tmp_path / "a.png", (".png",))
-
-
-def stop_half_way(path: Path) -> None:
-    with replacing(path) as partial:
-        partial.write_text("half")
-        raise KeyboardInterrupt
-
-
-def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "page.html"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt):
-        stop_half_way(path)
-    assert path.read_text() == "old"
-    with replacing(path) as partial:
-        assert partial.suffix == ".html"
-        partial.write_text("new")
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
