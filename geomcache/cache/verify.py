@@ -49,7 +49,7 @@ class VerifyReport:
         yield from (problem.message for problem in self.problems[:_LISTED])
         if len(self.problems) > _LISTED:
             yield f"... and {len(self.problems) - _LISTED} more: --json lists all"
-        yield f"{self.path}: {contents}: {len(self.problems)} problem{"s" if len(self.problems) > 1 else ""}"
+        yield f"{self.path}: {contents}: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
         if self.repairs:
             yield from self.repairs
         elif any(problem.repairable for problem in self.problems):

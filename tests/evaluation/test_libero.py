@@ -144,7 +144,7 @@ def test_a_folder_in_the_package_is_not_replaced(
 
 def test_a_folder_that_is_none_of_assets(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_assets(tmp_path / "incomplete").joinpath("scenes").rmdir()
-    for folder, missing in ((tmp_path / "incomplete", "no scenes there"), (tmp_path / "no", "articulated_objects")):
+    for folder, missing in ((tmp_path / "incomplete", "found no scenes"), (tmp_path / "no", "articulated_objects")):
         monkeypatch.setenv("LIBERO_ASSETS", str(folder))
         with pytest.raises(SimulatorError, match=rf"LIBERO_ASSETS=.*{missing}"):
             libero.provide_assets(package)

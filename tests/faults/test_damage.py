@@ -136,6 +136,11 @@ def test_a_flipped_bit_in_a_map_is_found_when_its_frame_is_read(
     figure(f"{places} places tried, {places} found, each by file, episode and frame")
 
 
+def read_everything(store: GeometryStore) -> None:
+    store.batch(range(32))
+    store.signatures(range(32))
+
+
 def damages(path: Path, step: int) -> Iterator[tuple[str, list[Path]]]:
     """Files of the cache, one or two of them changed at a time; the caller puts them back."""
     shards = sorted({*path.rglob("c.?.0.0*"), *path.glob("frame_crc32c/c.*"), *path.glob("picture_hash/c.*")})
@@ -167,8 +172,7 @@ def test_cut_missing_and_swapped_shards_are_found(tmp_path: Path, codec: str, st
             GeometryStore.open(path) as store,
             pytest.raises(CacheCorruptError, match=r": episode \d+ frame \d+: "),
         ):
-            store.batch(range(32))
-            store.signatures(range(32))
+            read_everything(store)
         named = {path / problem.file for problem in verify(path).problems}
         assert {*files} <= named, what
         for file in files:

@@ -16,7 +16,11 @@ SCRIPT = ROOT / "pipelines" / "plan_run.py"
 @pytest.mark.parametrize(("grid_hw", "outputs"), [((3, 4), ("ray", "ray_conf")), ((2, 2), ("ray", "depth"))])
 def test_bytes_are_those_of_a_caches_files(tmp_path: Path, grid_hw: tuple[int, int], outputs: tuple[str, ...]) -> None:
     path = make_store(tmp_path / "cache.zarr", spec=make_spec(grid_hw=grid_hw, outputs=outputs))
-    files = [file for file in path.rglob("c.*") if file.parent.name in (*outputs, "frame_crc32c")]
+    files = [
+        file
+        for file in path.rglob("c.*")
+        if file.parent.name in (*outputs, "frame_crc32c", "picture_hash", "picture_means")
+    ]
     assert plan_run.cache_nbytes(sum(LENGTHS), 2, grid_hw, outputs) == sum(file.stat().st_size for file in files)
 
 

@@ -18,6 +18,7 @@ class Wire:
     def __init__(self, port: int) -> None:
         self._upstream = port
         self._left: int | None = None
+        self._once = False
         self._guard = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -26,10 +27,10 @@ class Wire:
         """Connections that were broken."""
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut_after(self, nbytes: int) -> None:
-        """Break once the server has sent so many bytes more."""
+    def cut_after(self, nbytes: int, *, once: bool = False) -> None:
+        """Break once the server has sent so many bytes more: for good, or that one connection alone."""
         with self._guard:
-            self._left = nbytes
+            self._left, self._once = nbytes, once
 
     def mend(self) -> None:
         """Pass everything on again."""
@@ -76,6 +77,8 @@ class Wire:
                             block, self._left = block[: max(0, self._left)], self._left - len(block)
                         if self._left <= 0:
                             self.cuts += 1
+                            if self._once:
+                                self._left = None
                             with contextlib.suppress(OSError):
                                 target.sendall(block)
                             break
