@@ -94,9 +94,11 @@ def check_sample(dataset: Any, store: GeometryStore) -> int:
 
 
 def _as_picture(image: torch.Tensor) -> NDArray[np.uint8]:
-    """Return the picture of LeRobot's float32 [3, H, W] in 0 to 1; of several over time the last, which is now."""
+    """Return the picture of LeRobot's [3, H, W], uint8 or float32 in 0 to 1; of several over time the last one."""
     current = image if image.ndim == 3 else image[-1]
-    picture: NDArray[np.uint8] = (current * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    if current.dtype != torch.uint8:  # the trainer's datasets return uint8
+        current = (current * 255).round().to(torch.uint8)
+    picture: NDArray[np.uint8] = current.permute(1, 2, 0).numpy()
     return picture
 
 

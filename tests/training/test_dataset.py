@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, MissingFrameError
-from geomcache.training.dataset import GeometryDataset, StreamingGeometryDataset, with_geometry
+from geomcache.training.dataset import GeometryDataset, StreamingGeometryDataset, check_sample, with_geometry
 from tests.support.training import REPO_ID, make_cache, make_dataset, make_spec, row_maps
 
 LENGTHS = (5, 4, 6)
@@ -180,6 +180,15 @@ def test_a_dataset_of_another_length_is_refused(cache: Path, tmp_path: Path) -> 
     other = make_dataset(tmp_path / "other", (4, 5))
     with pytest.raises(CacheMismatchError, match=r"episodes 0:2"):
         GeometryDataset(lerobot_dataset(other), GeometryStore.open(cache))
+
+
+@pytest.mark.parametrize("return_uint8", [True, False])
+def test_sampled_pictures_are_compared_in_both_dtypes_of_lerobot(
+    meta: LeRobotDatasetMetadata, cache: Path, return_uint8: bool
+) -> None:
+    dataset = lerobot_dataset(meta, return_uint8=return_uint8)
+    with GeometryStore.open(cache) as store:
+        assert check_sample(dataset, store) == 3  # one frame of each episode
 
 
 def test_a_dataset_with_the_first_episodes_alone_is_taken(cache: Path, tmp_path: Path) -> None:
