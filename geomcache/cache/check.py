@@ -49,7 +49,7 @@ class Problem:
     rows: Ranges = ()
     """Rows that cannot be read because of it."""
     repairable: bool = False
-    """Whether repair can drop the shard or make the file again."""
+    """True if repair can drop the shard or make the file again."""
 
 
 class CacheCheck:
@@ -331,7 +331,7 @@ def _damaged_maps(
 
 
 class _Fault(NamedTuple):
-    """What is wrong with a file."""
+    """The reason why a file is damaged, and whether repair can help."""
 
     text: str
     is_damage: bool = True
