@@ -65,7 +65,7 @@ class Setup:
     """Of a turn."""
     num_workers: int
     target_sides: tuple[int, ...] = (14,)
-    """Sides of the square grids that geometry is resampled to. All ways have the first; cached geometry also the others."""
+    """Sides of the square grids that geometry is resampled to; ways other than the cache have only the first."""
 
     @property
     def sides(self) -> dict[str, int]:

@@ -331,7 +331,7 @@ def _damaged_maps(
 
 
 class _Fault(NamedTuple):
-    """The reason why a file is damaged, and whether repair can help."""
+    """The reason why a file cannot be taken as it is."""
 
     text: str
     is_damage: bool = True
