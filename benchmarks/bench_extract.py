@@ -3,9 +3,9 @@
     python benchmarks/bench_extract.py [--model M] [--process-res 504] [--frames 64] [--batch-size 4] [--repeats 3]
                                        [--engine compiled] [--repeat-dataset 12] [--no-memory]
 
-Two tables: views/s of `geomcache extract` compared with the encoder alone on the same batches, in turn, its start-up
-apart from its steady state; and the peak memory of extracting 100 and 1,000 frames. Random weights are good enough:
-speed does not depend on them.
+Three tables: views/s of `geomcache extract` compared with the encoder alone on the same batches, in turn, its start-up
+apart from its steady state; what feeding the encoder takes, step by step; and the peak memory of extracting 100 and
+1,000 frames. Random weights are good enough: speed does not depend on them.
 """
 
 import argparse
@@ -16,20 +16,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
 from benchmarks.common import real_dataset, repeat_dataset, table
-from geomcache.da3.encoder import DA3Encoder
+from geomcache.da3.encoder import RESIZE_METHOD, DA3Encoder, DA3Preprocessor
+from geomcache.extraction.handover import open_channel, receive, send
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.run import extract
+from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import open_dataset
 from pipelines.make_random_da3 import save_random_da3
 
 MOST_IN_MEMORY = 480  # frames that the encoder is timed on by itself
+FEEDING_BATCHES = 24
 
 # Runs one extraction and prints its peak memory in kilobytes.
 MEMORY = """
@@ -114,6 +119,44 @@ def speed(arguments: argparse.Namespace, model: str, root: Path, folder: Path) -
     print()
 
 
+def feeding(arguments: argparse.Namespace, root: Path) -> None:
+    """Time the steps between a dataset's files and the encoder's input, in one thread."""
+    dataset, _ = open_dataset("bench", root=root)
+    preprocess = DA3Preprocessor(
+        cameras=dataset.cameras, process_res=arguments.process_res, resize_method=RESIZE_METHOD
+    )
+    size = arguments.batch_size
+    batches = min(FEEDING_BATCHES, int(dataset.reader.episode_length.sum()) // size)
+    channel = open_channel()
+    steps: dict[str, list[float]] = {}
+
+    def timed(step: str, run: Callable[..., Any], *values: Any) -> Any:
+        began = time.perf_counter()
+        result = run(*values)
+        steps.setdefault(step, []).append((time.perf_counter() - began) / (size * len(dataset.cameras)))
+        return result
+
+    for start in range(0, batches * size, size):
+        images = timed("decode", dataset.reader.read, start, start + size).images
+        timed("signatures", sign_pictures, images)
+        inputs = timed("resize", preprocess, images)
+        timed("hand over to another process", send, channel[0], inputs)
+        received = timed("receive", receive, channel[1])
+        timed("read what was received", received.clone)  # maps its pages
+    medians = {step: statistics.median(times) for step, times in steps.items()}
+    total = sum(medians.values())
+    camera = dataset.cameras[0]
+    table(
+        "Feeding the encoder",
+        f"Microseconds a view of {camera.height}x{camera.width}, to {arguments.process_res} px, medians of {batches}"
+        f" batches of {size} frames of {len(dataset.cameras)} views; one thread. The first four steps are a decoding"
+        " process's.",
+        ["step", "us a view", "share", "views/s of one core"],
+        [[step, f"{1e6 * each:.0f}", f"{100 * each / total:.0f}%", f"{1 / each:.0f}"] for step, each in medians.items()]
+        + [["together", f"{1e6 * total:.0f}", "100%", f"{1 / total:.0f}"]],
+    )
+
+
 def memory(arguments: argparse.Namespace, model: str, root: Path, folder: Path) -> None:
     dataset, _ = open_dataset("bench", root=root)
     lengths = dataset.reader.episode_length.cumsum()
@@ -156,7 +199,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--engine", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--repeat-dataset", type=int, default=1, metavar="N", help="take its episodes N times")
-    parser.add_argument("--no-memory", action="store_true", help="leave the second table out")
+    parser.add_argument("--no-memory", action="store_true", help="leave the last table out")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-extract-"))
     try:
@@ -168,6 +211,7 @@ def main() -> None:
         if arguments.repeat_dataset > 1:
             root = repeat_dataset(root, folder / "dataset", arguments.repeat_dataset)
         speed(arguments, model, root, folder)
+        feeding(arguments, root)
         if not arguments.no_memory:
             memory(arguments, model, root, folder)
     finally:

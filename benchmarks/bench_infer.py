@@ -68,7 +68,7 @@ def measure(
     repeats: int,
     **options: Any,
 ) -> dict[str, list[ChunkTime]]:
-    """Times of each way to predict, taken in turn; the first round warms up and is left out.
+    """Time each way to predict, in turn; the first round warms up and is left out.
 
     Args:
         encoders: for the same cameras, by engine.

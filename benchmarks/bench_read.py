@@ -1,4 +1,4 @@
-"""How fast are random frames read, beside the alternatives, with every checksum checked?
+"""How fast are random frames read, compared with the alternatives, with every checksum checked?
 
     python benchmarks/bench_read.py [--grids 14x14,36x36,288x288] [--batches 1,32,256] [--seconds 0.6] [--folder DIR]
 
@@ -19,6 +19,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import table
 from geomcache.cache.codecs import RAW, Codec
+from geomcache.cache.signatures import Signatures
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import StoreWriter
 from geomcache.geometry import Camera, DatasetSpec, GeometrySpec
@@ -58,15 +60,15 @@ class Way(ABC):
         self.folder, self.cells, self.frames = folder, cells, frames
 
     def shape(self, output: str, rows: int) -> tuple[int, ...]:
-        """Of an output of so many frames."""
+        """Return the shape of an output of so many frames."""
         return (rows, len(CAMERAS), *self.cells, *((6,) if output == "ray" else ()))
 
-    def forget(self) -> None:  # noqa: B027 - most have nothing to let go of
-        """Let go of what keeps pages of files in memory."""
+    def forget(self) -> None:  # noqa: B027 - most have nothing to release
+        """Release what keeps pages of files in memory."""
 
     @abstractmethod
     def read(self, rows: Rows) -> Maps:
-        """These frames, in this order."""
+        """Read these frames, in this order."""
 
 
 class Geomcache(Way):
@@ -101,7 +103,7 @@ class StockZarr(Way):
 
 
 class TensorStore(Way):
-    """All arrays at once. Its cache is too small for the data and large enough for every shard's index."""
+    """Reads all arrays at once, with a cache too small for the data and large enough for every shard's index."""
 
     name = "tensorstore"
 
@@ -194,7 +196,7 @@ class Memmap(Way):
 
 
 class BarePreadv(Way):
-    """The least that positioned reads of the store's own bytes can take: places worked out before, nothing checked."""
+    """The least that positioned reads of the store's own bytes can take: offsets computed before, nothing checked."""
 
     name = "bare preadv"
 
@@ -210,7 +212,7 @@ class BarePreadv(Way):
                     self.descriptors[key, name, int(file.name.split(".")[1])] = os.open(file, os.O_RDONLY)
 
     def prepare(self, rows: Rows) -> tuple[Maps, list[tuple[int, list[memoryview], int]]]:
-        """The maps to be filled, and (descriptor, place, offset) of each read."""
+        """Return the maps to fill, and (descriptor, place, offset) of each read."""
         maps = self.buffers.setdefault(
             len(rows), {name: np.zeros(self.shape(name, len(rows)), np.float16) for name in OUTPUTS}
         )
@@ -231,7 +233,7 @@ class BarePreadv(Way):
 
     @staticmethod
     def run(reads: Sequence[tuple[int, list[memoryview], int]]) -> None:
-        """Only this is timed."""
+        """Run the reads, which is all that is timed."""
         for descriptor, place, offset in reads:
             os.preadv(descriptor, place, offset)
 
@@ -240,7 +242,7 @@ WAYS = (Geomcache, Compressed, StockZarr, TensorStore, H5py, PtFiles, Memmap, Ba
 
 
 def made_up_spec(cells: tuple[int, int], cameras: int = len(CAMERAS)) -> GeometrySpec:
-    """A spec that names a model nobody has."""
+    """Return a spec that names a model nobody has."""
     return GeometrySpec(
         model_id="made-up",
         model_revision=None,
@@ -257,9 +259,21 @@ def made_up_spec(cells: tuple[int, int], cameras: int = len(CAMERAS)) -> Geometr
     )
 
 
-def made_up_dataset(frames: int, episode: int) -> tuple[DatasetSpec, NDArray[np.int64]]:
-    """A dataset of episodes of this length, the last one perhaps shorter, and the lengths."""
+@dataclass(frozen=True)
+class MadeUpDataset:
+    """A dataset that nobody has, as a cache describes it."""
+
+    spec: DatasetSpec
+    lengths: NDArray[np.int64]
+    """[E] frames of each episode."""
+    identities: NDArray[np.uint64]
+    """[E]."""
+
+
+def made_up_dataset(frames: int, episode: int) -> MadeUpDataset:
+    """Return a dataset of episodes of this length, the last one perhaps shorter."""
     lengths = np.diff(np.r_[np.arange(0, frames, episode), frames]).astype(np.int64)
+    identities = np.arange(1, len(lengths) + 1, dtype=np.uint64)
     spec = DatasetSpec(
         repo_id="bench",
         revision=None,
@@ -267,20 +281,37 @@ def made_up_dataset(frames: int, episode: int) -> tuple[DatasetSpec, NDArray[np.
         episodes=len(lengths),
         fps=10,
         episodes_sha256=hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest(),
-        images_sha256="11" * 32,
+        identities_sha256=hashlib.sha256(identities.astype("<u8").tobytes()).hexdigest(),
         decoder="image",
     )
-    return spec, lengths
+    return MadeUpDataset(spec, lengths, identities)
+
+
+def made_up_signatures(rng: np.random.Generator, frames: int, cameras: int = len(CAMERAS)) -> Signatures:
+    """Return signatures that fit no picture."""
+    signatures = Signatures.empty(frames, cameras)
+    signatures.hashes[:] = rng.integers(0, 1 << 63, signatures.hashes.shape, np.uint64)
+    signatures.means[:] = rng.integers(0, 256, signatures.means.shape, np.uint8)
+    return signatures
 
 
 def write_store(path: Path, cells: tuple[int, int], frames: int, codec: Codec = RAW) -> GeometryStore:
-    """A cache of made-up maps, smooth as rays are, with noise."""
-    spec, (dataset, lengths) = made_up_spec(cells), made_up_dataset(frames, EPISODE)
+    """Write a cache of made-up maps, smooth as rays are, with noise."""
+    dataset = made_up_dataset(frames, EPISODE)
     rng = np.random.default_rng(0)
-    with StoreWriter.create_or_open(path, spec, dataset, lengths, [(0, frames)], codec=codec) as writer:
+    with StoreWriter.create_or_open(
+        path,
+        made_up_spec(cells),
+        dataset.spec,
+        dataset.lengths,
+        [(0, frames)],
+        identities=dataset.identities,
+        codec=codec,
+    ) as writer:
         while (claim := writer.claim()) is not None:
             count = sum(stop - start for start, stop in claim.rows)
-            writer.commit(claim, {key: _made_up(rng, cells, count) for key in CAMERAS})
+            maps = {key: _made_up(rng, cells, count) for key in CAMERAS}
+            writer.commit(claim, maps, made_up_signatures(rng, count))
         writer.seal()
     return GeometryStore.open(path)
 
@@ -295,7 +326,7 @@ def _made_up(rng: np.random.Generator, cells: tuple[int, int], count: int) -> Ma
 
 
 def compare(ways: Sequence[Way], batches: Sequence[Rows]) -> None:
-    """All ways give the same."""
+    """Exit where the ways do not all give the same values."""
     for rows in batches:
         expected = ways[0].read(rows)
         for way in ways[1:]:
@@ -316,7 +347,7 @@ def seconds(way: Way, rows: Rows) -> float:
 
 
 def measure(ways: Sequence[Way], batches: Sequence[Rows], budget_s: float, cold: Path | None) -> list[float]:
-    """Median seconds of each way; `cold` is a folder whose files leave the page cache before each read.
+    """Return the median seconds of each way; `cold` is a folder whose files leave the page cache before each read.
 
     One way after the other, so that another way's memory traffic is not in a way's time, and that in rounds, so that a
     slow minute of the machine is not one way's alone.
@@ -339,7 +370,7 @@ def measure(ways: Sequence[Way], batches: Sequence[Rows], budget_s: float, cold:
 
 
 def drop_pages(folder: Path) -> None:
-    """Let the page cache forget these files. They are on disk: nothing is lost."""
+    """Drop these files from the page cache. They are on disk: nothing is lost."""
     for file in folder.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)
@@ -348,7 +379,7 @@ def drop_pages(folder: Path) -> None:
 
 
 def grid_rows(cells: tuple[int, int], batches: Sequence[int], folder: Path, budget_s: float) -> tuple[list[Any], str]:
-    """Rows of the table for one grid, and a line on bytes."""
+    """Return the table's rows for one grid, and a line on bytes."""
     frame_nbytes = len(CAMERAS) * cells[0] * cells[1] * 7 * 2
     frames = max(LEAST_FRAMES, min(PAYLOAD // frame_nbytes, MOST_FRAMES))
     raw = write_store(folder / "cache.zarr", cells, frames)

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from benchmarks.bench_read import made_up_dataset, made_up_spec
+from benchmarks.bench_read import made_up_dataset, made_up_signatures, made_up_spec
 from benchmarks.common import real_dataset, table
+from geomcache.cache.layout import MAX_SHARD_FRAMES
 from geomcache.cache.writer import StoreWriter
 from geomcache.frames.source import open_dataset
 from pipelines.make_random_da3 import save_random_da3
@@ -66,15 +67,20 @@ print(json.dumps([report.frames, time.time() - report.seconds, time.time()]))
 
 
 def write_cache(path: Path, frames: int) -> float:
-    """A complete cache of one view and one cell; seconds."""
-    spec, (dataset, lengths) = made_up_spec((1, 1), cameras=1), made_up_dataset(frames, EPISODE)
+    """Write a complete cache of one view and one cell, and return the seconds that it took."""
+    spec, dataset = made_up_spec((1, 1), cameras=1), made_up_dataset(frames, EPISODE)
     began = time.perf_counter()
-    maps = np.random.default_rng(0).random((4096, 1, 1, 6)).astype(np.float16)
-    with StoreWriter.create_or_open(path, spec, dataset, lengths, [(0, frames)]) as writer:
+    rng = np.random.default_rng(0)
+    maps = rng.random((MAX_SHARD_FRAMES, 1, 1, 6)).astype(np.float16)
+    signatures = made_up_signatures(rng, MAX_SHARD_FRAMES, cameras=1)
+    with StoreWriter.create_or_open(
+        path, spec, dataset.spec, dataset.lengths, [(0, frames)], identities=dataset.identities
+    ) as writer:
         while (claim := writer.claim()) is not None:
             count = sum(stop - start for start, stop in claim.rows)
             key = spec.camera_keys[0]
-            writer.commit(claim, {key: {"ray": maps[:count], "ray_conf": 1 + maps[:count, ..., 0]}})
+            shard = {key: {"ray": maps[:count], "ray_conf": 1 + maps[:count, ..., 0]}}
+            writer.commit(claim, shard, signatures[:count])
         writer.seal()
     return time.perf_counter() - began
 
@@ -105,7 +111,7 @@ def opening(folder: Path, sizes: list[int]) -> None:
 
 
 def run_together(options: dict[str, object], cores: list[int]) -> tuple[int, float]:
-    """Frames, and seconds from the first process's first claim to the last one's end."""
+    """Return the frames, and the seconds from the first process's first claim to the last one's end."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(

@@ -18,7 +18,7 @@ class NetworkBatch:
 
     start: int
     stop: int
-    inputs: torch.Tensor | list[torch.Tensor]  # float32 [n, V, 3, H, W]; a list of [n, 3, H_v, W_v] if sizes differ
+    inputs: torch.Tensor | list[torch.Tensor]  # uint8 [n, V, H, W, 3]; a list of V [n, H_v, W_v, 3] if sizes differ
     decode_s: float
     preprocess_s: float
     signatures: Signatures  # of the pictures, as they were decoded

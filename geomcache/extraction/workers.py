@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, cycle
 from pathlib import Path
@@ -82,21 +83,35 @@ def decode(
         decoder: of the dataset and the encoder.
         ranges: which rows; consumed ahead of what is yielded, by two batches for each worker.
         workers: processes; 0 decodes in this one.
-        server: forks the workers; until it is ready, this process decodes.
+        server: forks the workers; until it is ready, a thread of this process decodes.
 
     Raises:
         GeomcacheError: a frame cannot be decoded.
         WorkerDiedError: a worker was killed, or crashed.
     """
-    while workers and server is not None and not server.ready:
-        rows = next(ranges, None)
-        if rows is None:
-            return
-        yield decoder.decode(*rows)
+    if workers and server is not None:
+        yield from _decode_in_thread(decoder, ranges, server)
     if workers:
         ranges = yield from _decode_in_workers(decoder, ranges, workers)
     for rows in ranges:
         yield decoder.decode(*rows)
+
+
+def _decode_in_thread(
+    decoder: BatchDecoder, ranges: Iterator[RowRange], server: ForkServer
+) -> Generator[NetworkBatch, None, None]:
+    """Yield batches in order until the server is ready, decoded while the encoder works.
+
+    One thread, because the reader keeps the row group that it read last.
+    """
+    pending = deque[Future[NetworkBatch]]()
+    with ThreadPoolExecutor(1, "geomcache-decode") as pool:
+        while True:
+            while not server.ready and len(pending) < AHEAD and (rows := next(ranges, None)) is not None:
+                pending.append(pool.submit(decoder.decode, *rows))
+            if not pending:
+                return
+            yield pending.popleft().result()
 
 
 def _decode_in_workers(

@@ -127,7 +127,7 @@ def test_a_cache_goes_on_in_its_own_codec_and_grows(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     with open_writer(path, [(0, 37)], codec="zstd") as writer:
         fill(writer, 2)
-    with pytest.raises(CacheMismatchError, match="codec: the cache was made with zstd, this run has raw: use --codec"):
+    with pytest.raises(CacheMismatchError, match="codec: .*zstd.* raw.*--codec"):
         open_writer(path)
     with open_writer(path, [(0, 37)], codec="zstd") as writer:
         assert fill(writer) == [2]
@@ -143,12 +143,12 @@ def test_a_cache_goes_on_in_its_own_codec_and_grows(tmp_path: Path) -> None:
 
 def test_a_raw_cache_is_not_gone_on_with_compressed(tmp_path: Path) -> None:
     make_store(tmp_path / "cache", [(0, 16)])
-    with pytest.raises(CacheMismatchError, match="made with raw, this run has zstd: use --codec raw, choose another"):
+    with pytest.raises(CacheMismatchError, match="raw.* zstd.*--codec raw"):
         open_writer(tmp_path / "cache", codec="zstd")
 
 
 def test_an_unknown_codec_is_refused() -> None:
-    with pytest.raises(UserInputError, match="codec: expected raw or zstd, got 'lzma'"):
+    with pytest.raises(UserInputError, match="codec: .*raw.* zstd.* 'lzma'"):
         Codec.of("lzma")
     assert Codec.of("raw") == RAW
 
@@ -244,7 +244,7 @@ def test_lengths_that_no_map_has_are_refused(tmp_path: Path, whole: Path) -> Non
         checksum = google_crc32c.value(index).to_bytes(4, "little")
         (path / file).write_bytes((path / file).read_bytes()[:-260] + index + checksum)
         with GeometryStore.open(path) as store:
-            with pytest.raises(CacheCorruptError, match="expected a shard index of 16 frames"):
+            with pytest.raises(CacheCorruptError, match=" 16 frames"):
                 store.batch([17])
             assert np.array_equal(store.batch([40]).ray, expected(SPEC, [40])["ray"])
         assert {problem.rows for problem in verify(path).problems} == {((16, 32),)}

@@ -175,9 +175,9 @@ def test_other_settings_are_refused_by_name(
 
 def test_other_episode_lengths_are_refused(tmp_path: Path) -> None:
     path = make_store(tmp_path / "cache", [(0, 5)])
-    with pytest.raises(CacheMismatchError, match=r"dataset.episodes_sha256: the cache was made with"):
+    with pytest.raises(CacheMismatchError, match=r"dataset\.episodes_sha256: "):
         open_writer(path, lengths=(30, 20, 25, 15))
-    with pytest.raises(CacheMismatchError, match=r"dataset.frames: the cache was made with 90, this run has 95"):
+    with pytest.raises(CacheMismatchError, match=r"dataset\.frames: .* 90\b.* 95\b"):
         open_writer(path, lengths=(20, 30, 25, 20))
 
 
@@ -473,7 +473,7 @@ def test_other_files_are_no_cache(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "cache"
     path.mkdir()
     (path / "zarr.json").write_bytes(content)
-    with pytest.raises(CacheFormatError, match=r"zarr.json: expected a Zarr group with the attribute 'geomcache'"):
+    with pytest.raises(CacheFormatError, match=r"zarr\.json: .*'geomcache'"):
         GeometryStore.open(path)
 
 

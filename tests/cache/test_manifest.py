@@ -48,7 +48,7 @@ def test_every_flipped_bit_and_every_cut_of_a_manifest_is_told() -> None:
     content = bytearray(manifest().encode(LAYOUT, FINGERPRINT))
     for bit in range(0, 8 * len(content), 3):
         content[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(CacheCorruptError, match="expected content with the sha256 at its end"):
+        with pytest.raises(CacheCorruptError, match="^manifest: "):
             Manifest.parse(bytes(content), Path("manifest"), LAYOUT, FINGERPRINT)
         content[bit // 8] ^= 1 << bit % 8
     for length in range(len(content)):
@@ -84,13 +84,13 @@ def test_a_manifest_that_contradicts_itself_is_refused(change: dict[str, object]
     del data["sha256"]
     content = json.dumps(data).encode()[:-1]
     content += b',\n"sha256":"%s"\n}\n' % hashlib.sha256(content).hexdigest().encode()
-    with pytest.raises(CacheFormatError, match="manifest: expected records of schema version 1"):
+    with pytest.raises(CacheFormatError, match="manifest: .*version 1"):
         Manifest.parse(content, Path("manifest"), LAYOUT, FINGERPRINT)
 
 
 def test_manifest_of_another_cache_is_refused() -> None:
     content = manifest().encode(LAYOUT, "ff" * 32)
-    with pytest.raises(CacheCorruptError, match="files of two caches were mixed"):
+    with pytest.raises(CacheCorruptError, match="ff" * 32):
         Manifest.parse(content, Path("manifest"), LAYOUT, FINGERPRINT)
 
 

@@ -525,7 +525,7 @@ def test_a_shard_that_is_made_again_is_not_mixed_with_the_old_one(tmp_path: Path
         fill(writer)
         assert writer.seal()
     assert_equal(early.batch([20]), [20])  # its files are still open
-    with pytest.raises(CacheCorruptError, match="made again.*open the cache again"):
+    with pytest.raises(CacheCorruptError, match=str(path)):
         late.batch([20])
     assert_equal(GeometryStore.open(path).batch([20, 30]), [20, 30])
 

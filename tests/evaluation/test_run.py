@@ -194,7 +194,7 @@ def test_geometry_cannot_be_switched_on_for_a_checkpoint_without_adapter(tmp_pat
 def test_a_da3_that_is_not_to_be_had(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"policy p .*nobody/da3.*--policy\.geom_model_id=DIR"):
         find_da3("p", GeometrySpec.from_dict(make_spec().to_dict() | {"model_id": "nobody/da3"}), None)
-    with pytest.raises(ModelNotFoundError, match=f"cannot act without .*{tmp_path}"):
+    with pytest.raises(ModelNotFoundError, match=str(tmp_path)):
         find_da3("p", make_spec(), str(tmp_path / "nothing"))
 
 

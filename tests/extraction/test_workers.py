@@ -5,6 +5,7 @@ And they come if the workers cannot hand them over, or one is stopped; one that 
 
 import multiprocessing
 import os
+import queue
 import resource
 import signal
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import pytest
 import torch
@@ -67,6 +68,16 @@ class Marked(BatchDecoder):
 
     def in_worker(self, batch: NetworkBatch) -> NetworkBatch:
         return batch
+
+
+class Noting(Marked):
+    """Notes which batch it has begun."""
+
+    begun: ClassVar[queue.SimpleQueue[int]] = queue.SimpleQueue()
+
+    def decode(self, start: int, stop: int) -> NetworkBatch:
+        self.begun.put(start)
+        return super().decode(start, stop)
 
 
 class Unsendable(Marked):
@@ -167,6 +178,14 @@ def test_rows_in_order_and_claims_announced(decoder: Marked) -> None:
 def test_this_process_decodes_until_the_workers_can(decoder: Marked, after: int) -> None:
     in_this_process = [batch.decode_s == os.getpid() for batch in run(decoder, 1, Server(after))]
     assert in_this_process == [True] * min(after, 6) + [False] * max(0, 6 - after)
+
+
+def test_until_then_a_batch_is_decoded_while_the_encoder_works_on_the_one_before(decoder: Marked) -> None:
+    noting = Noting(decoder.reader, decoder.preprocessor)
+    batches = decode(noting, ranges(), 1, server=cast("ForkServer", Server(100)))
+    next(batches)
+    assert [noting.begun.get(timeout=60) for _ in range(2)] == [0, 4]  # nobody has asked for the second
+    assert [batch.start for batch in batches] == [start for start, _ in EXPECTED[1:]]
 
 
 @pytest.mark.parametrize("after", [0, 100])

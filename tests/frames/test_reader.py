@@ -191,7 +191,7 @@ def test_a_data_file_that_is_cut_off_is_named(demo: Path) -> None:
     path = demo / "data" / "chunk-000" / "file-000.parquet"
     rewrite(path, lambda table: table.slice(0, 200))
     dataset, _ = open_dataset("demo", root=demo)
-    with pytest.raises(FrameDecodeError, match=r"file-000\.parquet, whose rows end at index 199"):
+    with pytest.raises(FrameDecodeError, match=r"file-000\.parquet.* 199"):
         dataset.reader.read(198, 203)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(FrameDecodeError, match=r"episode 0 frame 0: cannot read .*file-000\.parquet"):

@@ -93,20 +93,16 @@ def test_the_converter_that_the_message_names_is_there() -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"fps": 10}'])
 def test_malformed_info_is_refused(demo: Path, text: str) -> None:
     (demo / "meta" / "info.json").write_text(text)
-    with pytest.raises(DatasetError, match=r"meta/info\.json is malformed"):
+    with pytest.raises(DatasetError, match=r"meta/info\.json"):
         open_dataset("test", root=demo)
 
 
 def test_a_camera_that_is_not_there_lists_those_that_are() -> None:
-    with pytest.raises(
-        DatasetError, match=r"got 'front'; it has observation\.images\.image, observation\.images\.image2"
-    ):
+    with pytest.raises(DatasetError, match=r"'front'.* observation\.images\.image, observation\.images\.image2"):
         open_dataset("test", root=DEMO, cameras=["front"])
-    with pytest.raises(DatasetError, match=r"expected a camera, got 'observation\.state'"):
+    with pytest.raises(DatasetError, match=r"'observation\.state'"):
         open_dataset("test", root=DEMO, cameras=["observation.state"])
-    with pytest.raises(
-        DatasetError, match=r"did you mean observation\.images\.image2\? expected a camera, got 'imag2'"
-    ):
+    with pytest.raises(DatasetError, match=r"observation\.images\.image2\?.* 'imag2'"):
         open_dataset("test", root=DEMO, cameras=["imag2"])
 
 
@@ -132,7 +128,7 @@ def test_a_gap_in_the_episode_table_is_refused(demo: Path) -> None:
     starts[1] += 1
     place = table.column_names.index("dataset_from_index")
     pq.write_table(table.set_column(place, "dataset_from_index", [starts]), path)
-    with pytest.raises(DatasetError, match="gaps or overlaps"):
+    with pytest.raises(DatasetError, match=r"0 to 380.*meta/episodes"):
         open_dataset("test", root=demo)
 
 
@@ -142,13 +138,13 @@ def test_without_a_hub_the_message_says_what_to_do(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("lerobot.datasets.dataset_metadata.get_safe_version", refuse)
     monkeypatch.setattr("lerobot.datasets.dataset_metadata.HF_LEROBOT_HOME", tmp_path)
-    with pytest.raises(DatasetNotFoundError, match=r"nobody/nothing: .*no route to the Hub at all.*--root DIR"):
+    with pytest.raises(DatasetNotFoundError, match=r"nobody/nothing: .*no route to the Hub.*--root DIR"):
         open_dataset("nobody/nothing")
 
 
 def test_a_folder_given_as_a_name_gets_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lerobot.datasets.dataset_metadata.HF_LEROBOT_HOME", tmp_path)
-    with pytest.raises(DatasetNotFoundError, match=r"is a folder: give --dataset NAME --root"):
+    with pytest.raises(DatasetNotFoundError, match=r"--dataset NAME --root"):
         open_dataset(str(DEMO.parent))
 
 
@@ -236,5 +232,5 @@ def test_a_folder_that_is_called_snapshots_names_no_commit(tmp_path: Path) -> No
 def test_a_path_that_cannot_be_filled_in_is_refused(demo: Path, template: str) -> None:
     path = demo / "meta" / "info.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "data_path": template}))
-    with pytest.raises(DatasetError, match=r"^meta/info\.json: .*chunk_index and file_index"):
+    with pytest.raises(DatasetError, match=r"^meta/info\.json: .*chunk_index.*file_index"):
         open_dataset("demo", root=demo)
