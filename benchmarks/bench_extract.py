@@ -120,7 +120,7 @@ def speed(arguments: argparse.Namespace, model: str, root: Path, folder: Path) -
 
 
 def feeding(arguments: argparse.Namespace, root: Path) -> None:
-    """Time the steps between a dataset's files and the encoder's input, in one thread."""
+    """Measure the CPU time of each step between a dataset's files and the encoder's input."""
     dataset, _ = open_dataset("bench", root=root)
     preprocess = DA3Preprocessor(
         cameras=dataset.cameras, process_res=arguments.process_res, resize_method=RESIZE_METHOD
@@ -131,9 +131,9 @@ def feeding(arguments: argparse.Namespace, root: Path) -> None:
     steps: dict[str, list[float]] = {}
 
     def timed(step: str, run: Callable[..., Any], *values: Any) -> Any:
-        began = time.perf_counter()
+        began = time.process_time()
         result = run(*values)
-        steps.setdefault(step, []).append((time.perf_counter() - began) / (size * len(dataset.cameras)))
+        steps.setdefault(step, []).append((time.process_time() - began) / (size * len(dataset.cameras)))
         return result
 
     for start in range(0, batches * size, size):
@@ -148,9 +148,8 @@ def feeding(arguments: argparse.Namespace, root: Path) -> None:
     camera = dataset.cameras[0]
     table(
         "Feeding the encoder",
-        f"Microseconds a view of {camera.height}x{camera.width}, to {arguments.process_res} px, medians of {batches}"
-        f" batches of {size} frames of {len(dataset.cameras)} views; one thread. The first four steps are a decoding"
-        " process's.",
+        f"CPU time a view of {camera.height}x{camera.width}, to {arguments.process_res} px, medians of {batches}"
+        f" batches of {size} frames of {len(dataset.cameras)} views. The first four steps are a decoding process's.",
         ["step", "us a view", "share", "views/s of one core"],
         [[step, f"{1e6 * each:.0f}", f"{100 * each / total:.0f}%", f"{1 / each:.0f}"] for step, each in medians.items()]
         + [["together", f"{1e6 * total:.0f}", "100%", f"{1 / total:.0f}"]],

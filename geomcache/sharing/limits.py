@@ -74,9 +74,10 @@ def _check_sizes(header: Header, files: Files, manifest: Path) -> None:
         # what is neither is a chunk of the coordinates; zstd makes incompressible data longer by a hundredth at most
         low, high = bounds.get(name, (1, chunk_nbytes + chunk_nbytes // 100 + 1024))
         if name != GROUP and not low <= size <= high:
+            expected = f"{low}" if low == high else f"{low} to {high}"
             raise CacheCorruptError(
-                f"{manifest}: {name}: expected {low} to {high} bytes, found {size}: something else than geomcache wrote"
-                " it; push the cache again"
+                f"{manifest}: {name}: expected {expected} bytes, found {size}: something else than geomcache wrote it;"
+                " push the cache again"
             )
 
 

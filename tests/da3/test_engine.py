@@ -87,6 +87,7 @@ def test_the_compiled_network_gives_the_same_padded_or_not(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of the compiler's own code
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_torch_compiles_gives_the_same_within_its_rounding(random_da3_folder: Path, dtype: str) -> None:
     reference, compiled = load(random_da3_folder, dtype=dtype), load(random_da3_folder, dtype=dtype)
