@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from geomcache.errors import DatasetError, UserInputError
-from geomcache.frames.source import describe_cameras
+from geomcache.frames.source import describe_cameras, describe_statistics_command
 from geomcache.geometry import GeometrySpec
 
 logger = logging.getLogger(__name__)
@@ -158,15 +158,13 @@ def check_features(meta: Any, config: Any) -> None:
 def _statistics_message(
     meta: Any, config: Any, key: str, mode: str, missing_names: list[str], present_names: list[str]
 ) -> str:
-    root = "" if config.dataset.root is None else f" --root={config.dataset.root}"
+    root = config.dataset.root
+    advice = describe_statistics_command(meta.repo_id, root)
+    if root is None:
+        advice += ", and train with --dataset.root=DIR"
     if present_names:
-        command = f"python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id={meta.repo_id}{root}"
-        if not mode.startswith("QUANTILE"):
-            command += " --overwrite"
         alternative = {"ACTION": "MEAN_STD", "STATE": "MEAN_STD", "VISUAL": "IDENTITY"}
-        advice = f"`{command}`, or train with --policy.normalization_mapping='{json.dumps(alternative)}'"
-    else:
-        advice = f"`lerobot-edit-dataset --repo_id={meta.repo_id}{root} --operation.type=recompute_stats`"
+        advice += f", or train with --policy.normalization_mapping='{json.dumps(alternative)}'"
     return (
         f"dataset {meta.repo_id}: expected the statistics {', '.join(missing_names)} of {key}, which {mode} normalises"
         f" by, found {', '.join(present_names) or 'none'}: compute them with LeRobot's {advice}"
