@@ -23,7 +23,7 @@ def compare_with_cache(path: Path, dataset: FrameDataset) -> None:
         CacheMismatchError: episodes differ; the message names which, and in what.
         CacheFormatError, CacheCorruptError: it cannot be read.
     """
-    with GeometryStore.open(path) as store:
+    with GeometryStore.open_by_journal(path) as store:
         if store.episode_identity is not None and store.spec.cameras == dataset.cameras:
             current = dataset.reader.episode_length, dataset.identities
             compare_episodes(store, dataset.spec.repo_id, current)
@@ -41,7 +41,7 @@ def check_cached_pictures(path: Path, dataset: FrameDataset, episodes: Sequence[
         CacheMismatchError: pictures differ; the message says which episodes, in what, and names a frame.
         CacheFormatError, CacheCorruptError: the cache cannot be read.
     """
-    with GeometryStore.open(path) as store:
+    with GeometryStore.open_by_journal(path) as store:
         if store.episode_identity is not None:
             _check_sample(store, dataset, rows_of(tuple(episodes)))
 
