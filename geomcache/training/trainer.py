@@ -347,6 +347,7 @@ def _factory(
                 compare_episodes(store, meta.repo_id, current, options.episodes)
         checks.check_features(meta, config)
         checks.use_colour_cameras(meta, config)
+        checks.check_camera_names(meta, config)
         if options.streaming:
             checks.check_streaming(meta, config.tolerance_s)
         try:
