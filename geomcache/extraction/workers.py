@@ -68,9 +68,8 @@ class ForkServer:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "lerobot.datasets.video_utils"])
         first = context.Process(target=_do_nothing, daemon=True)  # the server answers once its imports are done
-        with waiting("waiting for decoding processes to start; this process decodes meanwhile"):
-            first.start()
-            first.join()
+        first.start()
+        first.join()
 
 
 def decode(
@@ -88,11 +87,13 @@ def decode(
         GeomcacheError: a frame cannot be decoded.
         WorkerDiedError: a worker was killed, or crashed.
     """
-    while workers and server is not None and not server.ready:
-        rows = next(ranges, None)
-        if rows is None:
-            return
-        yield decoder.decode(*rows)
+    if workers and server is not None and not server.ready:
+        with waiting("waiting for decoding processes to start; this process decodes meanwhile"):
+            while not server.ready:
+                rows = next(ranges, None)
+                if rows is None:
+                    return
+                yield decoder.decode(*rows)
     if workers:
         ranges = yield from _decode_in_workers(decoder, ranges, workers)
     for rows in ranges:
