@@ -113,8 +113,8 @@ def given(name: str, args: Sequence[str]) -> bool:
 
 
 @contextlib.contextmanager
-def replaced(module: ModuleType, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace a name of a module, while this lasts, by what `make` makes of it."""
+def replaced(module: ModuleType | type, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace a name of a module or class, while this lasts, by what `make` makes of it."""
     upstream = getattr(module, name)
     setattr(module, name, make(upstream))
     try:

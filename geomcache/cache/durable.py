@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +127,7 @@ def write_all(descriptor: int, data: bytes | NDArray[np.uint8]) -> None:
         rest = rest[written:]
 
 
-def write_file(path: Path, parts: Sequence[bytes | NDArray[np.uint8]]) -> tuple[int, bytes]:
+def write_file(path: Path, parts: Iterable[bytes | NDArray[np.uint8]]) -> tuple[int, bytes]:
     """Write a new file and make its content durable, though not its name; return its size and sha256.
 
     A file or link of this name is removed first: it is stale, or somebody planted it.

@@ -6,8 +6,9 @@ Legend:  N rows   K rows per shard   A columns (cameras x outputs), each one arr
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -27,7 +28,10 @@ SCHEMA_VERSION = 2  # of caches that are made now
 SCHEMA_VERSIONS = (1, 2)  # of caches that can be read
 CRC_NBYTES = 4
 MIN_SHARD_FRAMES, MAX_SHARD_FRAMES = 16, 65_536
-_MAX_SHARDS = 8192  # so that no folder has more than 10,000 entries, which is the most that the Hub takes
+HUB_FOLDER_ENTRIES = 10_000  # the Hub takes no more in one folder
+_MAX_SHARDS = 8192  # so that no folder has more than these
+_MAX_SHARD_NBYTES = 4 << 30  # of all columns, which a writer holds in memory
+_BLOCK_NBYTES = 64 << 20  # of a column that are copied at a time
 _SHARD_NBYTES = 32 << 20  # of one camera's rays, about
 _USUAL_SHARD_FRAMES = 4096
 _SHARDS_AT_LEAST = 64  # per dataset, so that many processes find work
@@ -134,12 +138,13 @@ def choose_shard_frames(spec: GeometrySpec, frames: int) -> int:
     """Return K, 16 to 65,536, a power of two.
 
     It is about 32 MiB of one camera's rays, at most 4096, and small enough for 64 shards. It is larger where otherwise
-    there would be more than 8192 shards.
+    there would be more than 8192 shards, as long as a shard's maps take at most 4 GiB together.
     """
     ray_nbytes = 2 * prod(spec.map_shape("ray")) + CRC_NBYTES
     fitting = min(_SHARD_NBYTES // ray_nbytes, frames // _SHARDS_AT_LEAST, _USUAL_SHARD_FRAMES)
     needed = 1 << (-(-frames // _MAX_SHARDS) - 1).bit_length()
-    return min(max(MIN_SHARD_FRAMES, 1 << max(fitting, 1).bit_length() - 1, needed), MAX_SHARD_FRAMES)
+    held = 1 << max(_MAX_SHARD_NBYTES // spec.frame_nbytes, MIN_SHARD_FRAMES).bit_length() - 1
+    return min(max(MIN_SHARD_FRAMES, 1 << max(fitting, 1).bit_length() - 1, needed), held, MAX_SHARD_FRAMES)
 
 
 @dataclass(frozen=True)
@@ -283,7 +288,7 @@ class Layout:
 
     def encode(
         self, column: Column, local: NDArray[np.int64], maps: NDArray[np.float16]
-    ) -> tuple[list[bytes | NDArray[np.uint8]], NDArray[np.uint32]]:
+    ) -> tuple[Iterable[bytes | NDArray[np.uint8]], NDArray[np.uint32]]:
         """Return a shard file and the checksums of its maps.
 
         Args:
@@ -292,7 +297,7 @@ class Layout:
             maps: float16 [n, h, w, 6] or [n, h, w].
 
         Returns:
-            The file's bytes, in two parts, and uint32 [n].
+            The file's bytes, in parts that are made when they are asked for, and uint32 [n].
         """
         values = np.ascontiguousarray(maps, dtype="<f2")
         plain = values.view(np.uint8).reshape(len(local), -1)
@@ -300,10 +305,20 @@ class Layout:
         if self.codec.compresses:
             packed = [with_crc(content) for content in self.codec.encode(values)]
             return [b"".join(packed), self.index(local, np.array([*map(len, packed)], np.uint64))], checksums
-        body = np.empty((len(local), column.stride), dtype=np.uint8)
-        body[:, : column.nbytes] = plain
-        body[:, column.nbytes :] = checksums.view(np.uint8).reshape(-1, CRC_NBYTES)
-        return [body, self.index(local, column.stride)], checksums
+        return chain(_with_checksums(column, plain, checksums), [self.index(local, column.stride)]), checksums
+
+
+def _with_checksums(
+    column: Column, plain: NDArray[np.uint8], checksums: NDArray[np.uint32]
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield maps [n, nbytes], each followed by its checksum, in blocks."""
+    step = max(1, _BLOCK_NBYTES // column.stride)
+    for start in range(0, len(plain), step):
+        maps, sums = plain[start : start + step], checksums[start : start + step]
+        block = np.empty((len(maps), column.stride), dtype=np.uint8)
+        block[:, : column.nbytes] = maps
+        block[:, column.nbytes :] = sums.view(np.uint8).reshape(-1, CRC_NBYTES)
+        yield block
 
 
 def shards_nbytes(spec: GeometrySpec, frames: int) -> int:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -11,14 +10,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from geomcache.errors import CacheLockedError
-
-logger = logging.getLogger(__name__)
-
-WAIT_LINE_S = 30.0  # between lines about a process that is waited for
+from geomcache.waits import waiting
 
 _JOURNAL_BYTE = 1 << 40  # of the lock file: far behind the shards' bytes
 _USERS_BYTE = _JOURNAL_BYTE + 1
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_STOPPED = "if it was stopped, let it continue or end it; nothing is lost"
 
 
 class _OpenLockFile:
@@ -88,7 +85,9 @@ class LockFile:
                     f"{self.path}: expected a cache to open, found one that this process is replacing: open it after"
                     " that"
                 )
-            self._lockf(fcntl.LOCK_SH, 1, _USERS_BYTE)
+            if not self._lockf(fcntl.LOCK_SH | fcntl.LOCK_NB, 1, _USERS_BYTE):
+                with waiting(f"{self.path}: waiting for another process, which replaces this cache: {_STOPPED}"):
+                    self._lockf(fcntl.LOCK_SH, 1, _USERS_BYTE)
 
     def _is_current(self) -> bool:
         """Return whether the locked file still has the name that it was opened by."""
@@ -152,32 +151,13 @@ class LockFile:
         """Hold the journal's lock; waits for it, and says so every 30 s."""
         with self._file.journal_guard:
             if not self._lockf(fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _JOURNAL_BYTE):
-                with self._logged_wait():
+                # holding it takes milliseconds
+                with waiting(f"{self.path}: waiting for another process, which holds its lock: {_STOPPED}"):
                     self._lockf(fcntl.LOCK_EX, 1, _JOURNAL_BYTE)
             try:
                 yield
             finally:
                 self._lockf(fcntl.LOCK_UN, 1, _JOURNAL_BYTE)
-
-    @contextlib.contextmanager
-    def _logged_wait(self) -> Iterator[None]:
-        """Log every 30 s, from a thread, that this one waits: holding the lock takes milliseconds."""
-        taken = threading.Event()
-
-        def log() -> None:
-            while not taken.wait(WAIT_LINE_S):
-                logger.warning(
-                    "%s: waiting for another process, which has held its lock for over %g s: if that process was"
-                    " stopped, let it continue or end it; nothing is lost",
-                    self.path,
-                    WAIT_LINE_S,
-                )
-
-        threading.Thread(target=log, name="geomcache-lock", daemon=True).start()
-        try:
-            yield
-        finally:
-            taken.set()
 
     def close(self) -> None:
         """Release this object's claims; the last user in the process closes the file."""

@@ -89,16 +89,23 @@ class GeometryStore:
     @classmethod
     def _read(cls, folder: Path) -> Self:
         header = Header.read(folder)
-        contents: Manifest | Journal
         try:
             data = (folder / MANIFEST).read_bytes()
         except FileNotFoundError:
-            contents = Journal(folder / JOURNAL, header.layout, header.fingerprint)
-            contents.read()
-        else:
-            contents = Manifest.parse(data, folder / MANIFEST, header.layout, header.fingerprint)
-        check_files(folder, header, contents)
-        return cls(folder, header, contents)
+            return cls.open_by_journal(folder)
+        manifest = Manifest.parse(data, folder / MANIFEST, header.layout, header.fingerprint)
+        check_files(folder, header, manifest)
+        return cls(folder, header, manifest)
+
+    @classmethod
+    def open_by_journal(cls, path: str | Path) -> Self:
+        """Open a cache by its journal, as a writer does, whatever its manifest is. Raises what `open` raises."""
+        folder = Path(path).absolute()
+        header = Header.read(folder)
+        journal = Journal(folder / JOURNAL, header.layout, header.fingerprint)
+        journal.read()
+        check_files(folder, header, journal)
+        return cls(folder, header, journal)
 
     @functools.cached_property
     def camera_statistics(self) -> Statistics:

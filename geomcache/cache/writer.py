@@ -417,10 +417,13 @@ class StoreWriter:
     def _check_values(self, claim: Claim, column: Column, values: NDArray[np.float16]) -> None:
         """Refuse NaN and infinity, and numbers without a logarithm where one is taken."""
         log = OUTPUTS[column.output].log
-        fits = np.isfinite(values) & (values > 0) if log else np.isfinite(values)
+        fits = np.ones(len(values), bool)
+        for part in _blocks(column, len(values)):
+            good = np.isfinite(values[part]) & (values[part] > 0) if log else np.isfinite(values[part])
+            fits[part] = good.reshape(len(good), -1).all(axis=1)
         if fits.all():
             return
-        positions = np.flatnonzero(~fits.reshape(len(values), -1).all(axis=1))
+        positions = np.flatnonzero(~fits)
         row = int(rows_of(claim.rows)[positions[0]])
         view = self.spec.camera_keys.index(column.camera)
         raise NonFiniteGeometryError(
@@ -432,10 +435,14 @@ class StoreWriter:
 
 def _moments(column: Column, values: NDArray[np.float16]) -> Moments:
     """Measure a shard's maps of one column, block after block, so that float64 copies stay small."""
-    block = max(1, 2 * _STATISTICS_VALUES // column.nbytes)
-    return Moments.merged(
-        Moments.of(column.output, values[start : start + block]) for start in range(0, len(values), block)
-    )
+    return Moments.merged(Moments.of(column.output, values[part]) for part in _blocks(column, len(values)))
+
+
+def _blocks(column: Column, rows: int) -> Iterator[slice]:
+    """Yield parts of so many maps whose copies are small."""
+    step = max(1, 2 * _STATISTICS_VALUES // column.nbytes)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
 
 
 def _dropped_name(file: Path) -> Path:

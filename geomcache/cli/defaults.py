@@ -81,6 +81,7 @@ def with_training_choices(cache: Path, lerobot_args: Sequence[str]) -> list[str]
     if given("config_path", args):
         return args
     args += _dataset(store, cache, args)
+    args += _tolerance(cache, args)
     full_size = not (given("policy.path", args) or given("policy.model_size", args))
     args += _policy(args)
     if full_size:
@@ -95,7 +96,7 @@ def _dataset(store: "GeometryStore", cache: Path, args: Sequence[str]) -> list[s
     repo_id, where = store.dataset.repo_id, ""
     chosen = [f"--dataset.repo_id={repo_id}"]
     if not given("dataset.root", args):
-        root, revision = _recorded_root(cache), store.dataset.revision
+        root, revision = _recorded_options(cache).get("root"), store.dataset.revision
         if root is not None:
             chosen.append(f"--dataset.root={root}")
             where = f" in {root}"
@@ -106,16 +107,27 @@ def _dataset(store: "GeometryStore", cache: Path, args: Sequence[str]) -> list[s
     return chosen
 
 
-def _recorded_root(cache: Path) -> str | None:
-    """Return the folder that the cache's dataset was read from, which `extract` has noted next to the cache."""
+def _tolerance(cache: Path, args: Sequence[str]) -> list[str]:
+    """Choose the tolerance of time stamps that the dataset was read with, where it is not LeRobot's default."""
+    from geomcache.frames.reader import TOLERANCE_S
+
+    tolerance = _recorded_options(cache).get("tolerance_s")
+    if given("tolerance_s", args) or tolerance in (None, str(TOLERANCE_S)):
+        return []
+    _say("tolerance_s: %s, with which the cache was made; change it with --tolerance_s", tolerance)
+    return [f"--tolerance_s={tolerance}"]
+
+
+def _recorded_options(cache: Path) -> dict[str, str]:
+    """Return the options that the cache was made with, as far as `extract` has noted them next to it."""
     from geomcache.cache.commands import run_config_path
     from geomcache.extraction.options import recorded_options
     from geomcache.extraction.run_config import HEADER, read_run_config
 
     file = run_config_path(cache)
     if not file.is_file() or not file.read_bytes().startswith(HEADER.encode()):
-        return None
-    return read_run_config(file, recorded_options()).get("root")
+        return {}
+    return read_run_config(file, recorded_options())
 
 
 def _policy(args: Sequence[str]) -> list[str]:

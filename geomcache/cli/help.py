@@ -88,13 +88,17 @@ EVAL = epilog("""
 
 VERIFY = epilog("""
     Every shard, frame and row is compared with the hashes in manifest and journal. Exit code 0 if all is as it was
-    written, 1 with a list if not. Do not write to the cache meanwhile.
+    written, 1 with a list if not. Do not write to the cache meanwhile. With --dataset or --root, episodes and a sample
+    of the pictures are compared with those that the cache was made of; exit code 2 if they are others.
 
     [bold]Example[/bold]
       geomcache verify libero.zarr
 
     [bold]Repair[/bold]: then run the extract command that it prints, which makes the dropped shards again
       geomcache verify libero.zarr --repair
+
+    [bold]Is it of this dataset?[/bold]
+      geomcache verify libero.zarr --root datasets/libero
 
     [bold]Parity[/bold]
       geomcache verify libero.zarr --parity 32

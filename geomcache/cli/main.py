@@ -138,8 +138,14 @@ def verify(
     parity: Annotated[
         int | None, typer.Option(help="Instead, encode N random frames again and compare.", metavar="N")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="The dataset's name.", show_default="as in the cache")] = None,
-    root: Annotated[Path | None, typer.Option(help="The folder of a local dataset.", metavar="DIR")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="A dataset whose episodes and pictures are compared, too.",
+            show_default="with --parity as in the cache",
+        ),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Its folder, where it is a local one.", metavar="DIR")] = None,
     revision: Annotated[str | None, typer.Option(help="The dataset's branch, tag or commit.", metavar="REV")] = None,
     model: Annotated[
         str | None, typer.Option(help="A DA3 folder or Hub id, if not the one that the cache names.")
@@ -152,9 +158,10 @@ def verify(
 ) -> None:
     """Check every byte of a cache; with --parity, compare cached frames with the online encoder."""
     if parity is None:
-        given = {"dataset": dataset, "root": root, "revision": revision, "model": model, "device": device}
-        _refuse("without --parity", {**given, "max-steps": max_steps})
+        _refuse("without --parity", {"model": model, "device": device, "max-steps": max_steps})
         _verify_files(path, repair=repair, as_json=as_json)
+        if dataset or root or revision:
+            _verify_pictures(path, dataset, root, revision, as_json=as_json)
         return
     _refuse("with --parity", {"repair": repair or None})
     import json
@@ -192,6 +199,16 @@ def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
     if report.problems:
         raise typer.Exit(EXIT_DAMAGE)
+
+
+def _verify_pictures(
+    path: Path, dataset: str | None, root: Path | None, revision: str | None, *, as_json: bool
+) -> None:
+    from geomcache.frames.of_cache import check_dataset
+
+    if as_json:
+        logging.getLogger("geomcache").setLevel(logging.WARNING)  # standard output is the object alone
+    typer.echo(check_dataset(path, dataset=dataset, root=root, revision=revision), err=as_json)
 
 
 def _refuse(when: str, options: dict[str, object]) -> None:

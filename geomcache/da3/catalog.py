@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from geomcache.errors import ModelError, ModelNotFoundError, UserInputError, did_you_mean
+from geomcache.waits import hub_call
 
 HUB_OWNER = "depth-anything"
 CONFIG_FILE = "config.json"
@@ -205,7 +206,8 @@ def _download_file(hub_id: str, file: str, revision: str | None) -> Path:
         f"or download it elsewhere (hf download {hub_id} {CONFIG_FILE} {WEIGHTS_FILE} --local-dir DIR) and give DIR"
     )
     try:
-        return Path(hf_hub_download(hub_id, file, revision=revision))
+        with hub_call(f"model {hub_id}: waiting for {file} from the Hub"):
+            return Path(hf_hub_download(hub_id, file, revision=revision))
     except HFValidationError:
         raise ModelError(f"model {hub_id!r}: neither a folder here nor an id that the Hub accepts") from None
     except GatedRepoError:

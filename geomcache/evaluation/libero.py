@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from geomcache.errors import SimulatorError, UserInputError, did_you_mean, one_line
+from geomcache.waits import hub_call
 
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 ASSETS_REPO = "lerobot/libero-assets"  # a dataset on the Hub, which hf-libero names
@@ -174,7 +175,8 @@ def _download(folder: Path) -> None:
 
     unfinished = folder.with_name("assets.unfinished")
     try:
-        snapshot_download(ASSETS_REPO, repo_type="dataset", local_dir=unfinished)
+        with hub_call(f"libero: waiting for {ASSETS_REPO} from the Hub"):
+            snapshot_download(ASSETS_REPO, repo_type="dataset", local_dir=unfinished)
         unfinished.replace(folder)
     except (OSError, httpx.HTTPError) as error:
         raise SimulatorError(

@@ -112,7 +112,7 @@ def evaluate(policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = F
 
     from lerobot.scripts import lerobot_eval
 
-    with watched_policy(allow_resize=allow_resize) as timers:
+    with watched_policy(allow_resize=allow_resize) as timers, environment.watched_environment():
         lerobot_eval.eval_main(config)
     tasks, suites = read_rates(config.output_dir / "eval_info.json", config.env.type)
     return Evaluation(tasks=tasks, suites=suites, output_dir=config.output_dir, timer=timers[0])

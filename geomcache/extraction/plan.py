@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from geomcache.cache.codecs import Codec
-from geomcache.cache.layout import shards_nbytes
+from geomcache.cache.layout import HUB_FOLDER_ENTRIES, choose_shard_frames, shards_nbytes
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import OutOfSpaceError
 from geomcache.extraction.decoding import BatchDecoder
@@ -18,6 +18,7 @@ from geomcache.progress import human_bytes, human_time
 from geomcache.ranges import count_rows
 
 TIMED_BATCHES = 3
+_MUCH_MEMORY = 1 << 30
 
 
 def describe_plan(
@@ -38,11 +39,26 @@ def describe_plan(
     yield from _enlarged(spec)
     size = human_bytes(shards_nbytes(spec, frames)) + (f", less what {codec.name} saves" if codec.compresses else "")
     yield f"output    {path}: {size}; free {human_bytes(_free_bytes(path))}"
+    yield from describe_shards(spec, dataset.spec.frames)
     encode_s, decode_s = _time_batches(dataset, encoder, rows[0], batch_size)
     yield (
         f"time      about {human_time(frames * encode_s)} for this process, {1e3 * encode_s:.0f} ms a frame;"
         f" decoding takes {1e3 * decode_s:.0f} ms a frame in each worker, in parallel"
     )
+
+
+def describe_shards(spec: GeometrySpec, frames: int) -> Iterator[str]:
+    """Yield what is unusual about the shards of a new cache of a dataset with so many frames: memory, number."""
+    shard_frames = choose_shard_frames(spec, frames)
+    held = shard_frames * spec.frame_nbytes
+    if held >= _MUCH_MEMORY:
+        yield f"memory    each process holds a shard of {shard_frames} frames, {human_bytes(held)}, until it is written"
+    files = -(-frames // shard_frames) + 1
+    if files > HUB_FOLDER_ENTRIES:
+        yield (
+            f"files     {files} in a folder, and the Hub takes {HUB_FOLDER_ENTRIES}: this cache can be pushed to an"
+            " object store alone; a coarser --grid makes fewer"
+        )
 
 
 def _enlarged(spec: GeometrySpec) -> Iterator[str]:

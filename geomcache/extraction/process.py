@@ -8,6 +8,8 @@ from typing import Self
 
 import torch
 
+from geomcache.waits import waiting
+
 MOST_WORKERS = 8
 
 
@@ -30,7 +32,8 @@ class Process:
         from accelerate import PartialState
 
         # Without GPUs accelerate does not connect the processes unless it is told to use the CPU.
-        state = PartialState(cpu=not torch.cuda.is_available())
+        with waiting("waiting for the other processes of this run to connect: see what they print"):
+            state = PartialState(cpu=not torch.cuda.is_available())
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return cls(is_main=state.is_main_process, count=state.num_processes, local_count=local, device=state.device)
 
@@ -42,8 +45,14 @@ class Process:
             return
         from accelerate import PartialState
 
-        with PartialState().main_process_first():
-            yield
+        state = PartialState()
+        if not self.is_main:
+            with waiting("waiting for the main process of this run to create the cache: see what it prints"):
+                state.wait_for_everyone()
+        yield
+        if self.is_main:
+            with waiting("waiting for the other processes of this run to start: see what they print"):
+                state.wait_for_everyone()
 
     @property
     def default_workers(self) -> int:

@@ -30,14 +30,14 @@ from geomcache.extraction.encoding import BatchEncoder
 from geomcache.extraction.engine_choice import choose_engine
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
-from geomcache.extraction.plan import describe_plan, require_space
+from geomcache.extraction.plan import describe_plan, describe_shards, require_space
 from geomcache.extraction.process import Process
 from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import record_machine, resolve, write_run_config
 from geomcache.extraction.workers import ForkServer, claimed_ranges, decode
 from geomcache.extraction.writer_thread import ShardWriterThread
-from geomcache.frames.of_cache import compare_with_cache
-from geomcache.frames.source import FrameDataset, open_dataset
+from geomcache.frames.of_cache import check_cached_pictures, compare_with_cache
+from geomcache.frames.source import FrameDataset, describe_statistics_command, open_dataset
 from geomcache.progress import Progress
 from geomcache.ranges import count_rows, format_ranges
 
@@ -68,6 +68,14 @@ def extract(options: ExtractOptions) -> ExtractReport:
         episodes=options.episodes,
         tolerance_s=options.tolerance_s,
     )
+    if dataset.without_quantiles and process.is_main:
+        logger.warning(
+            "dataset %s: its statistics lack quantiles of %s, by which Pi0.5 normalises: the cache does not need them,"
+            " training does; compute them with %s",
+            dataset.spec.repo_id,
+            ", ".join(dataset.without_quantiles),
+            describe_statistics_command(dataset.spec.repo_id, options.root),
+        )
     encoder = _load_encoder(options, dataset, process)
     batch_size = _choose_batch_size(options, encoder, process)
     rows = dataset.rows(episodes)
@@ -75,7 +83,7 @@ def extract(options: ExtractOptions) -> ExtractReport:
         for line in describe_plan(options.output_path, dataset, encoder, rows, batch_size, Codec.of(options.codec)):
             logger.info(line)
         return ExtractReport(path=options.output_path)
-    with _open_writer(options, dataset, encoder, rows, process) as writer:
+    with _open_writer(options, dataset, episodes, encoder, process) as writer:
         total = _announce(writer, options, process)
         choose_engine(options.engine, encoder, (total - writer.frames_done()) // process.count, batch_size)
         run = _Run(dataset, encoder, writer, batch_size, workers, server, process, began)
@@ -108,14 +116,17 @@ def _choose_batch_size(options: ExtractOptions, encoder: DA3Encoder, process: Pr
 def _open_writer(
     options: ExtractOptions,
     dataset: FrameDataset,
+    episodes: Sequence[tuple[int, int]],
     encoder: DA3Encoder,
-    rows: Sequence[tuple[int, int]],
     process: Process,
 ) -> StoreWriter:
     """Create the cache, or open the one that exists; shards that lack a file count as missing."""
-    codec = Codec.of(options.codec)
+    codec, rows = Codec.of(options.codec), dataset.rows(episodes)
     if not options.output_path.exists():
         require_space(options.output_path, encoder.spec, count_rows(rows), codec)
+        if process.is_main:
+            for line in describe_shards(encoder.spec, dataset.spec.frames):
+                logger.warning(line)
 
     def open_writer(*, overwrite: bool) -> StoreWriter:
         path = options.output_path
@@ -139,6 +150,12 @@ def _open_writer(
         if process.is_main and drop_missing_shards(writer):
             writer.close()
             writer = open_writer(overwrite=False)  # now it wants the rows of those shards, too
+        if process.is_main:
+            try:
+                check_cached_pictures(writer.path, dataset, episodes)
+            except BaseException:
+                writer.close()
+                raise
         return writer
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import multiprocessing
-import os
 import signal
 import socket
 import threading
@@ -12,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, cycle
-from pathlib import Path
 
 import torch
 
@@ -20,6 +18,7 @@ from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.errors import WorkerDiedError, one_line
 from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
 from geomcache.extraction.handover import open_channel, receive, send
+from geomcache.waits import activity, waiting
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +88,9 @@ def decode(
         GeomcacheError: a frame cannot be decoded.
         WorkerDiedError: a worker was killed, or crashed.
     """
-    if workers and server is not None:
-        yield from _decode_in_thread(decoder, ranges, server)
+    if workers and server is not None and not server.ready:
+        with waiting("waiting for decoding processes to start; this process decodes meanwhile"):
+            yield from _decode_in_thread(decoder, ranges, server)
     if workers:
         ranges = yield from _decode_in_workers(decoder, ranges, workers)
     for rows in ranges:
@@ -177,11 +177,11 @@ class _Worker:
             _HandoverError: the process is not working, or what it decoded cannot be handed over.
         """
         while True:
-            used_s = self._cpu_seconds()
+            used_s = activity(self._process.pid).cpu_s
             try:
                 item = receive(self._channel)
             except TimeoutError as error:
-                if self._cpu_seconds() - used_s < IDLE_S:
+                if activity(self._process.pid).cpu_s - used_s < IDLE_S:
                     raise _HandoverError(
                         f"no batch from a decoding process for {WATCH_S:g} s, in which it did nothing"
                     ) from error
@@ -199,24 +199,21 @@ class _Worker:
     def kill(self) -> None:
         """End the process, even one that was stopped."""
         self._process.kill()
-        self._process.join()
+        with waiting("waiting for a decoding process that was killed: its disk does not answer"):
+            self._process.join()
         self._channel.close()
 
     def _death(self) -> WorkerDiedError:
-        self._process.join(1)
-        code = self._process.exitcode or 0
-        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self._process.join(10)
+        code = self._process.exitcode
+        if code is None:
+            reason = "it closed its connection"
+        else:
+            reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return WorkerDiedError(
             f"a decoding process died ({reason}): often for lack of memory; run the same command again to resume, with"
             " fewer --num-workers or a smaller --batch-size"
         )
-
-    def _cpu_seconds(self) -> float:
-        """Return the processor time that the process has used so far."""
-        with suppress(OSError):  # it is gone
-            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system time, proc(5)
-        return 0.0
 
 
 def _work(decoder: BatchDecoder, channel: socket.socket) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.signatures import TOLERANCE
+from geomcache.cache.signatures import TOLERANCE, Signatures
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError
 from geomcache.frames.signature import sign_pictures
@@ -21,6 +21,12 @@ from geomcache.ranges import format_ranges
 logger = logging.getLogger(__name__)
 
 SAMPLED_EPISODES, SAMPLE_S = 500, 20.0
+_SAMPLED_ROWS = 8  # at least, where the episodes have as many
+_SEARCH_S = 10.0  # for pictures in other episodes of the cache, once some are wrong
+_REMEDY = (
+    "use the dataset that the cache was made of, or make a cache of this one with `geomcache extract` and another"
+    " --output"
+)
 
 Pictures = Sequence[NDArray[np.uint8]]
 """The pictures of one row, [H, W, 3] of each view."""
@@ -118,8 +124,7 @@ def compare_episodes(
     if differences.rows:
         raise CacheMismatchError(
             f"dataset {repo_id}: expected the episodes that cache {store.path} was made of, found others in"
-            f" {differences.describe()} ({differences.rows} frames): use the dataset that the cache was made of, or"
-            " make a cache of this one with `geomcache extract` and another --output",
+            f" {differences.describe()} ({differences.rows} frames): {_REMEDY}",
             "dataset.episodes",
             store.dataset.identities_sha256,
             differences.describe(),
@@ -129,6 +134,8 @@ def compare_episodes(
 
 def choose_sample(store: GeometryStore, episodes: Sequence[int] | None = None, seed: int = 0) -> NDArray[np.int64]:
     """Return a row of each of at most 500 episodes that the cache has, spread over all, in random order.
+
+    Where there are few episodes, up to 8 rows together.
 
     Args:
         store: the cache.
@@ -141,10 +148,23 @@ def choose_sample(store: GeometryStore, episodes: Sequence[int] | None = None, s
     if len(chosen) > SAMPLED_EPISODES:
         chosen = chosen[np.linspace(0, len(chosen) - 1, SAMPLED_EPISODES).astype(np.int64)]
     generator = np.random.default_rng(seed)
+    rounds = max(1, _SAMPLED_ROWS // max(1, len(chosen)))
+    chosen = np.tile(chosen, rounds)
     rows = store.episode_start[chosen] + generator.integers(0, store.episode_length[chosen])
     rows = np.where(store.covers(rows), rows, store.episode_start[chosen])  # a cache may have parts of an episode
-    shuffled: NDArray[np.int64] = generator.permutation(rows)
+    shuffled: NDArray[np.int64] = generator.permutation(np.unique(rows))
     return shuffled
+
+
+def is_watched(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return for each row whether its pictures are compared whenever training reads it: 1 in 256, spread evenly.
+
+    Multiplied by 2^64 over the golden ratio, numbers in a row spread evenly over 64 bits (Knuth, The Art of Computer
+    Programming, volume 3, 6.4): the first 8 bits choose.
+    """
+    spread = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    watched: NDArray[np.bool_] = spread >> np.uint64(56) == 0
+    return watched
 
 
 def check_pictures(
@@ -152,6 +172,7 @@ def check_pictures(
     read: Callable[[int], Pictures],
     rows: NDArray[np.int64],
     *,
+    decoder: str,
     seconds: float = SAMPLE_S,
 ) -> int:
     """Compare the pictures of rows with the signatures of those that the cache was made of.
@@ -162,48 +183,118 @@ def check_pictures(
         store: a cache of schema version 2.
         read: decodes the pictures of a row, in the order of the cache's views.
         rows: the ones to compare, int64 [n].
+        decoder: what `read` decodes with: ``pyav``, ``torchcodec`` or ``image``.
         seconds: after which the rest of the rows is left out.
 
     Returns:
         How many rows were compared.
 
     Raises:
-        CacheMismatchError: a picture is another one; the message names episode, frame and camera.
+        CacheMismatchError: pictures are other ones; the message says which episodes, in what, and names a frame.
     """
-    expected, end = store.signatures(rows), time.monotonic() + seconds
-    largest = differing = compared = 0
-    for number, row in enumerate(rows.tolist()):
-        if compared and time.monotonic() > end:
-            break
-        signatures, of_cache = sign_pictures([picture[None] for picture in read(row)]), expected[number : number + 1]
-        compared += 1
-        if signatures.equal(of_cache).all():
-            continue
-        distances = signatures.distances(of_cache)[0]
-        differing, largest = differing + 1, max(largest, int(distances.max()))
-        if largest > TOLERANCE:
-            raise _other_picture(store, row, int(distances.argmax()), largest)
-    if differing:
+    compared = _compare(store, read, rows, seconds)
+    if len(compared.others):
+        raise _other_pictures(store, compared)
+    differing = compared.rows[compared.differing]
+    if len(differing):
+        episodes = np.unique([store.locate(row)[0] for row in differing.tolist()])
         logger.info(
-            "cache %s: %d of %d sampled frames were decoded or encoded otherwise than those that it was made of; block"
-            " means differ by at most %d of 255",
+            "cache %s: %d of %d sampled frames differ in %s, in episodes %s: block means by at most %d of 255, so"
+            " that the geometry still fits",
             store.path,
-            differing,
-            compared,
-            largest,
+            len(differing),
+            len(compared.rows),
+            _name_cause(store.dataset.decoder, decoder),
+            _listed(episodes),
+            compared.distances.max(),
         )
-    return compared
+    return len(compared.rows)
 
 
-def _other_picture(store: GeometryStore, row: int, view: int, distance: int) -> CacheMismatchError:
-    episode, frame = store.locate(row)
-    camera = store.spec.camera_keys[view]
+def check_watched(store: GeometryStore, read: Callable[[int], Pictures], rows: NDArray[np.int64]) -> None:
+    """Compare the pictures of the watched ones of these rows, like `check_pictures`, and say nothing if they fit.
+
+    Raises:
+        CacheMismatchError: pictures are other ones.
+    """
+    watched = rows[is_watched(rows)]
+    if len(watched) and len((compared := _compare(store, read, watched, float("inf"))).others):
+        raise _other_pictures(store, compared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """Pictures of some rows, next to those that the cache was made of."""
+
+    rows: NDArray[np.int64]  # [n]
+    signatures: Signatures  # [n] of the pictures that were read
+    differing: NDArray[np.bool_]  # [n] another hash
+    distances: NDArray[np.int64]  # [n, V] of the block means
+
+    @property
+    def others(self) -> NDArray[np.int64]:
+        """The numbers, in `rows`, of those that are other pictures."""
+        return np.flatnonzero(self.distances.max(axis=1, initial=0) > TOLERANCE)
+
+
+def _compare(
+    store: GeometryStore, read: Callable[[int], Pictures], rows: NDArray[np.int64], seconds: float
+) -> _Compared:
+    end, parts = time.monotonic() + seconds, list[Signatures]()
+    for row in rows.tolist():
+        if parts and time.monotonic() > end:
+            break
+        parts.append(sign_pictures([picture[None] for picture in read(row)]))
+    done = rows[: len(parts)]
+    expected = store.signatures(done)
+    signatures = Signatures.empty(len(done), len(store.spec.cameras))
+    for number, part in enumerate(parts):
+        signatures[number : number + 1] = part
+    return _Compared(
+        rows=done,
+        signatures=signatures,
+        differing=~signatures.equal(expected),
+        distances=signatures.distances(expected),
+    )
+
+
+def _name_cause(of_cache: str, now: str) -> str:
+    if of_cache == now:
+        return "encoding (the pictures were encoded again)"
+    return f"decoder ({of_cache} decoded them for the cache, {now} does now) or encoding"
+
+
+def _other_pictures(store: GeometryStore, compared: _Compared) -> CacheMismatchError:
+    others, rows = compared.others, compared.rows[compared.others]
+    episodes = np.array([store.locate(row)[0] for row in rows.tolist()])
+    elsewhere = _is_elsewhere(store, compared.signatures[others])
+    kinds = {"order": episodes[elsewhere], "content": np.setdiff1d(episodes, episodes[elsewhere])}
+    which = "; ".join(f"{kind}: episodes {_listed(np.unique(of))}" for kind, of in kinds.items() if len(of))
+    affected = int(store.episode_length[np.unique(episodes)].sum())
+    episode, frame = store.locate(int(rows[0]))
+    view = int(compared.distances[others[0]].argmax())
+    distance = int(compared.distances[others[0], view])
     return CacheMismatchError(
-        f"episode {episode} frame {frame} camera {camera}: expected the picture that cache {store.path} was made of,"
-        f" found another one (block means differ by {distance} of 255, another decoder or encoding by at most"
-        f" {TOLERANCE}): the dataset's episodes were changed or re-ordered; use the dataset that the cache was made of,"
-        " or make a cache of this one with `geomcache extract` and another --output",
+        f"dataset: expected the pictures that cache {store.path} was made of, found others in {which} ({len(others)} of"
+        f" {len(compared.rows)} compared frames, of episodes with {affected} frames), first in episode {episode} frame"
+        f" {frame} camera {store.spec.camera_keys[view]}: block means differ by {distance} of 255, another decoder or"
+        f" encoding makes at most {TOLERANCE}: {_REMEDY}",
         "pictures",
         None,
         distance,
     )
+
+
+def _is_elsewhere(store: GeometryStore, signatures: Signatures) -> NDArray[np.bool_]:
+    """Return for each of these frames whether the cache has just these pictures somewhere, bool [n].
+
+    The search ends after `_SEARCH_S`: in a cache of many millions of frames some may then not be found.
+    """
+    found, end = np.zeros(len(signatures), bool), time.monotonic() + _SEARCH_S
+    for start, stop in store.rows:
+        for first in range(start, stop, store.shard_frames):
+            if found.all() or time.monotonic() > end:
+                return found
+            cached = store.signatures(np.arange(first, min(first + store.shard_frames, stop)))
+            found |= np.isin(signatures.hashes, cached.hashes).all(axis=1)
+    return found

@@ -8,7 +8,9 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from geomcache.frames.reader import DECODER, TOLERANCE_S, FrameReader, VideoColu
 from geomcache.geometry import Camera, DatasetSpec, canonical_json, check_camera_key
 from geomcache.progress import human_bytes
 from geomcache.ranges import parse_episodes, rows_of
+from geomcache.waits import hub_call
 
 if TYPE_CHECKING:
     from lerobot.datasets import LeRobotDatasetMetadata
@@ -42,6 +45,8 @@ class FrameDataset:
     """The same as schema version 1 of the cache format describes it."""
     identities: NDArray[np.uint64]  # [E], see `episode_identities`
     reader: FrameReader
+    without_quantiles: tuple[str, ...] = ()
+    """Of state and actions, those whose quantiles the dataset's statistics lack: Pi0.5 normalises by them."""
 
     @property
     def cameras(self) -> tuple[Camera, ...]:
@@ -96,6 +101,11 @@ def open_dataset(
         spec_v1=describe_dataset(meta, keys, schema_version=1),
         identities=identities,
         reader=reader,
+        without_quantiles=tuple(
+            key
+            for key in ("observation.state", "action")
+            if key in meta.features and not {"q01", "q99"} <= {*(meta.stats or {}).get(key, {})}
+        ),
     )
     return dataset, wanted
 
@@ -287,7 +297,7 @@ def open_metadata(repo_id: str, root: Path | None = None, revision: str | None =
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(f"dataset folder {root}: meta/info.json is malformed: {one_line(error)}") from error
         if not str(version).startswith("v3."):
-            raise DatasetError(_version_message(repo_id, str(version)))
+            raise DatasetError(_version_message(repo_id, str(version), root))
         for pattern in ("meta/episodes/*/*.parquet", "meta/tasks.parquet"):
             if not any(root.glob(pattern)):
                 raise DatasetError(f"dataset folder {root}: expected {pattern}, found none: the dataset is incomplete")
@@ -297,10 +307,14 @@ def open_metadata(repo_id: str, root: Path | None = None, revision: str | None =
     from lerobot.datasets import LeRobotDatasetMetadata
     from lerobot.datasets.utils import BackwardCompatibilityError, ForwardCompatibilityError
 
+    waits = hub_call(f"dataset {repo_id}: waiting for its metadata from the Hub") if root is None else nullcontext()
     try:
-        return LeRobotDatasetMetadata(repo_id, root=root, revision=revision)
+        with waits:
+            return LeRobotDatasetMetadata(repo_id, root=root, revision=revision)
     except (BackwardCompatibilityError, ForwardCompatibilityError) as error:
-        raise DatasetError(_version_message(repo_id, str(getattr(error, "version", "another version")))) from error
+        raise DatasetError(
+            _version_message(repo_id, str(getattr(error, "version", "another version")), root)
+        ) from error
     except (OSError, httpx.HTTPError, RuntimeError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
         if root is not None:
             raise DatasetError(f"dataset folder {root}: its metadata cannot be read: {one_line(error)}") from error
@@ -311,11 +325,33 @@ def open_metadata(repo_id: str, root: Path | None = None, revision: str | None =
         ) from error
 
 
-def _version_message(repo_id: str, version: str) -> str:
-    return (
-        f"dataset {repo_id}: expected LeRobotDataset v3.0, found {version}: convert it with"
-        f" `python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={repo_id}`"
-    )
+def describe_statistics_command(repo_id: str, root: Path | str | None) -> str:
+    """Return the command of LeRobot that computes the statistics of a dataset, quantiles included, for a message.
+
+    It leaves the pictures and their statistics alone, so that a cache still fits, and sends nothing to the Hub, other
+    than LeRobot's `augment_dataset_quantile_stats`.
+
+    Args:
+        repo_id: the dataset's name.
+        root: its folder; None for a dataset on the Hub, which has to be copied first.
+    """
+    folder = "DIR" if root is None else str(root)
+    places = [
+        f"--{new}{name}={value}" for new in ("", "new_") for name, value in (("repo_id", repo_id), ("root", folder))
+    ]
+    options = ["--operation.type=recompute_stats", "--operation.overwrite=true"]
+    command = f"`{shlex.join(['lerobot-edit-dataset', *places, *options])}`"
+    if root is None:
+        command += f" in a copy, which `hf download {repo_id} --repo-type=dataset --local-dir=DIR` makes"
+    return command
+
+
+def _version_message(repo_id: str, version: str, root: Path | None = None) -> str:
+    # Without the last option LeRobot pushes what it has converted to the Hub.
+    where = "" if root is None else f" --root={root}"
+    command = f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={repo_id}{where} --push-to-hub=false"
+    then = "" if root is not None else f", and give the copy that it makes with --root $HF_LEROBOT_HOME/{repo_id}"
+    return f"dataset {repo_id}: expected LeRobotDataset v3.0, found {version}: convert it with `{command}`{then}"
 
 
 def _column(meta: "LeRobotDatasetMetadata", name: str, dtype: type = np.int64) -> NDArray[Any]:
@@ -420,19 +456,21 @@ def _require_files(
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
     try:
-        entries = HfApi().list_repo_tree(meta.repo_id, recursive=True, revision=revision, repo_type="dataset")
-        sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        with hub_call(f"dataset {meta.repo_id}: waiting for the list of its files from the Hub"):
+            entries = HfApi().list_repo_tree(meta.repo_id, recursive=True, revision=revision, repo_type="dataset")
+            sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
         total = human_bytes(sum(sizes.get(name, 0) for name in missing))
         count = len(missing)
         logger.info("dataset %s: downloading %s (files: %d) to %s", meta.repo_id, total, count, HF_LEROBOT_HUB_CACHE)
         # into the folder that LeRobotDataset itself uses, so that training finds them
-        snapshot_download(
-            meta.repo_id,
-            repo_type="dataset",
-            revision=revision,
-            cache_dir=HF_LEROBOT_HUB_CACHE,
-            allow_patterns=missing,
-        )
+        with hub_call(f"dataset {meta.repo_id}: downloading from the Hub"):
+            snapshot_download(
+                meta.repo_id,
+                repo_type="dataset",
+                revision=revision,
+                cache_dir=HF_LEROBOT_HUB_CACHE,
+                allow_patterns=missing,
+            )
     except (OSError, httpx.HTTPError) as error:
         raise DatasetError(
             f"dataset {meta.repo_id}: {len(missing)} files cannot be downloaded: {one_line(error)}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import draccus
+import httpx
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from geomcache.errors import ModelError, ModelNotFoundError, UserInputError, one_line
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig, check_same_spec
+from geomcache.waits import hub_call
 
 ADAPTER_NAME = "geometry_adapter"
 ADAPTER_PREFIX = f"model.{ADAPTER_NAME}."
@@ -60,8 +62,9 @@ def checkpoint_file(path: str, name: str, **hub: Any) -> Path:
             )
         return file
     try:
-        return Path(hf_hub_download(path, name, **hub))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        with hub_call(f"policy {path}: waiting for {name} from the Hub"):
+            return Path(hf_hub_download(path, name, **hub))
+    except (HfHubHTTPError, HFValidationError, OSError, httpx.HTTPError) as error:
         raise ModelNotFoundError(
             f"policy {path}: expected a folder, or a Hub id that can be reached, with {name}: {one_line(error)}: check"
             " the path, the network and, for a gated or private id, the token"

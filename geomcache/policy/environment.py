@@ -1,13 +1,18 @@
-"""Check that a policy can act in an environment before anything is started: its cameras, its DA3, its threads.
+"""What evaluation, and training with evaluation, do about an environment.
 
-Evaluation and training with an environment ask the same questions. Configurations are LeRobot's, of either command.
+Before anything is started: can the policy act in it, by its cameras, its DA3, its threads? While it runs: is it waited
+for? Configurations are LeRobot's, of either command.
 """
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from geomcache.errors import CacheMismatchError, ModelNotFoundError, UserInputError
 from geomcache.geometry import GeometrySpec
+from geomcache.lerobot_options import replaced
+from geomcache.waits import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -97,3 +102,33 @@ def check_parallel_tasks(config: Any) -> None:
                 " would take one another's actions; leave it out (several episodes of a task run at once with"
                 f" --eval.batch_size), or set --policy.{name}={str(allowed).lower()}"
             )
+
+
+@contextlib.contextmanager
+def watched_environment() -> Iterator[None]:
+    """Let LeRobot's rollouts say every 30 s that they wait for a reset or step of the environment."""
+    from lerobot.scripts import lerobot_eval
+
+    def watched(rollout: Callable[..., Any]) -> Callable[..., Any]:
+        def run(env: Any, *args: Any, **kwargs: Any) -> Any:
+            for name in ("reset", "step"):
+                setattr(env, name, _waited(getattr(env, name), f"waiting for a {name} of the environment"))
+            try:
+                return rollout(env, *args, **kwargs)
+            finally:
+                del env.reset, env.step  # of this object; its class has them
+
+        return run
+
+    with replaced(lerobot_eval, "rollout", watched):
+        yield
+
+
+def _waited(call: Callable[..., Any], what: str) -> Callable[..., Any]:
+    def waited(*args: Any, **kwargs: Any) -> Any:
+        with waiting(
+            f"{what}: its processes are at work, or stuck: end this command and run it again", group="rollout"
+        ):
+            return call(*args, **kwargs)
+
+    return waited

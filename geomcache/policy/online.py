@@ -113,7 +113,9 @@ def to_uint8(image: Tensor, name: str) -> Tensor:
     """Undo LeRobot's division by 255.
 
     Args:
-        image: uint8, which is returned as it is, or floats that are whole multiples of 1/255 from 0 to 1.
+        image: uint8, which is returned as it is, or floats that are whole multiples of 1/255 from 0 to 1. In float16
+            they are those rounded to it, to the bit: it tells all 256 apart, and 15,105 other numbers in between.
+            bfloat16 has hardly any in between, so that a picture that was changed would pass: it is refused.
         name: name of the camera, for the message.
 
     Raises:
@@ -123,7 +125,8 @@ def to_uint8(image: Tensor, name: str) -> Tensor:
         return image
     scaled = image.float() * 255.0
     whole = scaled.round().clamp(0, 255)
-    if not bool(((scaled - whole).abs() <= _WHOLE).all()):  # NaN is not <= either
+    fits = (scaled - whole).abs() <= _WHOLE if image.dtype != torch.float16 else (whole / 255.0).half() == image
+    if not bool(fits.all()):  # NaN fits nowhere
         raise GeometryError(
             f"camera {name}: expected uint8, or its values divided by 255, got {image.dtype} from {image.min():.4g} to"
             f" {image.max():.4g} that are no multiples of 1/255 in [0, 1]: give the policy the pictures as recorded"

@@ -18,6 +18,7 @@ from geomcache.cache.inventory import Stored
 from geomcache.errors import CacheError, ConnectionFailedError, GeomcacheError, RemoteError
 from geomcache.progress import TransferBar
 from geomcache.sharing.address import reason
+from geomcache.waits import waiting
 
 PARALLEL_TRANSFERS = 8  # shards are small, and a distant store answers slowly
 Content = Path | bytes
@@ -51,6 +52,8 @@ _BUGS = (TypeError, AttributeError, LookupError, NameError, AssertionError)  # n
 def remote_errors(where: str, url: str = "") -> Iterator[None]:
     """Turn whatever a driver raises into one line without secrets, which says whether to try again.
 
+    Every 30 s a line says that the driver is waited for; how long it tries is its own setting.
+
     Args:
         where: the file or folder, for the message.
         url: the address that the driver was opened with.
@@ -60,7 +63,8 @@ def remote_errors(where: str, url: str = "") -> Iterator[None]:
         ConnectionFailedError: the same may succeed later.
     """
     try:
-        yield
+        with waiting(f"{where}: waiting for an answer", group="remote"):
+            yield
     except (GeomcacheError, *_BUGS):
         raise
     except Exception as error:

@@ -17,6 +17,7 @@ from geomcache.cache import durable, locks
 from geomcache.cache.header import GROUP, LOCK
 from geomcache.cache.manifest import JOURNAL, MANIFEST
 from geomcache.errors import CacheExistsError
+from geomcache.waits import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,11 @@ def claimed(draft: Path) -> Iterator[None]:
     Raises:
         CacheExistsError: something else is there, or another user's folder.
     """
-    waiting = False
-    while (lock := _try_to_claim(draft)) is None:
-        if not waiting:
-            logger.info("%s: another process is pulling into it: waiting", draft)
-            waiting = True
-        sleep(_LOCK_POLL_S)
+    if (lock := _try_to_claim(draft)) is None:
+        logger.info("%s: another process is pulling into it: waiting", draft)
+        with waiting(f"{draft}: waiting for another process that pulls into it: if it was stopped, end it"):
+            while (lock := _try_to_claim(draft)) is None:
+                sleep(_LOCK_POLL_S)
     try:
         yield
     finally:

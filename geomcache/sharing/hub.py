@@ -18,6 +18,7 @@ from geomcache.errors import UserInputError
 from geomcache.sharing.address import public_address
 from geomcache.sharing.base import Content, file_size, remote_errors
 from geomcache.sharing.object_store import FsspecRemote
+from geomcache.waits import limit_hub_requests
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -49,6 +50,7 @@ class HubRemote(FsspecRemote):
 
         self._api, self._repo_id, self._revision = HfApi(library_name="geomcache"), match[1], revision or match[2]
         self._pinned = False
+        limit_hub_requests()
         super().__init__(f"hf://datasets/{self._repo_id}" + (f"@{self._revision}" if self._revision else ""))
 
     @override

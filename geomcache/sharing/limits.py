@@ -4,25 +4,30 @@ Control files have limits of their own. All other names and sizes follow from th
 coordinates are checked here, shards when the manifest is parsed (`Layout.size_bounds`). Nothing else is asked for.
 """
 
+import logging
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.header import COORDINATE_CHUNK, GROUP, Header
 from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, damaged_files, read_episodes
-from geomcache.cache.layout import CRC_NBYTES
+from geomcache.cache.layout import CRC_NBYTES, HUB_FOLDER_ENTRIES
 from geomcache.cache.manifest import JOURNAL, MANIFEST
 from geomcache.cache.records import Files
 from geomcache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, UserInputError
+from geomcache.progress import human_bytes
 from geomcache.sharing.base import errors_name
 from geomcache.sharing.object_store import FsspecRemote
 
+logger = logging.getLogger(__name__)
+
 MAX_METADATA_NBYTES = 16 << 20
 MAX_TABLE_NBYTES = 256 << 20  # 32 million episodes
-HUB_FOLDER_ENTRIES = 10_000  # the Hub refuses a commit with more in one folder
+HUB_FILE_NBYTES = 500 * 10**9  # of one file; its documentation recommends less than 200 GB
+HUB_FILES = 100_000  # in a repository: what its documentation recommends, not a limit
 _INT64_NBYTES = 8
 
 
@@ -81,14 +86,35 @@ def _check_sizes(header: Header, files: Files, manifest: Path) -> None:
             )
 
 
-def check_hub_folders(path: Path, names: Iterable[str]) -> None:
+def check_hub_limits(path: Path, files: Mapping[str, int]) -> None:
     """Refuse a cache that the Hub would refuse, before anything is sent.
 
+    Its limits are those of https://huggingface.co/docs/hub/storage-limits: entries of a folder and bytes of a file.
+    More files than it recommends for a repository are said.
+
+    Args:
+        path: of the cache.
+        files: bytes of each file, by name.
+
     Raises:
-        UserInputError: a folder has more entries than the Hub takes.
+        UserInputError: a folder has more entries, or a file more bytes, than the Hub takes.
     """
-    paths = {path for name in names for path in (PurePosixPath(name), *PurePosixPath(name).parents[:-1])}
-    folder, entries = Counter(str(path.parent) for path in paths).most_common(1)[0]
+    largest = max(files, key=files.__getitem__)
+    if files[largest] > HUB_FILE_NBYTES:
+        raise UserInputError(
+            f"{path / largest}: expected at most {human_bytes(HUB_FILE_NBYTES)} in one file, as the Hub takes, found"
+            f" {human_bytes(files[largest])}: push the cache to an object store, such as s3://bucket/name.zarr"
+        )
+    if len(files) > HUB_FILES:
+        logger.warning("%s: %d files; the Hub recommends less than %d in a repository", path, len(files), HUB_FILES)
+    counts, counted = Counter[str](), set[str]()
+    for name in files:
+        entry = name
+        while entry and entry not in counted:  # a file, and then the folders above it
+            counted.add(entry)
+            entry = entry.rpartition("/")[0]
+            counts[entry] += 1
+    folder, entries = counts.most_common(1)[0]
     if entries > HUB_FOLDER_ENTRIES:
         raise UserInputError(
             f"{path / folder}: expected at most {HUB_FOLDER_ENTRIES} files in one folder, as the Hub takes, found"

@@ -28,7 +28,7 @@ from geomcache.progress import TransferBar, human_bytes
 from geomcache.ranges import common_ranges, count_rows
 from geomcache.sharing.base import Content, damaged, errors_name, file_size, in_parallel
 from geomcache.sharing.card import published_header, write_card
-from geomcache.sharing.limits import check_hub_folders
+from geomcache.sharing.limits import check_hub_limits
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.open import open_remote
 
@@ -90,7 +90,8 @@ def push(
     inventory = Inventory.read(folder)
     remote = open_remote(destination, revision)
     if remote.on_hub:
-        check_hub_folders(folder, (*inventory.files(), *_CONTROL, CARD))
+        sizes = {name: stored.size for name, stored in inventory.files().items()}
+        check_hub_limits(folder, {**sizes, **dict.fromkeys((*_CONTROL, CARD), 0)})
     remote.prepare(private=private)
     return _Push(folder, inventory, remote).run(overwrite=overwrite, verify=verify)
 

@@ -21,6 +21,7 @@ from geomcache.sharing.address import public_address, reason
 from geomcache.sharing.base import errors_name
 from geomcache.sharing.limits import fetch_description
 from geomcache.sharing.open import open_remote
+from geomcache.waits import waiting
 
 
 class RemoteGeometryStore(GeometryStore):
@@ -62,7 +63,8 @@ class RemoteGeometryStore(GeometryStore):
     @override
     def batch(self, indices: Any) -> Geometry:
         try:
-            return self.batch_plain(indices)
+            with waiting(f"{self.address}: waiting for frames", group="remote"):
+                return self.batch_plain(indices)
         except (OSError, ValueError) as error:  # drivers' and zarr's
             if isinstance(error, GeomcacheError):
                 raise
@@ -98,7 +100,12 @@ class RemoteGeometryStore(GeometryStore):
             name, size = self._layout.files(shard)[number], self._contents.shards[shard].sizes[number]
             if not (self.path / name).exists():
                 remote.fetch(name, size, self.path)  # the reader names a missing one
-        return super()._read_table(table, rows)
+        try:
+            return super()._read_table(table, rows)
+        except CacheCorruptError as error:
+            raise CacheCorruptError(
+                f"{self.address}/{table.key}: expected what was pushed, found a damaged file: push the cache again"
+            ) from error
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from geomcache.errors import DatasetError, UserInputError
-from geomcache.frames.source import describe_cameras
+from geomcache.frames.source import describe_cameras, describe_statistics_command
 from geomcache.geometry import GeometrySpec
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,38 @@ def use_colour_cameras(meta: Any, config: Any) -> None:
     logger.info("dataset %s: left out, as Pi0.5 takes colour images: %s", meta.repo_id, ", ".join(others))
 
 
+def check_camera_names(meta: Any, config: Any) -> None:
+    """Require that the policy's cameras are the dataset's; LeRobot does when the policy is built, in a traceback.
+
+    Args:
+        meta: LeRobot's `LeRobotDatasetMetadata`.
+        config: LeRobot's `TrainPipelineConfig`.
+
+    Raises:
+        UserInputError: each has a camera that the other lacks; the message has the option that renames them.
+    """
+    from lerobot.configs import FeatureType
+    from lerobot.policies.utils import validate_visual_features_consistency
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    if config.rename_map or not config.policy.input_features:
+        return
+    features = dataset_to_policy_features(meta.features)
+    try:
+        validate_visual_features_consistency(config.policy, features)
+    except ValueError as error:
+        expected, found = (
+            [key for key, feature in of.items() if feature.type is FeatureType.VISUAL]
+            for of in (config.policy.input_features, features)
+        )
+        names = json.dumps(dict(zip(found, expected, strict=False)))
+        raise UserInputError(
+            f"cameras: expected {', '.join(expected)}, which the checkpoint was trained with, found"
+            f" {', '.join(found)} in dataset {meta.repo_id}: give them the checkpoint's names, such as"
+            f" --rename_map='{names}'"
+        ) from error
+
+
 def check_features(meta: Any, config: Any) -> None:
     """Check that a dataset has state, actions, and the statistics that a `TrainPipelineConfig` normalises them by.
 
@@ -158,15 +190,13 @@ def check_features(meta: Any, config: Any) -> None:
 def _statistics_message(
     meta: Any, config: Any, key: str, mode: str, missing_names: list[str], present_names: list[str]
 ) -> str:
-    root = "" if config.dataset.root is None else f" --root={config.dataset.root}"
+    root = config.dataset.root
+    advice = describe_statistics_command(meta.repo_id, root)
+    if root is None:
+        advice += ", and train with --dataset.root=DIR"
     if present_names:
-        command = f"python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id={meta.repo_id}{root}"
-        if not mode.startswith("QUANTILE"):
-            command += " --overwrite"
         alternative = {"ACTION": "MEAN_STD", "STATE": "MEAN_STD", "VISUAL": "IDENTITY"}
-        advice = f"`{command}`, or train with --policy.normalization_mapping='{json.dumps(alternative)}'"
-    else:
-        advice = f"`lerobot-edit-dataset --repo_id={meta.repo_id}{root} --operation.type=recompute_stats`"
+        advice += f", or train with --policy.normalization_mapping='{json.dumps(alternative)}'"
     return (
         f"dataset {meta.repo_id}: expected the statistics {', '.join(missing_names)} of {key}, which {mode} normalises"
         f" by, found {', '.join(present_names) or 'none'}: compute them with LeRobot's {advice}"

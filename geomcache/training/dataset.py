@@ -9,7 +9,8 @@ statistics, and take them for states. Its processors pass unknown `observation.*
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from geomcache.cache.store import GeometryStore
-from geomcache.errors import CacheMismatchError, errors_kept_whole
-from geomcache.frames.compare import check_pictures, choose_sample, compare_episodes
+from geomcache.errors import CacheMismatchError, DatasetError, errors_kept_whole, one_line
+from geomcache.frames.compare import check_pictures, check_watched, choose_sample, compare_episodes, is_watched
 from geomcache.frames.source import episode_identities, episode_lengths
 
 Item = dict[str, Any]
@@ -56,13 +57,28 @@ class _WithGeometry:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self._dataset, name)
 
-    def _add_geometry(self, items: Sequence[Item]) -> list[Item]:
-        """Add to the items the geometry of their rows, in one read."""
-        indices = np.array([int(item["index"]) for item in items], dtype=np.int64)
+    def _add_geometry(self, items: Sequence[Item], read_stored: Callable[[int], Item] | None) -> list[Item]:
+        """Compare the pictures of the watched items, and add to all items the geometry of their rows, in one read.
+
+        `read_stored` returns the item of this number among these with the pictures as they are stored; without it no
+        picture is compared.
+        """
+        rows = np.array([int(item["index"]) for item in items], dtype=np.int64)
         with contextlib.nullcontext() if get_worker_info() is None else errors_kept_whole():
-            maps = self._store.batch(indices)
+            if read_stored is not None and self._store.schema_version >= 2:
+                self._watch(rows, read_stored)
+            maps = self._store.batch(rows)
         geometry = {key: torch.from_numpy(array) for key, array in maps.to_batch().items()}
         return [item | {key: values[i] for key, values in geometry.items()} for i, item in enumerate(items)]
+
+    def _watch(self, rows: NDArray[np.int64], read_stored: Callable[[int], Item]) -> None:
+        watched = {int(rows[number]): int(number) for number in np.flatnonzero(is_watched(rows))}
+
+        def read(row: int) -> list[NDArray[np.uint8]]:
+            item = read_stored(watched[row])
+            return [_as_picture(item[key]) for key in self._store.spec.camera_keys]
+
+        check_watched(self._store, read, np.array([*watched], dtype=np.int64))
 
 
 def check_sample(dataset: Any, store: GeometryStore) -> int:
@@ -79,16 +95,36 @@ def check_sample(dataset: Any, store: GeometryStore) -> int:
         CacheMismatchError: a picture is another one; the message names episode, frame and camera.
     """
     indices = dataset.hf_dataset.data.column("index").to_numpy()  # of each position: some episodes may be left out
-    keys, transforms = store.spec.camera_keys, dataset.image_transforms
+    has_video = any(key in dataset.meta.video_keys for key in store.spec.camera_keys)
+    decoder = dataset._video_backend if has_video else "image"  # which LeRobot keeps to itself
 
     def read(row: int) -> list[NDArray[np.uint8]]:
-        item = dataset[int(np.flatnonzero(indices == row)[0])]
-        return [_as_picture(item[key]) for key in keys]
+        try:
+            item = dataset[int(np.flatnonzero(indices == row)[0])]
+        except (OSError, ValueError, RuntimeError) as error:  # LeRobot's FrameTimestampError is a ValueError
+            episode, frame = store.locate(row)
+            raise DatasetError(
+                f"dataset {dataset.repo_id}: episode {episode} frame {frame}: LeRobot cannot decode it"
+                f" ({one_line(error)}): if its time stamps are only inexact, pass --tolerance_s; otherwise its video is"
+                " damaged or cut off: get it again"
+            ) from error
+        return [_as_picture(item[key]) for key in store.spec.camera_keys]
 
     rows = choose_sample(store, dataset.episodes)
+    with _stored_pictures(dataset):
+        return check_pictures(store, read, rows[np.isin(rows, indices)], decoder=decoder)
+
+
+@contextlib.contextmanager
+def _stored_pictures(dataset: Any) -> Iterator[None]:
+    """Let a `LeRobotDataset` return its pictures as they are stored, without image transforms."""
+    transforms = dataset.image_transforms
+    if transforms is None:
+        yield
+        return
     dataset.set_image_transforms(None)
     try:
-        return check_pictures(store, read, rows[np.isin(rows, indices)])
+        yield
     finally:
         dataset.set_image_transforms(transforms)
 
@@ -117,7 +153,16 @@ class GeometryDataset(_WithGeometry, Dataset[Item]):
 
     def __getitems__(self, positions: Sequence[int]) -> list[Item]:
         """Return the items at these positions, which in a dataset of some episodes are not the frames' indices."""
-        return self._add_geometry([self._dataset[position] for position in positions])
+        items: list[Item] = [self._dataset[position] for position in positions]
+
+        def read_stored(number: int) -> Item:
+            if self._dataset.image_transforms is None:
+                return items[number]
+            with _stored_pictures(self._dataset):
+                stored: Item = self._dataset[positions[number]]
+            return stored
+
+        return self._add_geometry(items, read_stored)
 
 
 class StreamingGeometryDataset(_WithGeometry, IterableDataset[Item]):
@@ -129,7 +174,13 @@ class StreamingGeometryDataset(_WithGeometry, IterableDataset[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         for item in self._dataset:
-            yield self._add_geometry([item])[0]
+            # An item cannot be read again without its transforms.
+            stored = None if self._dataset.image_transforms is not None else partial(_always, item)
+            yield self._add_geometry([item], stored)[0]
+
+
+def _always(item: Item, _number: int) -> Item:
+    return item
 
 
 def with_geometry(dataset: Any, store: GeometryStore) -> GeometryDataset | StreamingGeometryDataset:

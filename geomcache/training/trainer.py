@@ -4,10 +4,10 @@
                                                                        └─ its dataset factory, replaced: LeRobot's
                                                                           datasets wrapped in GeometryDataset
 
-Two smaller seams make a resumed run exact and the logged numbers readable. Nothing else of the trainer is touched:
-accelerate, mixed precision, PEFT, checkpoints, wandb, the Hub and evaluation are LeRobot's, and so are the options.
-A difference between the cache and the run ends it before the first step. The cache's spec, statistics and fingerprint
-go into the policy's configuration, and with it into checkpoints.
+Smaller seams make a resumed run exact and the logged numbers readable, and say what the loader waits for. Nothing else
+of the trainer is touched: accelerate, mixed precision, PEFT, checkpoints, wandb, the Hub and evaluation are LeRobot's,
+and so are the options. A difference between the cache and the run ends it before the first step. The cache's spec,
+statistics and fingerprint go into the policy's configuration, and with it into checkpoints.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import require_intact
 from geomcache.errors import DatasetError, UserInputError, one_line
 from geomcache.lerobot_options import given, parse_options, replaced, short_ffmpeg_warning
+from geomcache.waits import hub_call
 
 if TYPE_CHECKING:
     from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
@@ -56,9 +57,15 @@ def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = Fals
 
     from lerobot.scripts import lerobot_train
 
+    from geomcache.policy.environment import watched_environment
+    from geomcache.training.loading import watched_loader
+
     with contextlib.ExitStack() as seams:
         seams.enter_context(short_ffmpeg_warning())
         seams.enter_context(geometry_datasets(store if config.policy.use_geom_prefix else None))
+        seams.enter_context(watched_loader(lambda: resume_note(cache, Path(config.output_dir))))
+        if config.env is not None:
+            seams.enter_context(watched_environment())
         if config.policy.use_geom_prefix:
             seams.enter_context(readable_metrics())
         if config.resume:
@@ -326,6 +333,7 @@ def _factory(
     )
     from geomcache.training import checks
     from geomcache.training.dataset import check_sample, with_geometry
+    from geomcache.training.loading import fit_shared_memory
 
     def make(config: Any) -> tuple[Any, Any]:
         options = config.dataset
@@ -339,19 +347,28 @@ def _factory(
                 compare_episodes(store, meta.repo_id, current, options.episodes)
         checks.check_features(meta, config)
         checks.use_colour_cameras(meta, config)
+        checks.check_camera_names(meta, config)
         if options.streaming:
             checks.check_streaming(meta, config.tolerance_s)
         try:
-            train_dataset, eval_dataset = make_datasets(config)
+            with hub_call(f"dataset {options.repo_id}: waiting until LeRobot has opened it"):
+                train_dataset, eval_dataset = make_datasets(config)
         except (OSError, ValueError, httpx.HTTPError) as error:
             raise DatasetError(f"dataset {options.repo_id}: LeRobot cannot open it: {one_line(error)}") from error
         if store is None:
+            fit_shared_memory(config, train_dataset)
             return train_dataset, eval_dataset
         if store.schema_version >= 2 and not options.streaming:
             check_sample(train_dataset, store)
+        elif options.streaming and options.image_transforms.enable:
+            logger.info(
+                "streaming with image transforms: pictures are not compared with those of the cache, only episodes"
+            )
         outputs, views = ", ".join(store.spec.outputs), len(store.spec.cameras)
         logger.info("geometry from %s: %s of %d views", store.path, outputs, views)
         held_out = None if eval_dataset is None else with_geometry(eval_dataset, store)
-        return with_geometry(train_dataset, store), held_out
+        with_maps = with_geometry(train_dataset, store)
+        fit_shared_memory(config, with_maps)
+        return with_maps, held_out
 
     return make

@@ -32,7 +32,9 @@ def test_crc32c_is_castagnolis() -> None:
         ((14, 14), 30_000_000, 4096),
         ((14, 14), 8192 * 65_536, 65_536),
         ((14, 14), 8193 * 65_536, 65_536),  # the largest, whatever the number of shards
+        ((36, 36), 161_500_000, 32_768),  # a million episodes
         ((288, 288), 273_465, 64),  # 32 MiB: 33, but 8192 shards need 34
+        ((288, 288), 27_600_000, 1024),  # 8192 shards need 4096, and 4 GiB hold 1,849: 26,954 shards
         ((14, 14), 2_765, 32),  # 64 shards: 43
         ((14, 14), 5, 16),
         ((2000, 2000), 100_000, 16),  # 32 MiB: none
@@ -88,6 +90,17 @@ def test_shard_file_holds_maps_checksums_and_index_where_zarr_puts_them() -> Non
         assert checksums[slot] == google_crc32c.value(payload)
     index = b"".join(struct.pack("<QQ", *entry) for entry in entries)
     assert content[36:] == index + struct.pack("<I", google_crc32c.value(index))
+
+
+def test_a_file_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec(grid_hw=(2, 2))
+    layout, rows = Layout.of(spec, frames=90, shard_frames=16), np.arange(16)
+    column, maps = layout.columns[0], make_maps(spec, [*range(16)])[CAMERAS[0]]["ray"]
+    whole = [bytes(part) for part in layout.encode(column, rows, maps)[0]]
+    monkeypatch.setattr("geomcache.cache.layout._BLOCK_NBYTES", 3 * column.stride)
+    parts = [bytes(part) for part in layout.encode(column, rows, maps)[0]]
+    assert (len(whole), len(parts)) == (2, 7)
+    assert b"".join(parts) == b"".join(whole)
 
 
 def test_checksum_file_has_a_row_for_every_frame_of_the_shard() -> None:

@@ -155,6 +155,16 @@ def test_a_dataset_in_a_folder_is_found_through_the_file_next_to_the_cache(folde
     assert option(choose(cache).args, "dataset.root") is None
 
 
+def test_time_stamps_are_read_as_the_cache_was_made(folder: Path) -> None:
+    cache = make_store(folder / "c.zarr")
+    recorded = {"model": "m", "dataset": "tests/made-up", "tolerance_s": 0.01}
+    write_run_config(cache, recorded)
+    assert option(choose(cache).args, "tolerance_s") == "0.01"
+    assert option(choose(cache, "--tolerance_s=0.5").args, "tolerance_s") is None
+    write_run_config(cache, recorded | {"tolerance_s": 1e-4})  # LeRobot's default
+    assert option(choose(cache).args, "tolerance_s") is None
+
+
 def test_what_is_given_is_kept(folder: Path) -> None:
     cache = make_store(folder / "libero.zarr", dataset=make_dataset_spec(revision=COMMIT))
     given = ["--dataset.repo_id=me/libero", "--policy.pretrained_path=p", "--output_dir=o"]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.scripts import lerobot_eval
 from numpy.typing import NDArray
 
+from geomcache import waits
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, ModelError, ModelNotFoundError, UserInputError
 from geomcache.evaluation.latency import ChunkTime, ChunkTimer
@@ -30,10 +32,11 @@ from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.run import extract
 from geomcache.geometry import Camera, GeometrySpec
 from geomcache.policy.checkpoint import read_config
-from geomcache.policy.environment import check_cameras, check_parallel_tasks, find_da3
+from geomcache.policy.environment import check_cameras, check_parallel_tasks, find_da3, watched_environment
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
 from tests.support.datasets import MINI, make_dataset, needs_mini
+from tests.support.logs import logged_lines
 from tests.support.policy import make_batch, make_config, make_plain_policy, make_policy, make_spec, shake
 from tests.support.simulator import ASSETS, libero_config, needs_simulator, simulator
 
@@ -433,3 +436,28 @@ def test_a_live_frame_is_the_first_of_the_episode_recorded_from_its_state(simula
         assert psnr(live[key][0], recorded[key]) > 33  # the video is lossy
         for other in (recorded[key].flip(1), recorded[key].flip(2), recorded[KEYS[key == KEYS[0]]]):
             assert psnr(live[key][0], other) < 20
+
+
+def test_an_environment_that_does_not_answer_is_waited_for_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Environment:
+        def reset(self, seed: int) -> str:
+            return f"reset with {seed}"
+
+        def step(self, action: int) -> int:
+            for _ in range(200):
+                if lines:
+                    break
+                time.sleep(0.05)
+            return action + 1
+
+    def rollout(env: Environment, policy: str) -> tuple[str, int, str]:
+        return env.reset(seed=3), env.step(4), policy
+
+    monkeypatch.setattr(waits, "LINE_EVERY_S", 0.1)
+    monkeypatch.setattr(lerobot_eval, "rollout", rollout)
+    environment = Environment()
+    with logged_lines() as lines, watched_environment():
+        assert lerobot_eval.rollout(environment, "policy") == ("reset with 3", 5, "policy")
+    assert lines[0].startswith("waiting for a step of the environment")
+    assert vars(environment) == {}
+    assert lerobot_eval.rollout is rollout

@@ -18,6 +18,7 @@ from typing import ClassVar, cast
 import pytest
 import torch
 
+from geomcache import waits
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Preprocessor
 from geomcache.errors import FrameDecodeError, WorkerDiedError
@@ -293,3 +294,29 @@ def test_the_fork_server_becomes_ready() -> None:
     server = ForkServer()
     server._starting.join(120)
     assert server.ready
+
+
+def test_workers_that_start_late_are_waited_for_with_a_line(decoder: Marked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "LINE_EVERY_S", 0.1)
+    with logged_lines() as lines:
+        for number, batch in enumerate(decode(decoder, ranges(), 1, server=cast("ForkServer", Server(100)))):
+            assert batch.decode_s == os.getpid()
+            for _ in range(200 if number == 0 else 0):
+                if lines:
+                    break
+                time.sleep(0.05)
+    assert lines[0].startswith("waiting for decoding processes to start")
+
+
+def test_a_killed_worker_that_does_not_end_is_waited_for_with_a_line(
+    decoder: Marked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where its disk never answers: here it is killed late."""
+    worker = workers_module._Worker(decoder)
+    process = worker._process
+    monkeypatch.setattr(waits, "LINE_EVERY_S", 0.1)
+    monkeypatch.setattr(process, "kill", lambda: threading.Timer(1.0, process.terminate).start())
+    with logged_lines() as lines:
+        worker.kill()
+    assert not process.is_alive()
+    assert lines[0].startswith("waiting for a decoding process that was killed")

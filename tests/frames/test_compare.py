@@ -13,11 +13,14 @@ from geomcache.errors import CacheMismatchError
 from geomcache.frames.compare import (
     EpisodeDifferences,
     check_pictures,
+    check_watched,
     choose_sample,
     compare_episodes,
     find_differences,
+    is_watched,
 )
 from geomcache.frames.signature import sign_pictures
+from tests.support.logs import logged_lines
 from tests.support.stores import CAMERAS, LENGTHS, claim_rows, make_identities, make_maps, make_spec, open_writer
 
 Table = tuple[NDArray[np.int64], NDArray[np.uint64]]
@@ -134,27 +137,70 @@ def test_the_stores_episodes_are_compared(store: GeometryStore) -> None:
 def test_the_sample_has_a_frame_of_each_episode(store: GeometryStore) -> None:
     for seed in range(20):
         rows = choose_sample(store, seed=seed)
-        assert sorted(store.locate(row)[0] for row in rows.tolist()) == [0, 1, 2, 3]
-    assert [store.locate(int(row))[0] for row in choose_sample(store, [2])] == [2]
+        assert {store.locate(row)[0] for row in rows.tolist()} == {0, 1, 2, 3}
+        assert 4 < len(rows) == len({*rows.tolist()}) <= 8
+    assert {store.locate(int(row))[0] for row in choose_sample(store, [2])} == {2}
 
 
 def test_pictures_are_compared_with_their_signatures(store: GeometryStore) -> None:
     rows = choose_sample(store)
-    assert check_pictures(store, pictures, rows) == 4
-    # By another decoder: a level more.
-    assert check_pictures(store, lambda row: [picture + 1 for picture in pictures(row)], rows) == 4
+    assert check_pictures(store, pictures, rows, decoder="pyav") == len(rows)
     with pytest.raises(CacheMismatchError) as caught:
-        check_pictures(store, lambda row: pictures((row + 20) % 90), rows[:1])
+        check_pictures(store, lambda row: [255 - picture for picture in pictures(row)], rows[:1], decoder="pyav")
     episode, frame = store.locate(int(rows[0]))
-    for part in (f"episode {episode} frame {frame}", str(store.path)):
+    for part in (f"episode {episode} frame {frame}", f"content: episodes {episode}", str(store.path)):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "cause"),
+    [
+        ("image", "encoding (the pictures were encoded again)"),
+        ("pyav", "decoder (image decoded them for the cache, pyav"),
+    ],
+)
+def test_another_decoder_or_encoding_is_taken_and_said(store: GeometryStore, decoder: str, cause: str) -> None:
+    """Which make a level more of every block."""
+    assert store.dataset.decoder == "image"
+    rows = np.array([3, 7, 60])
+    with logged_lines() as lines:
+        check_pictures(store, lambda row: [picture + (row > 3) for picture in pictures(row)], rows, decoder=decoder)
+    (line,) = lines
+    for part in ("2 of 3 sampled frames", cause, "episodes 0, 2", "at most 1 of 255"):
+        assert part in line
+
+
+def test_pictures_of_another_place_are_told_from_other_pictures(store: GeometryStore) -> None:
+    """Rows 0 to 19 and 20 to 49 are the first two episodes: 3 now has the pictures of 23, and 25 has new ones."""
+
+    def read(row: int) -> list[NDArray[np.uint8]]:
+        return pictures({3: 23, 25: 1000}.get(row, row))
+
+    with pytest.raises(CacheMismatchError) as caught:
+        check_pictures(store, read, np.array([1, 3, 25, 60]), decoder="pyav")
+    for part in ("order: episodes 0; content: episodes 1", "2 of 4 compared frames", "50 frames", "episode 0 frame 3"):
+        assert part in str(caught.value)
+
+
+def test_only_watched_rows_are_read(store: GeometryStore) -> None:
+    rows = np.arange(90)
+    read: list[int] = []
+
+    def reads(row: int) -> list[NDArray[np.uint8]]:
+        read.append(row)
+        return pictures(row)
+
+    check_watched(store, reads, rows)
+    assert read == rows[is_watched(rows)].tolist() == [0]
+    with pytest.raises(CacheMismatchError):
+        check_watched(store, lambda _: pictures(1), rows)
 
 
 def test_one_wrong_camera_is_named(store: GeometryStore) -> None:
     with pytest.raises(CacheMismatchError) as caught:
-        check_pictures(store, lambda row: [pictures(row)[0], pictures(row + 1)[1]], np.array([7]))
+        check_pictures(store, lambda row: [pictures(row)[0], pictures(row + 1)[1]], np.array([7]), decoder="pyav")
     assert CAMERAS[1] in str(caught.value)
 
 
 def test_a_slow_dataset_is_sampled_for_as_long_as_it_may(store: GeometryStore) -> None:
-    assert check_pictures(store, pictures, choose_sample(store), seconds=-1) == 1
+    assert check_pictures(store, pictures, choose_sample(store), decoder="pyav", seconds=-1) == 1

@@ -80,14 +80,19 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_an_older_version_names_the_converter(demo: Path) -> None:
     info = json.loads((demo / "meta" / "info.json").read_text())
     (demo / "meta" / "info.json").write_text(json.dumps({**info, "codebase_version": "v2.1"}))
-    with pytest.raises(DatasetError, match=r"expected LeRobotDataset v3\.0, found v2\.1.*convert_dataset_v21_to_v30"):
+    with pytest.raises(
+        DatasetError, match=r"expected LeRobotDataset v3\.0, found v2\.1.*convert_dataset_v21_to_v30"
+    ) as caught:
         open_dataset("test", root=demo)
+    assert f"--root={demo} --push-to-hub=false`" in str(caught.value)
 
 
 def test_the_converter_that_the_message_names_is_there() -> None:
     import lerobot.scripts.convert_dataset_v21_to_v30 as converter
 
-    assert "--repo-id" in Path(converter.__file__).read_text()
+    source = Path(converter.__file__).read_text()
+    for option in ("--repo-id", "--root", "--push-to-hub"):
+        assert f'"{option}"' in source
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"fps": 10}'])

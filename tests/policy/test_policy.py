@@ -569,6 +569,27 @@ def test_all_byte_values_come_back() -> None:
     assert to_uint8(values, "camera") is values
 
 
+def test_float16_comes_back_where_it_rounds_back_exactly() -> None:
+    """Every float16 number from 0 to 1: those that NumPy rounds a multiple of 1/255 to are taken."""
+    halves = torch.arange(0x3C01, dtype=torch.int16).view(torch.float16)
+    taken = dict(zip((np.arange(256, dtype=np.float32) / 255).astype(np.float16).tolist(), range(256), strict=True))
+    assert len(taken) == 256
+    for half in halves:
+        if half.item() in taken:
+            assert to_uint8(half[None], "camera").tolist() == [taken[half.item()]]
+        else:
+            with pytest.raises(GeometryError, match="float16"):
+                to_uint8(half[None], "camera")
+
+
+def test_float16_pictures_give_the_geometry_of_the_same_bytes(encoder: type[FakeEncoder]) -> None:
+    policy, batch = make_policy(), make_batch(geometry=False)
+    policy.geometry_of(batch)
+    policy.geometry_of(batch | {key: batch[key].half() for key in CAMERAS})
+    for first, second in zip(*encoder.made[0].images, strict=True):
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize(
     "pictures",
     [
@@ -577,8 +598,10 @@ def test_all_byte_values_come_back() -> None:
         torch.full((1, 3, 4, 4), 255.0),
         torch.full((1, 3, 4, 4), math.nan),
         (torch.arange(256).reshape(1, 1, 16, 16) / 255).to(torch.bfloat16),
+        torch.full((1, 3, 4, 4), math.nan, dtype=torch.float16),
+        torch.full((1, 3, 4, 4), 255.0, dtype=torch.float16),
     ],
-    ids=["resized", "normalised", "bytes as floats", "nan", "bfloat16"],
+    ids=["resized", "normalised", "bytes as floats", "nan", "bfloat16", "nan in float16", "bytes in float16"],
 )
 def test_pictures_that_are_not_8_bit_are_refused(pictures: torch.Tensor) -> None:
     with pytest.raises(GeometryError, match="camera front: .*uint8"):

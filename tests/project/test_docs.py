@@ -54,6 +54,20 @@ def test_every_command_and_option_is_in_the_reference() -> None:
         assert "[bold]" not in text
 
 
+def test_every_wait_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+    rows = page.partition("## What is waited for")[2].partition("\n## ")[0].splitlines()
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    named = [re.findall(r"`(test_\w+)`", row) for row in rows if row.startswith("| ") and "**" not in row][2:]
+    assert len(named) > 20
+    assert {name for names in named for name in names} <= defined
+    assert sum(not names for names in named) == 2  # "the same", and a line of huggingface_hub
+
+
 def test_the_reference_has_types_and_defaults() -> None:
     found = sections(reference.command_reference())
     extract = found["geomcache extract"]

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from geomcache import waits
 from geomcache.cache.inventory import Stored
 from geomcache.errors import CacheMismatchError, RemoteError
-from geomcache.sharing.base import damaged, errors_name, in_parallel
+from geomcache.sharing.base import damaged, errors_name, in_parallel, remote_errors
+from tests.support.logs import logged_lines
 
 
 def test_the_first_failure_stops_what_has_not_begun() -> None:
@@ -49,3 +51,13 @@ def test_errors_about_a_copy_name_the_address(tmp_path: Path) -> None:
     with pytest.raises(RemoteError) as remote, errors_name("s3://bucket/name", tmp_path):
         raise RemoteError(f"{tmp_path}/a: no")
     assert str(remote.value) == "s3://bucket/name/a: no"
+
+
+def test_a_remote_that_does_not_answer_is_waited_for_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "LINE_EVERY_S", 0.1)
+    with logged_lines() as lines, remote_errors("s3://bucket/cache.zarr/zarr.json"):
+        for _ in range(200):
+            if lines:
+                break
+            time.sleep(0.05)
+    assert lines[0].startswith("s3://bucket/cache.zarr/zarr.json: waiting for an answer")

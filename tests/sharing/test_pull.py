@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zarr
 
+from geomcache import waits
 from geomcache.cache import locks
 from geomcache.cache.compatibility import require_episodes
 from geomcache.cache.journal import encode_line
@@ -373,6 +375,27 @@ def test_another_process_that_pulls_the_same_is_waited_for(
     assert pull(address_of(there), path).fetched == FILES
     assert len(finished) == 1
     assert said[0].startswith(f"{draft}: ")
+
+
+def test_a_long_pull_of_another_process_has_more_lines(
+    there: Path, path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = path.with_name(".cache.zarr.geomcache-pull")
+    draft.mkdir(parents=True)
+    other = locks.LockFile(draft / "lock")
+    assert other.claim(drafts._CLAIM)
+    monkeypatch.setattr(waits, "LINE_EVERY_S", 0.1)
+
+    def wait(_seconds: float) -> None:
+        for _ in range(200):
+            if len(said) > 1:
+                break
+            time.sleep(0.05)
+        other.close()
+
+    monkeypatch.setattr(drafts, "sleep", wait)
+    pull(address_of(there), path)
+    assert said[1].startswith(f"{draft}: waiting for another process")
 
 
 def test_training_uses_a_copy_and_makes_it_once(

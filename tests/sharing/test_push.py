@@ -21,12 +21,14 @@ from geomcache.errors import (
     RemoteError,
     UserInputError,
 )
-from geomcache.sharing.limits import check_hub_folders
+from geomcache.sharing.limits import HUB_FILE_NBYTES, check_hub_limits
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.pull import pull
 from geomcache.sharing.push import UNSEALED, push
-from tests.support.sharing import CONTROL, FILES, RAY, SHARD_FILES, SPEC, contents, make_small_store
+from tests.support.sharing import CONTROL, FILES, RAY, SHARD_FILES, SPEC, contents, make_small_store, said
 from tests.support.stores import fill, make_dataset_spec, make_spec, make_store, open_writer
+
+__all__ = ["said"]
 
 
 @pytest.fixture
@@ -226,13 +228,31 @@ def test_more_files_in_a_folder_than_the_hub_takes_are_counted_before_anything_i
     inside = [f"{RAY}/zarr.json", *(names(shard)[0] for shard in range(shards))]
     folder = inside[1].rpartition("/")[0]
     inside[0] = f"{folder}/zarr.json"
-    check_hub_folders(tmp_path / "cache.zarr", inside)
+    check_hub_limits(tmp_path / "cache.zarr", dict.fromkeys(inside, 1))
     with pytest.raises(UserInputError, match=rf"cache.zarr/{folder}: .* 10000 .* 10001"):
-        check_hub_folders(tmp_path / "cache.zarr", [*inside, names(shards)[0]])
+        check_hub_limits(tmp_path / "cache.zarr", dict.fromkeys([*inside, names(shards)[0]], 1))
     folders = [f"{number}/zarr.json" for number in range(10_000)]
-    check_hub_folders(tmp_path / "cache.zarr", folders)
+    check_hub_limits(tmp_path / "cache.zarr", dict.fromkeys(folders, 1))
     with pytest.raises(UserInputError, match="10001"):
-        check_hub_folders(tmp_path / "cache.zarr", [*folders, "zarr.json"])
+        check_hub_limits(tmp_path / "cache.zarr", dict.fromkeys([*folders, "zarr.json"], 1))
+
+
+def test_a_file_that_is_too_large_for_the_hub_is_named(tmp_path: Path) -> None:
+    assert HUB_FILE_NBYTES == 500_000_000_000
+    files = {"zarr.json": 1, f"{RAY}/c.0.0.0.0": HUB_FILE_NBYTES}
+    check_hub_limits(tmp_path, files)
+    with pytest.raises(UserInputError, match=rf"{RAY}/c.0.0.0.0: .*500.0 GB"):
+        check_hub_limits(tmp_path, files | {f"{RAY}/c.0.0.0.0": HUB_FILE_NBYTES + 1})
+
+
+def test_more_files_than_the_hub_recommends_are_said(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geomcache.sharing.limits.HUB_FILES", 3)
+    check_hub_limits(tmp_path, dict.fromkeys("abc", 1))
+    assert said == []
+    check_hub_limits(tmp_path, dict.fromkeys("abcd", 1))
+    assert "4 files" in said[0]
 
 
 def test_files_that_have_no_place_in_the_cache_are_removed(here: Path, there: Path) -> None:

@@ -122,3 +122,31 @@ def test_a_dataset_of_colour_cameras_leaves_the_choice_to_lerobot() -> None:
         checks.use_colour_cameras(LeRobotDatasetMetadata("demo", root=DEMO), config)
     assert not config.policy.input_features
     assert lines == []
+
+
+def test_cameras_of_other_names_are_told_the_option_that_renames_them() -> None:
+    """As LeRobot's own check has it, which is satisfied by the option."""
+    meta = LeRobotDatasetMetadata("geomcache/demo", root=DEMO)
+    front, wrist = (PolicyFeature(type=FeatureType.VISUAL, shape=(3, 256, 256)) for _ in range(2))
+    state = PolicyFeature(type=FeatureType.STATE, shape=(8,))
+    policy = SimpleNamespace(
+        input_features={
+            "observation.state": state,
+            "observation.images.front": front,
+            "observation.images.wrist": wrist,
+        }
+    )
+    config = SimpleNamespace(rename_map={}, policy=policy)
+    with pytest.raises(UserInputError) as caught:
+        checks.check_camera_names(meta, config)
+    assert "\n" not in str(caught.value)
+    (option,) = [word for word in shlex.split(str(caught.value)) if word.startswith("--rename_map=")]
+    config.rename_map = json.loads(option.partition("=")[2])
+    assert config.rename_map == {
+        "observation.images.image": "observation.images.front",
+        "observation.images.image2": "observation.images.wrist",
+    }
+    checks.check_camera_names(meta, config)
+    config.rename_map = {}
+    del policy.input_features["observation.images.front"], policy.input_features["observation.images.wrist"]
+    checks.check_camera_names(meta, config)  # a policy of fewer cameras takes those that it has

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata, StreamingLeRobotDataset
 from lerobot.processor import make_default_policy_processor_steps
 from lerobot.utils.collate import lerobot_collate_fn
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from geomcache.cache.store import GeometryStore
-from geomcache.errors import CacheMismatchError, MissingFrameError
+from geomcache.errors import CacheMismatchError, DatasetError, MissingFrameError
+from geomcache.frames.compare import check_watched, is_watched
 from geomcache.training.dataset import GeometryDataset, StreamingGeometryDataset, check_sample, with_geometry
-from tests.support.training import REPO_ID, make_cache, make_dataset, make_spec, row_maps
+from tests.support.training import CAMERAS, REPO_ID, make_cache, make_dataset, make_spec, row_maps
 
 LENGTHS = (5, 4, 6)
 FRAMES = sum(LENGTHS)
@@ -188,7 +191,89 @@ def test_sampled_pictures_are_compared_in_both_dtypes_of_lerobot(
 ) -> None:
     dataset = lerobot_dataset(meta, return_uint8=return_uint8)
     with GeometryStore.open(cache) as store:
-        assert check_sample(dataset, store) == 3  # one frame of each episode
+        assert 3 <= check_sample(dataset, store) <= 8  # at least one frame of each episode
+
+
+def watched_rows(count: int) -> list[int]:
+    rows: list[int] = np.flatnonzero(is_watched(np.arange(count))).tolist()
+    return rows
+
+
+def replace_pictures(monkeypatch: pytest.MonkeyPatch, row: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let LeRobot return other pictures of a row, as of a dataset that was changed while it was read."""
+    read = LeRobotDataset.__getitem__
+
+    def changed(self: LeRobotDataset, position: int) -> dict[str, Any]:
+        item: dict[str, Any] = read(self, position)
+        if int(item["index"]) == row:
+            item |= {key: change(item[key]) for key in CAMERAS}
+        return item
+
+    monkeypatch.setattr(LeRobotDataset, "__getitem__", changed)
+
+
+@pytest.mark.parametrize("return_uint8", [True, False])
+def test_a_watched_item_of_other_pictures_ends_training(
+    meta: LeRobotDatasetMetadata, cache: Path, monkeypatch: pytest.MonkeyPatch, return_uint8: bool
+) -> None:
+    """Row 0 is watched, row 1 is not: 1 in 256."""
+    assert watched_rows(FRAMES) == [0]
+    dataset = GeometryDataset(lerobot_dataset(meta, return_uint8=return_uint8), GeometryStore.open(cache))
+    replace_pictures(monkeypatch, 1, lambda image: 0 * image)
+    dataset.__getitems__([0, 1])
+    replace_pictures(monkeypatch, 0, lambda image: 0 * image)
+    with pytest.raises(CacheMismatchError) as caught:
+        dataset.__getitems__([1, 0])
+    for part in ("content: episodes 0", "1 of 1 compared frames", "episode 0 frame 0", CAMERAS[0]):
+        assert part in str(caught.value)
+
+
+def test_a_watched_item_is_compared_in_a_worker_and_without_its_transforms(
+    meta: LeRobotDatasetMetadata, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[list[NDArray[np.uint8]]] = []
+    monkeypatch.setattr(
+        "geomcache.training.dataset.check_watched", lambda store, read, rows: compared.extend(map(read, rows.tolist()))
+    )
+    plain = lerobot_dataset(meta, image_transforms=lambda image: 1 - image)
+    item = GeometryDataset(plain, GeometryStore.open(cache)).__getitems__([0])[0]
+    for key, picture in zip(CAMERAS, compared[0], strict=True):
+        shown = (255 * item[key]).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        assert np.array_equal(255 - shown, picture)
+    assert plain.image_transforms is not None
+
+
+@pytest.mark.slow
+def test_a_watched_item_ends_training_from_a_spawned_worker_with_its_message(
+    meta: LeRobotDatasetMetadata, tmp_path: Path
+) -> None:
+    """The cache of another dataset with the same lengths, taken for this one's."""
+    other = make_dataset(tmp_path / "other", LENGTHS, seed=1)
+    store = GeometryStore.open(make_cache(tmp_path / "other.zarr", other, make_spec(other)))
+    dataset = GeometryDataset(lerobot_dataset(other), store)
+    dataset._dataset = lerobot_dataset(meta)
+    loader = DataLoader(dataset, batch_size=4, num_workers=1, multiprocessing_context="spawn")
+    with pytest.raises(CacheMismatchError, match="episode 0 frame 0"):
+        next(iter(loader))
+
+
+def test_one_in_256_rows_is_watched_and_they_are_spread() -> None:
+    rows = watched_rows(256_000)
+    assert 990 <= len(rows) <= 1010
+    assert max(np.diff(rows)) <= 512
+
+
+def test_a_picture_that_lerobot_cannot_decode_is_one_line(
+    meta: LeRobotDatasetMetadata, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("time stamps violate the tolerance\nand so on")
+
+    monkeypatch.setattr(LeRobotDataset, "__getitem__", fail)
+    with GeometryStore.open(cache) as store, pytest.raises(DatasetError) as caught:
+        check_sample(lerobot_dataset(meta), store)
+    assert "--tolerance_s" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_dataset_with_the_first_episodes_alone_is_taken(cache: Path, tmp_path: Path) -> None:
@@ -231,7 +316,16 @@ def streaming_dataset(meta: LeRobotDatasetMetadata) -> StreamingLeRobotDataset:
     )
 
 
-def test_streamed_items_have_their_own_rows_geometry(meta: LeRobotDatasetMetadata, cache: Path) -> None:
+def test_streamed_items_have_their_own_rows_geometry(
+    meta: LeRobotDatasetMetadata, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+
+    def watched(store: GeometryStore, read: Callable[[int], Any], rows: Any) -> None:
+        compared.extend(rows[is_watched(rows)].tolist())
+        check_watched(store, read, rows)
+
+    monkeypatch.setattr("geomcache.training.dataset.check_watched", watched)
     dataset = with_geometry(streaming_dataset(meta), GeometryStore.open(cache))
     assert isinstance(dataset, StreamingGeometryDataset)
     assert isinstance(dataset, IterableDataset)
@@ -243,6 +337,7 @@ def test_streamed_items_have_their_own_rows_geometry(meta: LeRobotDatasetMetadat
         assert item["action"].shape == (2, 2)
     assert sorted(order) == list(range(FRAMES))
     assert order != sorted(order)  # LeRobot's shuffling buffer was at work
+    assert compared == [0]
 
 
 @pytest.mark.slow

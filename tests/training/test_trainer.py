@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import logging
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,18 +331,45 @@ def without_statistics(meta: LeRobotDatasetMetadata, root: Path, drop: Callable[
     return root
 
 
+class StepReachedError(Exception):
+    """A training step was about to be run."""
+
+
+def edit_dataset(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> None:
+    """Run LeRobot's command with these words, and let training stop before its first step from now on."""
+    from lerobot.scripts import lerobot_edit_dataset
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [*command])
+            lerobot_edit_dataset.main()
+    finally:
+        root.handlers[:], root.level = handlers, level
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise StepReachedError
+
+    monkeypatch.setattr(lerobot_train, "update_policy", stop)
+
+
 @pytest.mark.usefixtures("no_step")
 @pytest.mark.parametrize("geometry", ["true", "false"])
 def test_missing_quantiles_are_refused_with_lerobots_remedy(
-    meta: LeRobotDatasetMetadata, cache: Path, tmp_path: Path, geometry: str
+    meta: LeRobotDatasetMetadata, cache: Path, tmp_path: Path, geometry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     low = ("observation.state", "action")  # the cameras' statistics belong to the identity of the cache's dataset
     root = without_statistics(meta, tmp_path / "pens", lambda key, name: key in low and name.startswith("q"))
     run = [f"--dataset.root={root}", f"--policy.use_geom_prefix={geometry}"]
     with pytest.raises(DatasetError, match=r"q01, q99 .*observation\.state, .*QUANTILES") as caught:
         training.train(cache, options(meta, tmp_path / "run", *run))
-    remedy = f"`python -m lerobot.scripts.augment_dataset_quantile_stats --repo-id={REPO_ID} --root={root}`"
-    assert remedy in str(caught.value)
+    command = shlex.split(str(caught.value).partition("`")[2].partition("`")[0])
+    assert command[0] == "lerobot-edit-dataset"
+    assert f"--root={root}" in command
+    edit_dataset(monkeypatch, command)
+    with pytest.raises(StepReachedError):  # nothing is missing any more, and the cache still fits
+        training.train(cache, options(meta, tmp_path / "run", *run))
 
 
 def test_features_and_statistics_are_checked(meta: LeRobotDatasetMetadata, tmp_path: Path) -> None:
@@ -417,6 +446,21 @@ def test_transforms_may_resize_and_not_move(kind: str, kwargs: dict[str, Any], s
             checks.check_image_transforms(config)
 
 
+def test_the_option_that_a_refused_transform_is_told_leaves_it_out(
+    meta: LeRobotDatasetMetadata, tmp_path: Path
+) -> None:
+    """LeRobot's own defaults have one that moves content."""
+    enabled = "--dataset.image_transforms.enable=true"
+    config = training.parse_config(options(meta, tmp_path / "run", enabled))
+    with pytest.raises(UserInputError, match="RandomAffine") as caught:
+        checks.check_image_transforms(config.dataset.image_transforms)
+    (option,) = shlex.split(str(caught.value).partition("leave it out with ")[2])
+    config = training.parse_config(options(meta, tmp_path / "run", enabled, option))
+    checks.check_image_transforms(config.dataset.image_transforms)
+    assert "affine" not in config.dataset.image_transforms.tfs
+    assert len(config.dataset.image_transforms.tfs) > 3
+
+
 # ---- which process, and how a run is resumed -------------------------------------------------------------------------
 
 
@@ -477,6 +521,7 @@ def test_an_interrupted_run_notes_how_it_is_resumed(
 
     early = interrupted_at(1)
     assert "no checkpoint" in early
+    assert (f"remove {output} and run the same command again" in early) == output.exists()
     assert "geomcache train" not in early
     shutil.rmtree(output, ignore_errors=True)
     note = interrupted_at(3)
