@@ -90,12 +90,14 @@ def with_training_choices(cache: Path, lerobot_args: Sequence[str]) -> list[str]
 
 def _dataset(store: "GeometryStore", cache: Path, args: Sequence[str]) -> list[str]:
     """Choose the dataset that the cache was made of: its folder if it was one, otherwise the Hub's at that commit."""
+    from geomcache.extraction.run_config import recorded_run
+
     if given("dataset.repo_id", args):
         return []
     repo_id, where = store.dataset.repo_id, ""
     chosen = [f"--dataset.repo_id={repo_id}"]
     if not given("dataset.root", args):
-        root, revision = _recorded_root(cache), store.dataset.revision
+        root, revision = recorded_run(cache).get("root"), store.dataset.revision
         if root is not None:
             chosen.append(f"--dataset.root={root}")
             where = f" in {root}"
@@ -104,18 +106,6 @@ def _dataset(store: "GeometryStore", cache: Path, args: Sequence[str]) -> list[s
             where = f" at {revision}"
     _say("dataset: %s%s, which the cache was made of; choose another with --dataset.repo_id", repo_id, where)
     return chosen
-
-
-def _recorded_root(cache: Path) -> str | None:
-    """Return the folder that the cache's dataset was read from, which `extract` has noted next to the cache."""
-    from geomcache.cache.commands import run_config_path
-    from geomcache.extraction.options import recorded_options
-    from geomcache.extraction.run_config import HEADER, read_run_config
-
-    file = run_config_path(cache)
-    if not file.is_file() or not file.read_bytes().startswith(HEADER.encode()):
-        return None
-    return read_run_config(file, recorded_options()).get("root")
 
 
 def _policy(args: Sequence[str]) -> list[str]:

@@ -6,12 +6,15 @@ say at once what has changed, and where.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.cache.commands import update_command
 from geomcache.cache.signatures import TOLERANCE
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError
@@ -92,11 +95,40 @@ def find_differences(
     return EpisodeDifferences(**numbers, rows=int(lengths[np.concatenate(differing)].sum()))
 
 
+def map_episodes(
+    cached: tuple[NDArray[np.int64], NDArray[np.uint64]], current: tuple[NDArray[np.int64], NDArray[np.uint64]]
+) -> NDArray[np.int64]:
+    """Guess for each episode of a dataset which of a cache's episodes it is: the one of its identity, equal ones in order.
+
+    An episode whose identity the cache does not have is taken for the cache's of the same number, if that has its length
+    and is no other's. Only pictures tell whether a guess is right.
+
+    Args:
+        cached: lengths and identities of the cache's episodes, [E] each.
+        current: the same of the dataset.
+
+    Returns:
+        Numbers of the cache's episodes, -1 where there is none, int64 [E] of the dataset.
+    """
+    (cached_lengths, cached_identities), (lengths, identities) = cached, current
+    places: dict[int, list[int]] = {}
+    for number, identity in reversed([*enumerate(cached_identities.tolist())]):
+        if identity:
+            places.setdefault(identity, []).append(number)
+    guesses = np.array([places[each].pop() if places.get(each) else -1 for each in identities.tolist()], np.int64)
+    both = np.arange(min(len(lengths), len(cached_lengths)))
+    is_free = ~np.isin(both, guesses)
+    at_its_place = both[is_free & (guesses[both] < 0) & (lengths[both] == cached_lengths[both])]
+    guesses[at_its_place] = at_its_place
+    return guesses
+
+
 def compare_episodes(
     store: GeometryStore,
     repo_id: str,
     current: tuple[NDArray[np.int64], NDArray[np.uint64]],
     episodes: Sequence[int] | None = None,
+    root: Path | str | None = None,
 ) -> EpisodeDifferences:
     """Require that episodes of a dataset are those that a cache was made of, as far as metadata tell.
 
@@ -105,6 +137,7 @@ def compare_episodes(
         repo_id: the dataset's name, for the message.
         current: lengths and identities of the dataset's episodes, [E] each.
         episodes: the ones that will be read; None for all.
+        root: folder of a local dataset, for the command in the message.
 
     Returns:
         No differences but unknown episodes.
@@ -119,7 +152,7 @@ def compare_episodes(
         raise CacheMismatchError(
             f"dataset {repo_id}: expected the episodes that cache {store.path} was made of, found others in"
             f" {differences.describe()} ({differences.rows} frames): use the dataset that the cache was made of, or"
-            " make a cache of this one with `geomcache extract` and another --output",
+            f" let the cache follow this one with `{update_command(store.path, repo_id, root)}`",
             "dataset.episodes",
             store.dataset.identities_sha256,
             differences.describe(),
@@ -147,11 +180,47 @@ def choose_sample(store: GeometryStore, episodes: Sequence[int] | None = None, s
     return shuffled
 
 
+class ComparedRow(NamedTuple):
+    """A row of a dataset whose pictures were compared with those that a row of a cache was made of."""
+
+    row: int
+    distances: NDArray[np.int64]
+    """As `Signatures.distances`, [V]."""
+    is_same: bool
+    """Whether all pictures are equal."""
+
+
+def compare_rows(
+    store: GeometryStore,
+    read: Callable[[int], Pictures],
+    rows: NDArray[np.int64],
+    stored_rows: NDArray[np.int64],
+    *,
+    seconds: float = SAMPLE_S,
+) -> Iterator[ComparedRow]:
+    """Compare the pictures of rows of a dataset with the signatures of rows that a cache has.
+
+    Args:
+        store: a cache of schema version 2.
+        read: decodes the pictures of a row, in the order of the cache's views.
+        rows: of the dataset, [n].
+        stored_rows: of the cache, [n].
+        seconds: after which the rest of the rows, but for the first one, is left out.
+    """
+    stored, end = store.signatures(stored_rows), time.monotonic() + seconds
+    for number, row in enumerate(rows.tolist()):
+        if number and time.monotonic() > end:
+            return
+        signatures, of_cache = sign_pictures([picture[None] for picture in read(row)]), stored[number : number + 1]
+        yield ComparedRow(row, signatures.distances(of_cache)[0], bool(signatures.equal(of_cache).all()))
+
+
 def check_pictures(
     store: GeometryStore,
     read: Callable[[int], Pictures],
     rows: NDArray[np.int64],
     *,
+    command: str | None = None,
     seconds: float = SAMPLE_S,
 ) -> int:
     """Compare the pictures of rows with the signatures of those that the cache was made of.
@@ -162,6 +231,7 @@ def check_pictures(
         store: a cache of schema version 2.
         read: decodes the pictures of a row, in the order of the cache's views.
         rows: the ones to compare, int64 [n].
+        command: that lets the cache follow the dataset, for the message; None for the one on the cache's own dataset.
         seconds: after which the rest of the rows is left out.
 
     Returns:
@@ -170,19 +240,14 @@ def check_pictures(
     Raises:
         CacheMismatchError: a picture is another one; the message names episode, frame and camera.
     """
-    expected, end = store.signatures(rows), time.monotonic() + seconds
     largest = differing = compared = 0
-    for number, row in enumerate(rows.tolist()):
-        if compared and time.monotonic() > end:
-            break
-        signatures, of_cache = sign_pictures([picture[None] for picture in read(row)]), expected[number : number + 1]
+    for row, distances, is_same in compare_rows(store, read, rows, rows, seconds=seconds):
         compared += 1
-        if signatures.equal(of_cache).all():
-            continue
-        distances = signatures.distances(of_cache)[0]
-        differing, largest = differing + 1, max(largest, int(distances.max()))
+        differing += not is_same
+        largest = max(largest, int(distances.max()))
         if largest > TOLERANCE:
-            raise _other_picture(store, row, int(distances.argmax()), largest)
+            command = command or update_command(store.path, store.dataset.repo_id)
+            raise _other_picture(store, row, int(distances.argmax()), largest, command)
     if differing:
         logger.info(
             "cache %s: %d of %d sampled frames were decoded or encoded otherwise than those that it was made of; block"
@@ -195,14 +260,14 @@ def check_pictures(
     return compared
 
 
-def _other_picture(store: GeometryStore, row: int, view: int, distance: int) -> CacheMismatchError:
+def _other_picture(store: GeometryStore, row: int, view: int, distance: int, command: str) -> CacheMismatchError:
     episode, frame = store.locate(row)
     camera = store.spec.camera_keys[view]
     return CacheMismatchError(
         f"episode {episode} frame {frame} camera {camera}: expected the picture that cache {store.path} was made of,"
         f" found another one (block means differ by {distance} of 255, another decoder or encoding by at most"
         f" {TOLERANCE}): the dataset's episodes were changed or re-ordered; use the dataset that the cache was made of,"
-        " or make a cache of this one with `geomcache extract` and another --output",
+        f" or let the cache follow this one with `{command}`",
         "pictures",
         None,
         distance,

@@ -25,7 +25,7 @@ def compare_with_cache(path: Path, dataset: FrameDataset) -> None:
     with GeometryStore.open(path) as store:
         if store.episode_identity is not None and store.spec.cameras == dataset.cameras:
             current = dataset.reader.episode_length, dataset.identities
-            compare_episodes(store, dataset.spec.repo_id, current)
+            compare_episodes(store, dataset.spec.repo_id, current, root=dataset.root)
 
 
 def open_pictures(
@@ -55,7 +55,6 @@ def open_pictures(
     compare_cameras(store.spec, {camera.key: camera for camera in opened.cameras})
     compare_datasets(store.dataset, opened.describe(store.schema_version))
     if store.episode_identity is not None:
-        compare_episodes(
-            store, opened.spec.repo_id, (opened.reader.episode_length, opened.identities), episodes.tolist()
-        )
+        current = opened.reader.episode_length, opened.identities
+        compare_episodes(store, opened.spec.repo_id, current, episodes.tolist(), opened.root)
     return opened.reader

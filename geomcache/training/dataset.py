@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from geomcache.cache.commands import update_command
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, errors_kept_whole
 from geomcache.frames.compare import check_pictures, choose_sample, compare_episodes
-from geomcache.frames.source import episode_identities, episode_lengths
+from geomcache.frames.source import episode_identities, episode_lengths, local_root
 
 Item = dict[str, Any]
 
@@ -37,7 +38,7 @@ class _WithGeometry:
         if store.schema_version >= 2:
             meta = dataset.meta
             current = episode_lengths(meta), episode_identities(meta, store.spec.camera_keys)
-            compare_episodes(store, meta.repo_id, current, dataset.episodes)
+            compare_episodes(store, meta.repo_id, current, dataset.episodes, local_root(meta))
         elif dataset.meta.total_frames != store.dataset.frames:
             raise CacheMismatchError(
                 f"cache {store.path}: expected a dataset of {store.dataset.frames} frames, got {dataset.repo_id} with"
@@ -88,7 +89,8 @@ def check_sample(dataset: Any, store: GeometryStore) -> int:
     rows = choose_sample(store, dataset.episodes)
     dataset.set_image_transforms(None)
     try:
-        return check_pictures(store, read, rows[np.isin(rows, indices)])
+        command = update_command(store.path, dataset.repo_id, local_root(dataset.meta))
+        return check_pictures(store, read, rows[np.isin(rows, indices)], command=command)
     finally:
         dataset.set_image_transforms(transforms)
 
