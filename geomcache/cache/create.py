@@ -156,7 +156,7 @@ def succeed(target: Path, replaced: Header) -> bool:
 
 
 def remove_successors(target: Path, *, sealed_only: bool = False) -> None:
-    """Remove the successors of a cache that nobody makes any more, or only those that are sealed."""
+    """Remove abandoned folders, and the successors of a cache that nobody makes any more, or only the sealed ones."""
     for folder in (successor_of(target), *set_aside_by(target)):
         if not folder.exists() or (sealed_only and not (folder / MANIFEST).exists()):
             continue
@@ -166,6 +166,8 @@ def remove_successors(target: Path, *, sealed_only: bool = False) -> None:
                 with durable.file_errors(folder):
                     durable.rename(folder, doomed)
                 _remove(doomed)
+    _remove_abandoned(target)
+    _remove_abandoned(successor_of(target))
 
 
 def _make_draft(target: Path, stack: contextlib.ExitStack) -> Path:

@@ -39,9 +39,7 @@ class Header:
     codec: Codec = RAW
 
     @classmethod
-    def new(
-        cls, spec: GeometrySpec, dataset: DatasetSpec, codec: Codec = RAW, shard_frames: int | None = None
-    ) -> Self:
+    def new(cls, spec: GeometrySpec, dataset: DatasetSpec, codec: Codec = RAW, shard_frames: int | None = None) -> Self:
         """Return the header of a new cache; without `shard_frames`, with a shard size that suits it."""
         chosen = choose_shard_frames(spec, dataset.frames) if shard_frames is None else shard_frames
         return cls(spec=spec, dataset=dataset, shard_frames=chosen, codec=codec)

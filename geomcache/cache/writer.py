@@ -180,9 +180,7 @@ class StoreWriter:
         tables = self._checked_tables(claim, signatures)
         return self._publish(claim, lambda drafts: self._write(claim, arrays, tables, drafts))
 
-    def adopt(
-        self, claim: Claim, other: Path, commit: Commit, signatures: Signatures, *, check_content: bool
-    ) -> int:
+    def adopt(self, claim: Claim, other: Path, commit: Commit, signatures: Signatures, *, check_content: bool) -> int:
         """Make a shard of the files of another cache's, and make it durable; the claim ends with it.
 
         Columns and checksums get a second name where the file system can, and are copied otherwise: no file of a shard

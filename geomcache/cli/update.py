@@ -8,9 +8,9 @@ from geomcache.extraction.options import UpdateOptions
 
 UPDATE = epilog("""
     After episodes were recorded, deleted, split off, merged or re-ordered: frames whose pictures the cache knows keep
-    their geometry, wherever they are now, and only the others are encoded. Every picture is decoded and compared. The
-    new cache takes the place of the old one in one step, when it is complete; until then the old one stays as it is, and
-    the same command resumes. A cache of schema version 1 becomes one of version 2.
+    their geometry, wherever they are now, and only the others are encoded. Every picture is decoded and compared.
+    The new cache takes the place of the old one in one step, when it is complete; until then the old one stays as it
+    is, and the same command resumes. A cache of schema version 1 becomes one of version 2.
 
     [bold]Examples[/bold]
       geomcache update libero.zarr --dataset me/libero --root data/libero --dry-run

@@ -4,7 +4,7 @@ The geometry of a frame is a function of its pictures alone, so that a row belon
 signatures of the pictures decide. An index over all rows finds them, wherever they were in the dataset of that time.
 
 Legend of shapes:  n rows   m rows that are carried over   V views   E episodes
-A *place* is the number of a row among those of all earlier caches: first those of the first cache, then those of the next.
+A *place* is the number of a row among those of all earlier caches: those of the first cache, then those of the next.
 """
 
 import functools
@@ -75,8 +75,8 @@ class EarlierCaches:
         """Compare signatures with those of places.
 
         Returns:
-            For each place, or -1, whether its pictures have these signatures, bool [n]: not in a cache of schema version
-            1, which has none, or where they are damaged. And what is damaged, a line for each file.
+            For each place, or -1, whether its pictures have these signatures, bool [n]: not where they are damaged, or
+            in a cache of schema version 1, which has none. And what is damaged, a line for each file.
         """
         equal, damage = np.zeros(len(places), bool), list[str]()
         for positions, store, rows in self._by_cache(places):
@@ -94,7 +94,7 @@ class EarlierCaches:
         return equal, tuple(damage)
 
     def distances(self, places: NDArray[np.int64], signatures: Signatures) -> NDArray[np.int64]:
-        """Return how far the pictures of places are from those with these signatures, as `Signatures.distances`, [n, V].
+        """Return how far these pictures are from those of places, as `Signatures.distances`, [n, V].
 
         The places are of caches of schema version 2, which have them.
         """
@@ -166,9 +166,7 @@ class EarlierCaches:
             journals[-1].read()
         return tuple(journals)
 
-    def _by_cache(
-        self, places: NDArray[np.int64]
-    ) -> list[tuple[NDArray[np.int64], GeometryStore, NDArray[np.int64]]]:
+    def _by_cache(self, places: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], GeometryStore, NDArray[np.int64]]]:
         """Return by cache the positions of the places that are not -1, the cache, and the rows in it."""
         positions = np.flatnonzero(places >= 0)
         numbers, rows = self.locate(places[positions])

@@ -1,7 +1,7 @@
 """Encoding in stage one: batches of network input in, batches of geometry out, in the same order.
 
-Rows that are carried over from an earlier cache take their place among those that are encoded. The encoder is loaded when
-the first row needs it.
+Rows that are carried over from an earlier cache take their place among those that are encoded. The encoder is loaded
+when the first row needs it.
 """
 
 import logging
@@ -88,9 +88,7 @@ class BatchEncoder:
         locate: names a row's episode and frame, for messages.
     """
 
-    def __init__(
-        self, encoder: EncoderOnDemand, batch_size: int, locate: Callable[[int], tuple[int, int]]
-    ) -> None:
+    def __init__(self, encoder: EncoderOnDemand, batch_size: int, locate: Callable[[int], tuple[int, int]]) -> None:
         self._encoder, self._batch_size, self._locate = encoder, batch_size, locate
         self.encode_s = 0.0
 
@@ -175,10 +173,10 @@ class BatchEncoder:
         try:
             return {name: values.numpy() for name, values in geometry.result().items()}
         except NonFiniteGeometryError as error:
-            rows = np.arange(pending.batch.start + pending.start, pending.batch.start + pending.stop)
-            if pending.batch.carried is not None:
-                rows = rows[~pending.batch.carried.is_carried[pending.start : pending.stop]]
-            names = [self._name_map(int(rows[b]), view, name) for b, view, name in error.places[:MOST_NAMED]]
+            part, carried = slice(pending.start, pending.stop), pending.batch.carried
+            needed = np.ones(pending.stop - pending.start, bool) if carried is None else ~carried.is_carried[part]
+            rows = (pending.batch.start + pending.start + np.flatnonzero(needed)).tolist()
+            names = [self._name_map(rows[b], view, name in error.places[:MOST_NAMED]]
             raise NonFiniteGeometryError(
                 f"{'; '.join(names)}: the encoder gave NaN: check the weights, or try --dtype fp32", error.places
             ) from error
@@ -188,9 +186,7 @@ class BatchEncoder:
         return f"episode {episode} frame {frame} camera {self._encoder.get().spec.camera_keys[view]} {output}"
 
 
-def _merge(
-    encoded: dict[str, NDArray[np.float16]], carried: Carried, part: slice
-) -> dict[str, NDArray[np.float16]]:
+def _merge(encoded: dict[str, NDArray[np.float16]], carried: Carried, part: slice) -> dict[str, NDArray[np.float16]]:
     """Put the maps of the encoded rows of a part, and of those that were carried over, into the order of the rows."""
     is_carried = carried.is_carried
     first = int(is_carried[: part.start].sum())

@@ -1,7 +1,7 @@
 """The options of stage one: a dataclass for each command, from which the command line and the run.yaml file are made.
 
-Each field is annotated with its option of `geomcache extract` or `geomcache update`: help text, panel, and what is shown for a default that
-depends on the machine. A new option is a new field here and nothing else. `geomcache extract --help` imports this
+Each field is annotated with its option of `geomcache extract` or `geomcache update`: help text, panel, and what is shown
+for a default that depends on the machine. A new option is a new field here and nothing else. `geomcache extract --help` imports this
 module, which therefore imports neither NumPy nor torch.
 """
 
@@ -135,7 +135,9 @@ class ExtractOptions:
         if self.follow and self.root is None:
             raise UserInputError("follow: expected --root, the folder that is recorded into, got none")
         if self.follow and (self.dry_run or self.overwrite or self.episodes):
-            raise UserInputError("follow: expected neither --dry-run, --overwrite nor --episodes, got one: leave it out")
+            raise UserInputError(
+                "follow: expected neither --dry-run, --overwrite nor --episodes, got one: leave it out"
+            )
         if self.cameras == ():
             raise UserInputError("cameras: expected at least one key, got none: leave the option out to use all")
 
@@ -168,9 +170,7 @@ class UpdateOptions:
         ),
     ] = False
 
-    root: Annotated[
-        Path | None, _dataset(help="The dataset's folder, if it is on this machine.", metavar="DIR")
-    ] = None
+    root: Annotated[Path | None, _dataset(help="The dataset's folder, if it is on this machine.", metavar="DIR")] = None
     revision: Annotated[str | None, _dataset(help="The dataset's branch, tag or commit.", metavar="REV")] = None
     episodes: Annotated[
         str | None, _dataset(help="Such as 0:100 or 0,3,5:8.", show_default="all; of a partial cache those that it has")
@@ -182,9 +182,9 @@ class UpdateOptions:
     model: Annotated[
         str | None, _machine(help="Where the cache's DA3 is: a folder or Hub id.", show_default="as in the cache")
     ] = None
-    device: Annotated[
-        str | None, _machine(help="Such as cuda:1 or cpu.", show_default="the GPU if there is one")
-    ] = None
+    device: Annotated[str | None, _machine(help="Such as cuda:1 or cpu.", show_default="the GPU if there is one")] = (
+        None
+    )
     batch_size: Annotated[
         int | None,
         _machine(help="Frames per forward pass.", metavar="N", show_default="16 on a GPU, 4 on a CPU"),

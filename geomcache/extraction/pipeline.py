@@ -9,7 +9,7 @@ batches, and a bounded queue stands between the encoder and the writing, so that
 Several processes (accelerate, array jobs, a command run twice) share a cache by claiming its shards; none waits for
 another until nothing is left to claim.
 
-Where there are earlier caches, decode workers read the maps of pictures that these have, and the encoder gets the others.
+Where there are earlier caches, decode workers read the maps of pictures that these have; the encoder gets the others.
 """
 
 import logging

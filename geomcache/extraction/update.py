@@ -6,7 +6,7 @@ encoded. When it is complete, the two exchange their names in one step, so that 
 whole, and the same command resumes.
 
     update            decodes every picture and compares its signature
-    grow (extract)    the old episodes are the first ones of the dataset: compares their identities and a sample of pictures
+    grow (extract)    the old episodes are the first ones of the dataset: compares identities and a sample of pictures
 """
 
 import contextlib
@@ -193,7 +193,9 @@ def grow(
         reader = dataset.reader
         sample = choose_sample(store, [each for each in range(episodes) if reader.has_files(each)])
         command = update_command(path, dataset.spec.repo_id, dataset.root)
-        check_pictures(store, lambda row: [view[0] for view in reader.read(row, row + 1).images], sample, command=command)
+        check_pictures(
+            store, lambda row: [view[0] for view in reader.read(row, row + 1).images], sample, command=command
+        )
         change = _Change(
             path=path,
             store=store,
@@ -230,7 +232,7 @@ def _find_change(options: UpdateOptions, path: Path, store: GeometryStore, heade
     current = episode_lengths(meta), episode_identities(meta, keys)
     if store.episode_identity is None:
         _compare_version_1(store, describe_dataset(meta, keys, schema_version=1))
-        mapping = np.arange(len(current[0]))
+        mapping: NDArray[np.int64] = np.arange(len(current[0]))
     else:
         mapping = map_episodes((store.episode_length, store.episode_identity), current)
     dataset, episodes = open_dataset(

@@ -98,10 +98,10 @@ def find_differences(
 def map_episodes(
     cached: tuple[NDArray[np.int64], NDArray[np.uint64]], current: tuple[NDArray[np.int64], NDArray[np.uint64]]
 ) -> NDArray[np.int64]:
-    """Guess for each episode of a dataset which of a cache's episodes it is: the one of its identity, equal ones in order.
+    """Guess which of a cache's episodes each episode of a dataset is: the one of its identity, equal ones in order.
 
-    An episode whose identity the cache does not have is taken for the cache's of the same number, if that has its length
-    and is no other's. Only pictures tell whether a guess is right.
+    An episode whose identity the cache does not have is taken for the cache's of the same number, if that has its
+    length and is no other's. Only pictures tell whether a guess is right.
 
     Args:
         cached: lengths and identities of the cache's episodes, [E] each.

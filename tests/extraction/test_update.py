@@ -1,4 +1,4 @@
-"""`geomcache update` after every edit of LeRobot's that changes rows: what is carried over, and what the encoder sees."""
+"""`geomcache update` after each of LeRobot's edits: what is carried over, and what the encoder sees."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -143,7 +143,9 @@ def test_the_encoder_sees_the_frames_whose_pictures_changed_and_no_others(
     assert not list(here.glob(".A.zarr*"))
     if report.frames:
         assert (report.frames_carried, report.frames_encoded) == (len(frames) - changed, changed)
-    record_property("figure", f"{edit.__name__}: {len(frames)} frames, carried {len(frames) - changed}, encoded {changed}")
+    record_property(
+        "figure", f"{edit.__name__}: {len(frames)} frames, carried {len(frames) - changed}, encoded {changed}"
+    )
     again = shop.update(here / "A.zarr", root)
     assert (again.frames, again.frames_total) == (0, len(frames))
 
@@ -157,7 +159,9 @@ def reencode(here: Path) -> Path:
 
 
 @pytest.mark.parametrize("edit", [delete, split, reencode], ids=lambda edit: edit.__name__)
-def test_reencoded_videos_keep_their_geometry_if_they_may(here: Path, shop: Workshop, edit: Callable[[Path], Path]) -> None:
+def test_reencoded_videos_keep_their_geometry_if_they_may(
+    here: Path, shop: Workshop, edit: Callable[[Path], Path]
+) -> None:
     if "video" not in here.name:
         pytest.skip("images are not encoded again")
     shutil.copytree(here / "A.zarr", here / "again.zarr")
@@ -169,7 +173,7 @@ def test_reencoded_videos_keep_their_geometry_if_they_may(here: Path, shop: Work
     (line,) = [line for line in shop.lines if "frames of" in line]
     assert f"re-encoded: {len(frames)} frames" in line
     # The rows are those of the pictures as they were.
-    kept = {delete: [0, 2, 3], split: [1, 3], reencode: [0, 1, 2, 3]}[edit]
+    kept = {"delete": [0, 2, 3], "split": [1, 3], "reencode": [0, 1, 2, 3]}[edit.__name__]
     starts = np.cumsum([0, *LENGTHS])
     rows = [row for episode in kept for row in range(starts[episode], starts[episode + 1])]
     assert largest_difference(here / "A.zarr", [before[row] for row in rows]) == 0

@@ -1,4 +1,4 @@
-"""Datasets that are edited, and an encoder that is a pure function of pictures, small enough for thousands of updates."""
+"""Datasets that are edited, and an encoder that is a pure function of pictures: small enough for thousands of updates."""
 
 import contextlib
 import functools
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -221,7 +220,7 @@ def write_dataset(root: Path, episodes: Sequence[Episode]) -> None:
     for name, content_of in (("data/chunk-000", columns | numbers), ("meta/episodes/chunk-000", table)):
         (root / name).mkdir(parents=True)
         pq.write_table(pa.table(content_of), root / name / "file-000.parquet")
-    pd.DataFrame({"task_index": [0]}, index=["move"]).to_parquet(root / "meta" / "tasks.parquet")
+    pq.write_table(pa.table({"task_index": [0], "task": ["move"]}), root / "meta" / "tasks.parquet")
     (root / "meta" / "info.json").write_text(json.dumps(info))
 
 
@@ -229,4 +228,3 @@ def write_dataset(root: Path, episodes: Sequence[Episode]) -> None:
 def workshop() -> Iterator[Workshop]:
     with pytest.MonkeyPatch.context() as patch:
         yield Workshop(patch)
-
