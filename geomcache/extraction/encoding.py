@@ -176,7 +176,7 @@ class BatchEncoder:
             part, carried = slice(pending.start, pending.stop), pending.batch.carried
             needed = np.ones(pending.stop - pending.start, bool) if carried is None else ~carried.is_carried[part]
             rows = (pending.batch.start + pending.start + np.flatnonzero(needed)).tolist()
-            names = [self._name_map(rows[b], view, name in error.places[:MOST_NAMED]]
+            names = [self._name_map(rows[b], view, name) for b, view, name in error.places[:MOST_NAMED]]
             raise NonFiniteGeometryError(
                 f"{'; '.join(names)}: the encoder gave NaN: check the weights, or try --dtype fp32", error.places
             ) from error

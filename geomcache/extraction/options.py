@@ -1,8 +1,8 @@
 """The options of stage one: a dataclass for each command, from which the command line and the run.yaml file are made.
 
-Each field is annotated with its option of `geomcache extract` or `geomcache update`: help text, panel, and what is shown
-for a default that depends on the machine. A new option is a new field here and nothing else. `geomcache extract --help` imports this
-module, which therefore imports neither NumPy nor torch.
+Each field is annotated with its option of `geomcache extract` or `geomcache update`: help text, panel, and what is
+shown for a default that depends on the machine. A new option is a new field here and nothing else. `--help` imports
+this module, which therefore imports neither NumPy nor torch.
 """
 
 import math

@@ -273,16 +273,16 @@ def _compare_version_1(store: GeometryStore, dataset: DatasetSpec) -> None:
         compare_datasets(store.dataset, dataset)
     except CacheMismatchError as error:
         raise CacheMismatchError(
-            f"{store.path}: {error.field}: expected {error.cached}, as the dataset had that the cache was made of, found"
-            f" {error.wanted}: a cache of schema version 1 has no signatures of pictures; update it with the dataset as"
+            f"{store.path}: {error.field}: expected {error.cached}, as the dataset had that the cache was made of,"
+            f" found {error.wanted}: a cache of schema version 1 has no signatures of pictures; update it with the dataset as"
             " it was (--root, --revision), then with the one that has changed",
             error.field,
             error.cached,
             error.wanted,
         ) from None
     logger.info(
-        "%s: schema version 1 has no signatures of pictures: its rows are taken for those of this dataset because names,"
-        " lengths and statistics agree; `geomcache verify --parity 32` compares geometry",
+        "%s: schema version 1 has no signatures of pictures: its rows are taken for those of this dataset because"
+        " names, lengths and statistics agree; `geomcache verify --parity 32` compares geometry",
         store.path,
     )
 

@@ -1,4 +1,4 @@
-"""Datasets that are edited, and an encoder that is a pure function of pictures: small enough for thousands of updates."""
+"""Datasets that are edited, and an encoder that is a pure function of pictures: small, for thousands of updates."""
 
 import contextlib
 import functools
