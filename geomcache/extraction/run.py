@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 FOLLOW_POLL_S = 2.0  # how often a dataset that is followed is looked at
 
+sleep = time.sleep
+
 
 def extract(options: ExtractOptions) -> ExtractReport:
     """Run stage one; what the user should know on the way is logged.
@@ -72,7 +74,7 @@ def follow(options: ExtractOptions) -> Iterator[ExtractReport]:
                     yield report
                     logger.info("%s: follows %s; stop it with Ctrl-C", options.output_path, options.root)
             encoder = extraction.encoder
-        time.sleep(FOLLOW_POLL_S)
+        sleep(FOLLOW_POLL_S)
 
 
 def _state_of(root: Path) -> tuple[tuple[str, int, int], ...]:

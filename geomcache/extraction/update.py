@@ -274,8 +274,8 @@ def _compare_version_1(store: GeometryStore, dataset: DatasetSpec) -> None:
     except CacheMismatchError as error:
         raise CacheMismatchError(
             f"{store.path}: {error.field}: expected {error.cached}, as the dataset had that the cache was made of,"
-            f" found {error.wanted}: a cache of schema version 1 has no signatures of pictures; update it with the dataset"
-            " as it was (--root, --revision), then with the one that has changed",
+            f" found {error.wanted}: a cache of schema version 1 has no signatures of pictures; update it with the"
+            " dataset as it was (--root, --revision), then with the one that has changed",
             error.field,
             error.cached,
             error.wanted,

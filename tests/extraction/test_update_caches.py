@@ -14,12 +14,13 @@ from geomcache.cache.locks import LockFile
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import verify
 from geomcache.cache.writer import StoreWriter
-from geomcache.errors import CacheLockedError, CacheMismatchError, CacheNotFoundError, UserInputError
+from geomcache.errors import CacheExistsError, CacheLockedError, CacheMismatchError, CacheNotFoundError, UserInputError
 from geomcache.extraction import update as update_module
 from geomcache.extraction.options import recorded_options
 from geomcache.extraction.run_config import read_run_config
 from geomcache.frames.source import open_dataset
 from geomcache.ranges import rows_of
+from geomcache.sharing.push import push
 from tests.support.edits import (
     CAMERAS,
     Episode,
@@ -31,6 +32,7 @@ from tests.support.edits import (
     workshop,
     write_dataset,
 )
+from tests.support.sharing import contents
 from tests.support.stores import run_python
 
 KEYS = tuple(CAMERAS)
@@ -304,6 +306,20 @@ def test_two_updates_at_once_share_the_work(here: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum(int(out) for out, _ in outputs) == 25  # no frame twice
     assert_follows(cache, AFTER)
+
+
+def test_a_pushed_copy_gets_what_changed(here: Path, shop: Workshop, tmp_path: Path) -> None:
+    cache, address = here / "cache.zarr", f"file://{tmp_path}/place.zarr"
+    whole, old = push(cache, address), contents(cache)
+    shop.update(cache, here / "after")
+    with pytest.raises(CacheExistsError, match="--overwrite"):
+        push(cache, address)
+    report = push(cache, address, overwrite=True)
+    new = contents(cache)
+    assert report.sent == sum(old.get(name) != content for name, content in new.items())
+    assert report.nbytes_sent < whole.nbytes_sent * 0.75
+    assert contents(tmp_path / "place.zarr") == new
+    assert push(cache, address).sent == 0
 
 
 def test_nothing_to_do_is_said_without_a_write(here: Path, shop: Workshop) -> None:
