@@ -5,7 +5,7 @@ import errno
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -90,7 +90,8 @@ def recover(target: Path) -> None:
     """Give a complete successor the name of its cache, if a kill between two renames left no cache of that name."""
     successor = successor_of(target)
     if not target.exists() and (successor / MANIFEST).exists():
-        _place(target, successor)
+        with contextlib.suppress(FileNotFoundError):  # another process has just done it
+            _place(target, successor)
 
 
 def set_aside(target: Path) -> None:
@@ -116,7 +117,7 @@ def set_aside_by(target: Path) -> list[Path]:
     return sorted(folder for folder in target.parent.iterdir() if pattern.fullmatch(folder.name))
 
 
-def succeed(target: Path, replaced: Header) -> bool:
+def succeed(target: Path, is_as_it_was: Callable[[], bool]) -> bool:
     """Put the successor, which must be sealed, into the place of its cache, and remove that one.
 
     In one step, if the file system can exchange names. Otherwise a kill in between leaves no cache at `target`, which
@@ -124,13 +125,13 @@ def succeed(target: Path, replaced: Header) -> bool:
 
     Args:
         target: the cache.
-        replaced: its header when the successor was begun.
+        is_as_it_was: returns whether the cache is as it was when the successor was begun.
 
     Returns:
         False while another process has one of the two open for writing. True if another process did it before.
 
     Raises:
-        CacheExistsError, CacheLockedError: something else took the place of the cache meanwhile.
+        CacheExistsError, CacheLockedError: the cache has changed, or something else took its place.
     """
     successor = successor_of(target)
     with contextlib.ExitStack() as stack:
@@ -145,9 +146,10 @@ def succeed(target: Path, replaced: Header) -> bool:
             _lock_out(target, stack)
         except CacheLockedError:
             return False
-        if Header.read(target) != replaced:
+        if not is_as_it_was():
             raise CacheLockedError(
-                f"{target}: expected the cache that the update began with, found another one: run the command again"
+                f"{target}: expected the cache that the update began with, found another one, or more rows: run the"
+                " same command again, which updates these, too"
             )
         for stale in successor.glob(f"*{durable.TEMPORARY}"):
             durable.unlink(stale)

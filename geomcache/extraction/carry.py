@@ -206,13 +206,14 @@ class PictureIndex:
         self._file, self._count = file, count
 
     @classmethod
-    def build(cls, caches: EarlierCaches, file: Path) -> Self:
-        """Index the rows that the caches have, except those whose hashes are damaged, which is logged.
+    def build(cls, caches: EarlierCaches, file: Path, begin: int = 0) -> Self:
+        """Index the rows that the caches from number `begin` on have, except those whose hashes are damaged.
 
-        Caches of schema version 1 have no hashes, and so no place in the index.
+        That is logged. Caches of schema version 1 have no hashes, and so no place in the index.
         """
-        keys, places = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-        for store, first in zip(caches.stores, caches.first_place.tolist(), strict=True):
+        keys: list[NDArray[np.uint64]] = [np.empty(0, np.uint64)]
+        places: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+        for store, first in zip(caches.stores[begin:], caches.first_place[begin:].tolist(), strict=True):
             shards = range(-(-store.dataset.frames // store.shard_frames)) if store.schema_version >= 2 else range(0)
             for shard in shards:
                 rows = _rows_of_shard(store, shard)
@@ -282,8 +283,8 @@ class Carrier:
     trusted: NDArray[np.bool_]
     """Episodes whose frames are taken from the expected places although their signatures are others, or are not known,
     [E]."""
-    index: PictureIndex | None = None
-    """None: pictures are looked for at the expected places alone."""
+    index: PictureIndex
+    """Where else pictures are looked for than at the expected places."""
 
     def expected(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the place that each row of the new dataset is expected at; -1 where there is none, int64 [n]."""
@@ -296,7 +297,8 @@ class Carrier:
         """Find the rows from `start` on whose pictures have these signatures, and read their maps."""
         rows = np.arange(start, start + len(signatures))
         expected = self.expected(rows)
-        places = expected if self.index is None else self.index.find(signatures.hashes, expected)
+        found = self.index.find(signatures.hashes, expected)
+        places = np.where(found < 0, expected, found)
         equal, damage = self.caches.equal_signatures(places, signatures)
         trusted = self.trusted[self.episode_start.searchsorted(rows, "right") - 1]
         places = np.where(equal, places, np.where(trusted, expected, -1))

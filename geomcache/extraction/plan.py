@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from geomcache.cache.codecs import Codec
 from geomcache.cache.layout import shards_nbytes
@@ -24,7 +25,7 @@ from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import FrameDataset
 from geomcache.geometry import PATCH_SIZE, GeometrySpec
 from geomcache.progress import human_bytes, human_time
-from geomcache.ranges import count_rows, rows_of
+from geomcache.ranges import count_rows
 
 TIMED_BATCHES = 3
 
@@ -80,16 +81,15 @@ class UpdatePlan:
     """Episodes whose first picture was looked at; the identities of the others decide here."""
 
 
-def plan_update(carrier: Carrier, dataset: FrameDataset, rows: list[tuple[int, int]]) -> UpdatePlan:
+def plan_update(carrier: Carrier, dataset: FrameDataset, wanted: NDArray[np.int64]) -> UpdatePlan:
     """Guess what an update does: look at the first frame of at most 500 episodes, in at most 20 s.
 
     Args:
         carrier: with an index.
         dataset: as it is now.
-        rows: wanted, in ranges of whole episodes.
+        wanted: the dataset's episodes that the new cache is to have.
     """
     reader, counts = dataset.reader, Counter[str]()
-    wanted = np.unique(reader.episode_start.searchsorted(rows_of(rows), "right") - 1)
     spread = np.linspace(0, len(wanted) - 1, min(len(wanted), SAMPLED_EPISODES)).astype(np.int64)
     sampled, compared, end = {*wanted[spread].tolist()}, 0, time.monotonic() + SAMPLE_S
     for episode in wanted.tolist():
@@ -144,7 +144,7 @@ def describe_update(
     yield f"moved     {plan.moved} frames from other places"
     if plan.reencoded:
         what = "kept as --accept-reencoded asks" if accept_reencoded else "encode anew, or keep with --accept-reencoded"
-        yield f"re-encoded  {plan.reencoded} frames of videos that were encoded again: {what}"
+        yield f"again     {plan.reencoded} frames of videos that were encoded again: {what}"
     yield f"encode    {to_encode} frames"
     yield (
         f"by        identities of episodes, and the first picture of {plan.compared} episodes; the update itself"

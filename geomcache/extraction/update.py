@@ -69,7 +69,16 @@ from geomcache.frames.source import (
     open_metadata,
 )
 from geomcache.geometry import DatasetSpec, GeometrySpec
-from geomcache.ranges import Ranges, RowSet, clip_ranges, count_rows, format_ranges, merge_ranges, rows_of
+from geomcache.ranges import (
+    Ranges,
+    RowSet,
+    clip_ranges,
+    common_ranges,
+    count_rows,
+    format_ranges,
+    merge_ranges,
+    rows_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +111,24 @@ class _Change:
         shard_frames = keep_shard_frames(self.store.shard_frames, spec, dataset.frames)
         return Header.new(spec, dataset, self.header.codec, shard_frames)
 
-    def carrier(self, caches: EarlierCaches, index: PictureIndex | None) -> Carrier:
+    def carrier(self, caches: EarlierCaches, index: PictureIndex) -> Carrier:
         """Return what finds the rows in this cache, the first of `caches`, and in the others."""
         starts = self.dataset.reader.episode_start
         return Carrier(caches=caches, episode_start=starts, guesses=self.guesses, trusted=self.trusted, index=index)
 
     def wanted_episodes(self) -> NDArray[np.int64]:
         """Return the numbers of the dataset's episodes that have wanted rows."""
-        return np.unique(self.dataset.reader.episode_start.searchsorted(rows_of(self.wanted), "right") - 1)
+        starts = self.dataset.reader.episode_start
+        bounds = np.array(self.wanted, np.int64).reshape(-1, 2)
+        first, last = starts.searchsorted(bounds[:, 0], "right") - 1, starts.searchsorted(bounds[:, 1] - 1, "right") - 1
+        return np.unique(rows_of(zip(first.tolist(), (last + 1).tolist(), strict=True)))
+
+    def is_as_it_was(self) -> bool:
+        """Return whether the cache at the path is the one that was opened, with the same rows."""
+        if Header.read(self.path) != self.header:
+            return False
+        with GeometryStore.open(self.path) as store:
+            return store.rows == self.store.rows
 
 
 def update(options: UpdateOptions) -> ExtractReport:
@@ -123,9 +142,9 @@ def update(options: UpdateOptions) -> ExtractReport:
     path = options.cache.resolve()
     if not options.dry_run:
         recover(path)
-    header = Header.read(path)
+    Header.read(path)  # an error, if no cache is there
     with _held(path, options.dry_run), GeometryStore.open(path) as store:
-        change = _find_change(options, path, store, header)
+        change = _find_change(options, path, store, Header.read(path))
         device = options.device or machinery.process.device
         machinery.batch_size = options.batch_size or default_batch_size(check_device(device))
         encoder = EncoderOnDemand(functools.partial(_load_encoder, options, change, machinery))
@@ -185,8 +204,9 @@ def grow(
         CacheMismatchError: a sampled picture is another one.
         GeomcacheError: as `update`.
     """
-    path, header = path.resolve(), Header.read(path)
+    path = path.resolve()
     with _held(path), GeometryStore.open(path) as store:
+        header = Header.read(path)
         episodes = len(store.episode_start)
         guesses = np.full(dataset.spec.episodes, -1)
         guesses[:episodes] = store.episode_start
@@ -316,7 +336,7 @@ def _is_up_to_date(change: _Change) -> bool:
     store, reader = change.store, change.dataset.reader
     if change.new_header.fingerprint != change.header.fingerprint or not store.sealed:
         return False
-    if not store.covers(rows_of(change.wanted)).all():
+    if common_ranges(change.wanted, store.rows) != change.wanted:
         return False
     sealed_at = (change.path / MANIFEST).stat().st_mtime_ns
     if any(file.stat().st_mtime_ns > sealed_at for file in reader.files(change.wanted_episodes())):
@@ -406,7 +426,8 @@ def _make(change: _Change, encoder: EncoderOnDemand, machinery: Machinery, *, un
         caches = EarlierCaches([change.store, *(stack.enter_context(store) for store in _others(change))])
         index_file = successor / f"{_INDEX}-{os.getpid()}{durable.TEMPORARY}"
         stack.callback(index_file.unlink, missing_ok=True)
-        index = None if unseen else PictureIndex.build(caches, index_file)
+        # Without a look at pictures, only what interrupted runs encoded has to be searched for.
+        index = PictureIndex.build(caches, index_file, begin=1 if unseen else 0)
         carrier = change.carrier(caches, index)
         done, total = writer.frames_done(), count_rows(writer.wanted)
         if machinery.process.is_main:
@@ -480,7 +501,7 @@ def _frames_to_write(carrier: Carrier, writer: StoreWriter) -> int:
 def _finish(change: _Change, machinery: Machinery, *, is_made: bool) -> None:
     """Put the new cache into the place of the old one, once no other process writes to one of them."""
     end = time.monotonic() + _ALONE_S
-    while is_made and not succeed(change.path, change.header):
+    while is_made and not succeed(change.path, change.is_as_it_was):
         if time.monotonic() > end:
             raise CacheLockedError(
                 f"{change.path}: expected a cache that nobody writes, found one in use: everything is made; end the"
@@ -509,7 +530,7 @@ def _log_plan(options: UpdateOptions, change: _Change, encoder: EncoderOnDemand,
     with tempfile.TemporaryDirectory(prefix="geomcache-") as folder:
         caches = EarlierCaches([change.store])
         carrier = change.carrier(caches, PictureIndex.build(caches, Path(folder, _INDEX)))
-        plan = plan_update(carrier, change.dataset, rows)
+        plan = plan_update(carrier, change.dataset, change.wanted_episodes())
         for line in describe_update(
             plan,
             change.store,

@@ -27,8 +27,11 @@ from tests.support.edits import (
     CAMERAS,
     REPO_ID,
     Episode,
+    StoppedError,
     Workshop,
+    committed_rows,
     frames_of,
+    interrupt,
     largest_difference,
     picture_of,
     workshop,
@@ -100,6 +103,22 @@ def test_some_of_the_new_episodes_are_enough(here: Path, shop: Workshop) -> None
     assert_follows(here / "cache.zarr", AFTER)
 
 
+def test_what_an_interrupted_continuation_encoded_is_kept_although_more_was_recorded(
+    here: Path, shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, root = here / "cache.zarr", rewrite(here, AFTER)
+    with monkeypatch.context() as patch:
+        interrupt(patch, cache, encoded=10, committed=(70, 93))
+        with pytest.raises(StoppedError):
+            shop.extract(cache, root)
+    done = committed_rows(cache, (70, 93))
+    assert 0 < done < 23
+    more = [*AFTER, episode(600, 7)]
+    report = shop.extract(cache, rewrite(here, more))
+    assert report.frames_encoded == shop.frames_encoded == 23 + 7 - done
+    assert_follows(cache, more)
+
+
 def test_a_cache_that_has_outgrown_its_shards_is_cut_anew(
     here: Path, shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +161,7 @@ def test_any_other_change_is_refused_with_the_command_that_helps(
     assert_follows(here / "cache.zarr", changed)
     with GeometryStore.open(here / "cache.zarr") as store:
         assert check_sample(open_lerobot(root), store) == len(changed)
-        assert len(with_geometry(open_lerobot(root), store)) == store.dataset.frames  # type: ignore[arg-type]
+        assert len(with_geometry(open_lerobot(root), store)) == store.dataset.frames
     assert shop.extract(here / "cache.zarr", root).frames == 0
 
 
@@ -242,4 +261,4 @@ def test_following_takes_a_folder(tmp_path: Path) -> None:
         ExtractOptions(model="m", dataset="d", follow=True)
     for other in ({"dry_run": True}, {"overwrite": True}, {"episodes": "0"}):
         with pytest.raises(UserInputError, match="follow"):
-            ExtractOptions(model="m", dataset="d", root=tmp_path, follow=True, **other)  # type: ignore[arg-type]
+            ExtractOptions(model="m", dataset="d", root=tmp_path, follow=True, **other)

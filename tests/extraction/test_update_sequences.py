@@ -162,7 +162,7 @@ def test_wrong_guesses_are_refused_all_of_them(tmp_path: Path, shop: Workshop) -
     refused = 0
     with GeometryStore.open(tmp_path / "cache.zarr") as store:
         caches = EarlierCaches([store])
-        index = PictureIndex.build(caches, tmp_path / "index")
+        index, nothing = PictureIndex.build(caches, tmp_path / "index"), PictureIndex(tmp_path / "none", 0)
         for shift in range(1, len(rows)):
             wrong = np.arange(len(rows) - shift) + shift
             carrier = Carrier(
@@ -170,6 +170,7 @@ def test_wrong_guesses_are_refused_all_of_them(tmp_path: Path, shop: Workshop) -
                 episode_start=np.arange(len(wrong)),
                 guesses=wrong,
                 trusted=np.zeros(len(wrong), bool),
+                index=nothing,
             )
             carried = carrier.carry(0, signatures[: len(wrong)])
             assert not carried.is_carried.any()

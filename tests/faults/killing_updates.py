@@ -30,7 +30,8 @@ def episode(first: int, length: int) -> Episode:
 
 
 BEFORE = [episode(0, 32), episode(100, 20), episode(200, 16), episode(300, 30)]
-AFTER = [BEFORE[0], BEFORE[3], BEFORE[2], episode(400, 25)]  # in place, moved, moved, new
+NEW_FRAMES = 25
+AFTER = [BEFORE[0], BEFORE[3], BEFORE[2], episode(400, NEW_FRAMES)]  # in place, moved, moved, new
 
 
 def frames_of(episodes: list[Episode]) -> Frames:
@@ -122,8 +123,28 @@ def every_step(step: int, folder: Path) -> dict[str, Any]:
         at += step
 
 
+def two_at_once(rounds: int, folder: Path) -> dict[str, Any]:
+    """Two updates of one cache at the same time."""
+    bench, shares = Bench(folder), []
+    for _ in range(rounds):
+        cache = bench.copy()
+
+        def job(report: int) -> None:
+            with workshop() as shop:
+                shop.update(cache, folder / "after")  # noqa: B023 - ends in this round
+                os.write(report, b"done %d\n" % shop.frames_encoded)
+
+        results = [child.wait() for child in [Child(job), Child(job)]]
+        assert [status for status, _, _ in results] == [0, 0]
+        shares.append([done for _, _, (done,) in results])
+        assert sum(shares[-1]) == NEW_FRAMES  # none is encoded twice
+        assert bench.state(cache) == "new"
+        bench.finish(cache)
+    return {"frames encoded by each": shares}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     what, count, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    jobs = {"random_moments": random_moments, "every_step": every_step}
+    jobs = {"random_moments": random_moments, "every_step": every_step, "two_at_once": two_at_once}
     print(json.dumps(jobs[what](count, folder)))

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from geomcache.cache import durable
+from geomcache.cache.create import successor_of
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.encoder import DA3Encoder, DA3Preprocessor
 from geomcache.extraction import run as run_module
@@ -24,6 +26,7 @@ from geomcache.extraction import update as update_module
 from geomcache.extraction.options import ExtractOptions, UpdateOptions
 from geomcache.extraction.report import ExtractReport
 from geomcache.geometry import Camera, GeometrySpec
+from geomcache.ranges import clip_ranges, count_rows
 from tests.support.logs import logged_lines
 
 REPO_ID = "geomcache/test"
@@ -143,6 +146,31 @@ def largest_difference(cache: Path, frames: Sequence[tuple[NDArray[np.uint8], ..
             difference = np.abs(values.astype(np.float64) - getattr(computed, name).numpy().astype(np.float64))
             largest = max(largest, float(difference.max()))
         return largest
+
+
+class StoppedError(Exception):
+    """An extraction or update that was made to fail."""
+
+
+def interrupt(patch: pytest.MonkeyPatch, cache: Path, *, encoded: int, committed: tuple[int, int]) -> None:
+    """Let the encoder fail once it has encoded so many frames and a row of this range is committed in the successor."""
+    maps = TinyEncoder._maps
+
+    def failing(self: TinyEncoder, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.frames >= encoded:
+            end = time.monotonic() + 60
+            while time.monotonic() < end and not committed_rows(cache, committed):
+                time.sleep(0.01)
+            raise StoppedError
+        return maps(self, pictures)
+
+    patch.setattr(TinyEncoder, "_maps", failing)
+
+
+def committed_rows(cache: Path, rows: tuple[int, int]) -> int:
+    """How many rows of a range the successor of a cache has."""
+    with GeometryStore.open(successor_of(cache)) as store:
+        return count_rows(clip_ranges(store.rows, *rows))
 
 
 class Episode(NamedTuple):
