@@ -82,3 +82,9 @@ def extract_command(store: "GeometryStore", episodes: NDArray[np.int64], root: s
             text = ",".join(value) if isinstance(value, tuple) else str(value)
             words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
+
+
+def update_command(cache: Path, repo_id: str, root: Path | str | None = None) -> str:
+    """Return the command that lets a cache follow a dataset that has changed."""
+    words = ["geomcache", "update", str(cache), "--dataset", repo_id]
+    return shlex.join([*words, "--root", str(root)] if root is not None else words)

@@ -5,7 +5,7 @@ import errno
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from geomcache.cache import durable, locks
 from geomcache.cache.header import GROUP, LOCK, Header
 from geomcache.cache.inventory import Stored
 from geomcache.cache.journal import begin_line
-from geomcache.cache.manifest import JOURNAL
+from geomcache.cache.manifest import JOURNAL, MANIFEST
 from geomcache.cache.records import Files
 from geomcache.cache.zarr_arrays import create_arrays
 from geomcache.errors import CacheExistsError, CacheLockedError, CacheMismatchError, UserInputError
 from geomcache.geometry import DatasetSpec, differences
 from geomcache.ranges import Ranges, merge_ranges
 
+_SUCCESSOR = ".update"
 _DRAFT = ".geomcache-tmp"  # ends the names of folders next to a cache's path: not yet the cache, or no longer
 # Other names of the same weights and frames are no difference. `revision` is such a name from schema version 2 on.
 _LABELS = {1: {"spec.model_id", "dataset.repo_id"}, 2: {"spec.model_id", "dataset.repo_id", "dataset.revision"}}
@@ -78,6 +79,97 @@ def replace_cache(target: Path, draft: Path) -> None:
     with contextlib.ExitStack() as stack:
         _lock_out(target, stack)
         _swap(target, draft)
+
+
+def successor_of(target: Path) -> Path:
+    """Return the folder next to a cache in which the one that is to take its place is made: a cache itself."""
+    return target.with_name(f".{target.name}{_SUCCESSOR}")
+
+
+def recover(target: Path) -> None:
+    """Give a complete successor the name of its cache, if a kill between two renames left no cache of that name."""
+    successor = successor_of(target)
+    if not target.exists() and (successor / MANIFEST).exists():
+        with contextlib.suppress(FileNotFoundError):  # another process has just done it
+            _place(target, successor)
+
+
+def set_aside(target: Path) -> None:
+    """Give the successor of a cache another name: it is of another dataset. `set_aside_by` finds it.
+
+    Raises:
+        CacheLockedError: somebody is making it.
+    """
+    successor = successor_of(target)
+    with contextlib.suppress(FileNotFoundError), contextlib.closing(locks.LockFile(successor / LOCK)) as lock:
+        if not lock.claim_everything():
+            raise CacheLockedError(
+                f"{target}: expected no other update, found one to another state of its dataset: wait, or stop it"
+            )
+        with durable.file_errors(successor):
+            durable.rename(successor, successor.with_name(f"{successor.name}.{secrets.token_hex(4)}"))
+        durable.sync_folder(target.parent)
+
+
+def set_aside_by(target: Path) -> list[Path]:
+    """Return the successors of a cache that were set aside."""
+    pattern = re.compile(rf"{re.escape(successor_of(target).name)}\.[0-9a-f]{{8}}")
+    return sorted(folder for folder in target.parent.iterdir() if pattern.fullmatch(folder.name))
+
+
+def succeed(target: Path, is_as_it_was: Callable[[], bool]) -> bool:
+    """Put the successor, which must be sealed, into the place of its cache, and remove that one.
+
+    In one step, if the file system can exchange names. Otherwise a kill in between leaves no cache at `target`, which
+    `recover` repairs.
+
+    Args:
+        target: the cache.
+        is_as_it_was: returns whether the cache is as it was when the successor was begun.
+
+    Returns:
+        False while another process has one of the two open for writing. True if another process did it before.
+
+    Raises:
+        CacheExistsError, CacheLockedError: the cache has changed, or something else took its place.
+    """
+    successor = successor_of(target)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = locks.LockFile(successor / LOCK)
+        except FileNotFoundError:
+            return True
+        stack.callback(lock.close)
+        if not lock.claim_everything():
+            return False
+        try:
+            _lock_out(target, stack)
+        except CacheLockedError:
+            return False
+        if not is_as_it_was():
+            raise CacheLockedError(
+                f"{target}: expected the cache that the update began with, found another one, or more rows: run the"
+                " same command again, which updates these, too"
+            )
+        for stale in successor.glob(f"*{durable.TEMPORARY}"):
+            durable.unlink(stale)
+        _swap(target, successor)
+    return True
+
+
+def remove_successors(target: Path, *, sealed_only: bool = False) -> None:
+    """Remove abandoned folders, and the successors of a cache that nobody makes any more, or only the sealed ones."""
+    for folder in (successor_of(target), *set_aside_by(target)):
+        if not folder.exists() or (sealed_only and not (folder / MANIFEST).exists()):
+            continue
+        with contextlib.suppress(FileNotFoundError), contextlib.closing(locks.LockFile(folder / LOCK)) as lock:
+            if lock.claim_everything():
+                doomed = _sibling(target)
+                with durable.file_errors(folder):
+                    durable.rename(folder, doomed)
+                _remove(doomed)
+    _remove_abandoned(target)
+    _remove_abandoned(successor_of(target))
 
 
 def _make_draft(target: Path, stack: contextlib.ExitStack) -> Path:

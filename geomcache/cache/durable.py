@@ -23,6 +23,9 @@ TEMPORARY = ".tmp"  # ends the name of every file that is not yet in its place
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 _WITHOUT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_WITHOUT_LINKS = {
+    *(errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP),
+}
 
 
 def open_file(path: Path, flags: int) -> int:
@@ -61,6 +64,17 @@ def exchange(one: Path, other: Path) -> bool:
     if code in _WITHOUT_EXCHANGE:
         return False
     raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def link(source: Path, target: Path) -> bool:
+    """Give a file a second name. Return False if the file system cannot, or the file has as many as it can have."""
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno in _WITHOUT_LINKS:
+            return False
+        raise
+    return True
 
 
 def unlink(path: Path) -> None:
@@ -139,6 +153,18 @@ def write_file(path: Path, parts: Iterable[bytes | NDArray[np.uint8]]) -> tuple[
             write_all(descriptor, part)
             nbytes += memoryview(part).nbytes
     return nbytes, digest.digest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a file of the same content: a second name of the same one where the file system can, otherwise a copy.
+
+    A file or link of the target's name is removed first. A copy is durable, though not its name.
+    """
+    with file_errors(target), contextlib.suppress(FileNotFoundError):
+        unlink(target)
+    with file_errors(target):
+        if source.is_symlink() or not link(source, target):
+            write_file(target, [source.read_bytes()])
 
 
 def _create(path: Path) -> int:

@@ -39,10 +39,10 @@ class Header:
     codec: Codec = RAW
 
     @classmethod
-    def new(cls, spec: GeometrySpec, dataset: DatasetSpec, codec: Codec = RAW) -> Self:
-        """Return the header of a new cache, with a shard size that suits it."""
-        shard_frames = choose_shard_frames(spec, dataset.frames)
-        return cls(spec=spec, dataset=dataset, shard_frames=shard_frames, codec=codec)
+    def new(cls, spec: GeometrySpec, dataset: DatasetSpec, codec: Codec = RAW, shard_frames: int | None = None) -> Self:
+        """Return the header of a new cache; without `shard_frames`, with a shard size that suits it."""
+        chosen = choose_shard_frames(spec, dataset.frames) if shard_frames is None else shard_frames
+        return cls(spec=spec, dataset=dataset, shard_frames=chosen, codec=codec)
 
     @property
     def schema_version(self) -> int:

@@ -35,6 +35,7 @@ _BLOCK_NBYTES = 64 << 20  # of a column that are copied at a time
 _SHARD_NBYTES = 32 << 20  # of one camera's rays, about
 _USUAL_SHARD_FRAMES = 4096
 _SHARDS_AT_LEAST = 64  # per dataset, so that many processes find work
+_OUTGROWN = 8  # times K: from here on a cache that has grown is cut anew
 _RESERVED = {
     "episode_index",
     "frame_index",
@@ -145,6 +146,13 @@ def choose_shard_frames(spec: GeometrySpec, frames: int) -> int:
     needed = 1 << (-(-frames // _MAX_SHARDS) - 1).bit_length()
     held = 1 << max(_MAX_SHARD_NBYTES // spec.frame_nbytes, MIN_SHARD_FRAMES).bit_length() - 1
     return min(max(MIN_SHARD_FRAMES, 1 << max(fitting, 1).bit_length() - 1, needed), held, MAX_SHARD_FRAMES)
+
+
+def keep_shard_frames(current: int, spec: GeometrySpec, frames: int) -> int:
+    """Return K for a cache that takes over the shards of one with `current` rows a shard: the same, unless outgrown."""
+    chosen = choose_shard_frames(spec, frames)
+    outgrown = chosen >= _OUTGROWN * current or -(-frames // current) > _MAX_SHARDS
+    return chosen if outgrown else current
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from geomcache.cache.commands import extract_command
 from geomcache.cache.header import Header
 from geomcache.cache.inventory import check_files, read_episodes
 from geomcache.cache.journal import Journal
-from geomcache.cache.layout import Table
+from geomcache.cache.layout import PICTURE_HASH, PICTURE_MEANS, Table
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.cache.records import Statistics, pool
 from geomcache.cache.shard_reader import ShardReader
@@ -188,11 +188,18 @@ class GeometryStore:
             CacheCorruptError: a file is damaged.
         """
         rows = _as_rows(indices)
+        means = self._signature_table(rows, PICTURE_MEANS)
+        return Signatures(hashes=self.picture_hashes(rows), means=means)
+
+    def picture_hashes(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
+        """Read the exact part of `signatures` alone, [n, V]. Raises what `signatures` raises."""
+        return self._signature_table(_as_rows(indices), PICTURE_HASH)
+
+    def _signature_table(self, rows: NDArray[np.int64], key: str) -> NDArray[Any]:
         if self.schema_version == 1:
             raise UserInputError(f"{self.path}: expected signatures of pictures, found a cache of schema version 1")
         self._ranks(rows)
-        _, hashes, means = self._layout.tables
-        return Signatures(hashes=self._read_table(hashes, rows), means=self._read_table(means, rows))
+        return self._read_table(next(table for table in self._layout.tables if table.key == key), rows)
 
     def _read_table(self, table: Table, rows: NDArray[np.int64]) -> NDArray[Any]:
         return self._reader.read_table(table, rows)

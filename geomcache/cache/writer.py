@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +29,7 @@ from geomcache.cache.create import check_episodes, check_identities, check_rows,
 from geomcache.cache.header import GROUP, LOCK, Header
 from geomcache.cache.inventory import Stored, check_files
 from geomcache.cache.journal import Commit, Drop, Journal
-from geomcache.cache.layout import CHECKSUMS, PICTURE_HASH, PICTURE_MEANS, Column, ShardFiles
+from geomcache.cache.layout import CHECKSUMS, PICTURE_HASH, PICTURE_MEANS, Column, ShardFiles, Table
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.cache.signatures import Signatures
 from geomcache.errors import CacheCorruptError, CacheLockedError, GeometryError, NonFiniteGeometryError
@@ -107,6 +107,7 @@ class StoreWriter:
         *,
         identities: NDArray[np.uint64] | None = None,
         codec: Codec = RAW,
+        shard_frames: int | None = None,
         overwrite: bool = False,
     ) -> Self:
         """Create a cache, or open the one that is there to resume or extend it.
@@ -119,6 +120,7 @@ class StoreWriter:
             wanted: ranges of rows that the cache is to have, in addition to those it has.
             identities: what tells each episode from others, uint64 [E]; None for a dataset of schema version 1.
             codec: how maps are stored.
+            shard_frames: K of a cache that is created; None for one that suits it.
             overwrite: replace a cache that is there. At most one process may ask for that.
 
         Raises:
@@ -132,7 +134,7 @@ class StoreWriter:
         folder = Path(path).absolute()
         lengths = check_episodes(dataset, episode_lengths)
         rows = check_rows(dataset, wanted)
-        header = Header.new(spec, dataset, codec)
+        header = Header.new(spec, dataset, codec, shard_frames)
         table = check_identities(dataset, identities)
         if overwrite or not folder.exists():
             create(folder, header, lengths, table, overwrite=overwrite)
@@ -174,14 +176,56 @@ class StoreWriter:
             NonFiniteGeometryError: a value is NaN or infinite.
             OutOfSpaceError: there is no room. Nothing of the shard is left, and the claim stays.
         """
-        if not self._lock.holds(claim.shard):
-            raise CacheLockedError(f"{self.path}: expected a claim of shard {claim.shard}, found none: claim it first")
         arrays = self._checked(claim, maps)
         tables = self._checked_tables(claim, signatures)
+        return self._publish(claim, lambda drafts: self._write(claim, arrays, tables, drafts))
+
+    def adopt(self, claim: Claim, other: Path, commit: Commit, signatures: Signatures, *, check_content: bool) -> int:
+        """Make a shard of the files of another cache's, and make it durable; the claim ends with it.
+
+        Columns and checksums get a second name where the file system can, and are copied otherwise: no file of a shard
+        is ever changed in place. The signatures are written. Caches of one spec, K and codec have equal files for equal
+        maps, whatever their shards' numbers.
+
+        Args:
+            claim: what `claim` returned.
+            other: the other cache, of the same spec, K and codec.
+            commit: its journal's record of the shard, which has the claim's rows, counted from the first of each shard.
+            signatures: of the pictures that the maps belong to, the claim's rows in order.
+            check_content: compare the files with their hashes; otherwise with their sizes alone.
+
+        Returns:
+            The bytes of the shard's files.
+
+        Raises:
+            CacheCorruptError: a file of the other cache is missing, or not as it was written. Nothing of the shard is
+                left, and the claim stays.
+            GeometryError: the rows differ, or signatures are missing.
+            OutOfSpaceError: as `commit`.
+        """
+        shift = (claim.shard - commit.shard) * self.shard_frames
+        rows = tuple((start + shift, stop + shift) for start, stop in commit.rows)
+        if rows != claim.rows:
+            raise GeometryError(f"shard {claim.shard}: expected the rows {claim.rows!r:.80}, got {rows!r:.80}")
+        tables = self._checked_tables(claim, signatures)
+        files = [other / name for name in self._layout.files(commit.shard)[: len(self._layout.columns) + 1]]
+
+        def take(drafts: list[Path]) -> tuple[ShardFiles, dict[str, Any]]:
+            stored = zip(files, commit.files.sizes, commit.files.digests, drafts, strict=False)
+            written = [_take(*each, check_content=check_content) for each in stored]
+            written += self._write_tables(claim, tables, self._layout.tables[1:], drafts[len(files) :])
+            return _as_shard_files(written), dict(commit.statistics)
+
+        return self._publish(claim, take)
+
+    def _publish(self, claim: Claim, write: Callable[[list[Path]], tuple[ShardFiles, dict[str, Any]]]) -> int:
+        """Let `write` make the shard's files under temporary names, and commit them; return their bytes."""
+        if not self._lock.holds(claim.shard):
+            raise CacheLockedError(f"{self.path}: expected a claim of shard {claim.shard}, found none: claim it first")
         files = [self.path / name for name in self._layout.files(claim.shard)]
         drafts = [durable.temporary(file) for file in files]
         try:
-            written, statistics = self._write(claim, arrays, tables, drafts)
+            written, statistics = write(drafts)
             with self._current():
                 if claim.shard in self._journal.commits:
                     self._append(Drop(claim.shard, "made again with more frames"))
@@ -377,11 +421,18 @@ class StoreWriter:
             checksums.append(of_maps)
             statistics.setdefault(column.camera, {})[column.output] = _moments(column, values).to_dict()
         tables[CHECKSUMS] = np.stack(checksums, axis=1)
-        for table, draft in zip(self._layout.tables, drafts[len(arrays) :], strict=True):
-            content = table.encode(self.shard_frames, local, tables[table.key])
-            written.append(durable.write_file(draft, [content]))
-        sizes, digests = zip(*written, strict=True)
-        return ShardFiles(sizes, digests), statistics
+        written += self._write_tables(claim, tables, self._layout.tables, drafts[len(arrays) :])
+        return _as_shard_files(written), statistics
+
+    def _write_tables(
+        self, claim: Claim, contents: Mapping[str, NDArray[Any]], tables: Iterable[Table], drafts: Iterable[Path]
+    ) -> list[tuple[int, bytes]]:
+        """Write some of a shard's tables; return size and sha256 of each file."""
+        local = rows_of(claim.rows) - self._layout.shard_rows(claim.shard)[0]
+        return [
+            durable.write_file(draft, [table.encode(self.shard_frames, local, contents[table.key])])
+            for table, draft in zip(tables, drafts, strict=True)
+        ]
 
     def _checked(self, claim: Claim, maps: ShardMaps) -> list[NDArray[np.float16]]:
         """Check the maps of a claim and return them in the order of the columns."""
@@ -431,6 +482,27 @@ class StoreWriter:
             f" numbers{', above 0' if log else ''}, found others in {len(positions)} frames: check the model's weights",
             tuple((int(position), view, column.output) for position in positions),
         )
+
+
+def _take(file: Path, size: int, digest: bytes, draft: Path, *, check_content: bool) -> tuple[int, bytes]:
+    """Link or copy a file of another cache, which has this size and sha256; return both.
+
+    Raises:
+        CacheCorruptError: it is missing, or not as it was written.
+    """
+    expected = Stored(size, digest.hex())
+    try:
+        durable.link_or_copy(file, draft)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise CacheCorruptError(f"{file}: expected {expected}, found no such file") from None
+    if draft.stat().st_size != size or (check_content and Stored.of_file(draft) != expected):
+        raise CacheCorruptError(f"{file}: expected {expected}, found {Stored.of_file(draft)}")
+    return size, digest
+
+
+def _as_shard_files(written: list[tuple[int, bytes]]) -> ShardFiles:
+    sizes, digests = zip(*written, strict=True)
+    return ShardFiles(sizes, digests)
 
 
 def _moments(column: Column, values: NDArray[np.float16]) -> Moments:

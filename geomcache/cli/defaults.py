@@ -91,12 +91,14 @@ def with_training_choices(cache: Path, lerobot_args: Sequence[str]) -> list[str]
 
 def _dataset(store: "GeometryStore", cache: Path, args: Sequence[str]) -> list[str]:
     """Choose the dataset that the cache was made of: its folder if it was one, otherwise the Hub's at that commit."""
+    from geomcache.extraction.run_config import recorded_run
+
     if given("dataset.repo_id", args):
         return []
     repo_id, where = store.dataset.repo_id, ""
     chosen = [f"--dataset.repo_id={repo_id}"]
     if not given("dataset.root", args):
-        root, revision = _recorded_options(cache).get("root"), store.dataset.revision
+        root, revision = recorded_run(cache).get("root"), store.dataset.revision
         if root is not None:
             chosen.append(f"--dataset.root={root}")
             where = f" in {root}"
@@ -109,25 +111,14 @@ def _dataset(store: "GeometryStore", cache: Path, args: Sequence[str]) -> list[s
 
 def _tolerance(cache: Path, args: Sequence[str]) -> list[str]:
     """Choose the tolerance of time stamps that the dataset was read with, where it is not LeRobot's default."""
+    from geomcache.extraction.run_config import recorded_run
     from geomcache.frames.reader import TOLERANCE_S
 
-    tolerance = _recorded_options(cache).get("tolerance_s")
+    tolerance = recorded_run(cache).get("tolerance_s")
     if given("tolerance_s", args) or tolerance in (None, str(TOLERANCE_S)):
         return []
     _say("tolerance_s: %s, with which the cache was made; change it with --tolerance_s", tolerance)
     return [f"--tolerance_s={tolerance}"]
-
-
-def _recorded_options(cache: Path) -> dict[str, str]:
-    """Return the options that the cache was made with, as far as `extract` has noted them next to it."""
-    from geomcache.cache.commands import run_config_path
-    from geomcache.extraction.options import recorded_options
-    from geomcache.extraction.run_config import HEADER, read_run_config
-
-    file = run_config_path(cache)
-    if not file.is_file() or not file.read_bytes().startswith(HEADER.encode()):
-        return {}
-    return read_run_config(file, recorded_options())
 
 
 def _policy(args: Sequence[str]) -> list[str]:

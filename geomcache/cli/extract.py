@@ -20,9 +20,13 @@ def register(app: typer.Typer) -> None:
 
 def extract(options: ExtractOptions) -> None:
     """Run DA3 once over every frame of a dataset and write a cache. Run the same command again to resume."""
-    from geomcache.extraction.run import extract as run
+    from geomcache.extraction import run
 
-    report = run(options)
+    if options.follow:
+        for report in run.follow(options):
+            typer.echo("\n".join(report.lines()))
+        return
+    report = run.extract(options)
     if not options.dry_run:
         typer.echo("\n".join(report.lines()))
 

@@ -21,6 +21,7 @@ from geomcache.cli import extract as cli_extract
 from geomcache.cli import help as cli_help
 from geomcache.cli import look as cli_look
 from geomcache.cli import share as cli_share
+from geomcache.cli import update as cli_update
 from geomcache.errors import GeomcacheError, UserInputError
 
 EXIT_DAMAGE = 1
@@ -28,7 +29,7 @@ EXIT_USER_ERROR = 2
 EXIT_SIGNAL = 128  # plus the signal's number, as a shell reports it
 
 DEVICE_HELP, DEVICE_DEFAULT = "Such as cuda:1 or cpu.", "the GPU where there is one"
-RESUMABLE = ("extract", "push", "pull")  # commands that continue where they were stopped
+RESUMABLE = ("extract", "update", "push", "pull")  # commands that continue where they were stopped
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -186,6 +187,7 @@ def verify(
     report.check()
 
 
+cli_update.register(app)
 cli_look.register(app)
 cli_share.register(app)
 

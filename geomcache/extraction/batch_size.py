@@ -11,9 +11,15 @@ from geomcache.da3.encoder import DA3Encoder
 from geomcache.da3.engine import is_out_of_memory
 from geomcache.errors import EncoderMemoryError
 
+GPU_BATCH, CPU_BATCH = 16, 4  # frames per forward pass, where nothing else is asked for
 MOST_FRAMES = 256
 GAIN = 1.02  # views/s that doubling a batch must gain: beyond, it costs memory and brings nothing
 HEADROOM = 0.8  # share of the available memory that may be used: decoding, writing and other programs need some
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Return the frames per forward pass on a device, if the user does not say."""
+    return CPU_BATCH if device.type == "cpu" else GPU_BATCH
 
 
 def find_batch_size(encoder: DA3Encoder, *, most: int = MOST_FRAMES) -> tuple[int, str]:

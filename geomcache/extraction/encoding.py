@@ -1,4 +1,8 @@
-"""Encoding in stage one: batches of network input in, batches of geometry out, in the same order."""
+"""Encoding in stage one: batches of network input in, batches of geometry out, in the same order.
+
+Rows that are carried over from an earlier cache take their place among those that are encoded. The encoder is loaded
+when the first row needs it.
+"""
 
 import logging
 import time
@@ -16,6 +20,7 @@ from geomcache.da3.encoder import DA3Encoder, PendingGeometry
 from geomcache.da3.engine import is_out_of_memory
 from geomcache.errors import NonFiniteGeometryError
 from geomcache.extraction.batch_size import memory_error
+from geomcache.extraction.carry import Carried
 from geomcache.extraction.decoding import NetworkBatch
 
 logger = logging.getLogger(__name__)
@@ -30,31 +35,61 @@ class EncodedBatch:
     start: int
     stop: int
     maps: dict[str, NDArray[np.float16]]  # output -> [n, V, h, w(, 6)]
-    signatures: Signatures  # of the pictures that the maps were made from
+    signatures: Signatures  # of the pictures that the maps belong to
+    places: NDArray[np.int64] | None
+    """Where rows were carried over from, [n], -1 for those that were encoded; None if there are no earlier caches."""
+
+    @property
+    def encoded(self) -> int:
+        """Return how many of the rows were encoded."""
+        return self.stop - self.start if self.places is None else int((self.places < 0).sum())
 
 
 class _PendingBatch(NamedTuple):
     """Rows whose geometry the device is computing."""
 
+    batch: NetworkBatch
     start: int
     stop: int
-    geometry: PendingGeometry
-    signatures: Signatures
+    geometry: PendingGeometry | None
+    """Of those among the rows that have to be encoded; None if there are none."""
+
+
+class EncoderOnDemand:
+    """An encoder that is loaded when it is first asked for, and is kept.
+
+    Args:
+        load: loads it.
+    """
+
+    def __init__(self, load: Callable[[], DA3Encoder]) -> None:
+        self._load = load
+        self.loaded: DA3Encoder | None = None
+        """The encoder, if it was needed."""
+
+    def get(self) -> DA3Encoder:
+        """Return the encoder. Raises what loading it raises."""
+        if self.loaded is None:
+            self.loaded = self._load()
+        return self.loaded
+
+    @property
+    def on_gpu(self) -> bool:
+        """Return whether it is loaded, and on a GPU."""
+        return self.loaded is not None and self.loaded.device.type == "cuda"
 
 
 class BatchEncoder:
     """The encoder over a sequence of batches: keeps a GPU busy, and shrinks the batch when memory runs out.
 
     Args:
-        encoder: on its device.
+        encoder: loaded when a row needs it.
         batch_size: frames per forward pass, at most.
         locate: names a row's episode and frame, for messages.
     """
 
-    def __init__(self, encoder: DA3Encoder, batch_size: int, locate: Callable[[int], tuple[int, int]]) -> None:
+    def __init__(self, encoder: EncoderOnDemand, batch_size: int, locate: Callable[[int], tuple[int, int]]) -> None:
         self._encoder, self._batch_size, self._locate = encoder, batch_size, locate
-        # A GPU is given the next batch before the results of the one before it are awaited.
-        self._ahead = 1 if encoder.device.type == "cuda" else 0
         self.encode_s = 0.0
 
     def encode(self, batches: Iterable[NetworkBatch]) -> Iterator[EncodedBatch]:
@@ -68,62 +103,101 @@ class BatchEncoder:
         for batch in batches:
             for started in self._start(batch):
                 pending.append(started)
-                while len(pending) > self._ahead:
+                # A GPU is given the next batch before the results of the one before it are awaited.
+                while len(pending) > (1 if self._encoder.on_gpu else 0):
                     yield self._finish(pending.popleft())
         while pending:
             yield self._finish(pending.popleft())
 
     def _start(self, batch: NetworkBatch) -> Iterator[_PendingBatch]:
-        start = batch.start
-        while start < batch.stop:
-            stop = min(start + self._batch_size, batch.stop)
-            began = time.perf_counter()
-            geometry = self._launch(batch, start, stop)
-            self.encode_s += time.perf_counter() - began
-            if geometry is None:
-                self._halve(stop - start)
-            else:
-                signatures = batch.signatures[start - batch.start : stop - batch.start]
-                yield _PendingBatch(start, stop, geometry, signatures)
-                start = stop
+        needed = np.ones(batch.stop - batch.start, bool) if batch.carried is None else ~batch.carried.is_carried
+        before = np.concatenate([[0], np.cumsum(needed)])  # how many rows before each one have to be encoded
+        start = 0
+        while start < len(needed):
+            stop = int(before.searchsorted(before[start] + self._batch_size, "right")) - 1
+            first, last = int(before[start]), int(before[stop])
+            geometry = None
+            if last > first:
+                began = time.perf_counter()
+                geometry = self._launch(batch, first, last)
+                self.encode_s += time.perf_counter() - began
+                if geometry is None:
+                    self._halve(last - first)
+                    continue
+            yield _PendingBatch(batch, start, stop, geometry)
+            start = stop
 
-    def _launch(self, batch: NetworkBatch, start: int, stop: int) -> PendingGeometry | None:
-        """Start the forward pass of these rows; None if memory does not suffice."""
-        part = slice(start - batch.start, stop - batch.start)
+    def _launch(self, batch: NetworkBatch, first: int, last: int) -> PendingGeometry | None:
+        """Start the forward pass of these of the rows to encode; None if memory does not suffice."""
+        assert batch.inputs is not None
+        part = slice(first, last)
         inputs = [view[part] for view in batch.inputs] if isinstance(batch.inputs, list) else batch.inputs[part]
         try:
-            return self._encoder.launch(inputs)
+            return self._encoder.get().launch(inputs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         return None  # outside the handler, whose traceback would keep the device's memory alive
 
     def _halve(self, frames: int) -> None:
+        encoder = self._encoder.get()
         if frames == 1:
-            raise memory_error(self._encoder)
+            raise memory_error(encoder)
         self._batch_size = frames // 2
-        if self._encoder.device.type == "cuda":
+        if encoder.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.info(
             "%s: out of memory with a batch of %d frames; continuing with %d",
-            self._encoder.device,
+            encoder.device,
             frames,
             self._batch_size,
         )
 
     def _finish(self, pending: _PendingBatch) -> EncodedBatch:
-        began = time.perf_counter()
+        batch, part = pending.batch, slice(pending.start, pending.stop)
+        encoded: dict[str, NDArray[np.float16]] = {}
+        if pending.geometry is not None:
+            began = time.perf_counter()
+            encoded = self._wait(pending, pending.geometry)
+            self.encode_s += time.perf_counter() - began
+        carried = batch.carried
+        return EncodedBatch(
+            start=batch.start + pending.start,
+            stop=batch.start + pending.stop,
+            maps=encoded if carried is None else _merge(encoded, carried, part),
+            signatures=batch.signatures[part],
+            places=None if carried is None else carried.places[part],
+        )
+
+    def _wait(self, pending: _PendingBatch, geometry: PendingGeometry) -> dict[str, NDArray[np.float16]]:
         try:
-            geometry = pending.geometry.result()
+            return {name: values.numpy() for name, values in geometry.result().items()}
         except NonFiniteGeometryError as error:
-            names = [self._name_map(pending.start + b, view, name) for b, view, name in error.places[:MOST_NAMED]]
+            part, carried = slice(pending.start, pending.stop), pending.batch.carried
+            needed = np.ones(pending.stop - pending.start, bool) if carried is None else ~carried.is_carried[part]
+            rows = (pending.batch.start + pending.start + np.flatnonzero(needed)).tolist()
+            names = [self._name_map(rows[b], view, name) for b, view, name in error.places[:MOST_NAMED]]
             raise NonFiniteGeometryError(
                 f"{'; '.join(names)}: the encoder gave NaN: check the weights, or try --dtype fp32", error.places
             ) from error
-        maps = {name: values.numpy() for name, values in geometry.items()}
-        self.encode_s += time.perf_counter() - began
-        return EncodedBatch(start=pending.start, stop=pending.stop, maps=maps, signatures=pending.signatures)
 
     def _name_map(self, row: int, view: int, output: str) -> str:
         episode, frame = self._locate(row)
-        return f"episode {episode} frame {frame} camera {self._encoder.spec.camera_keys[view]} {output}"
+        return f"episode {episode} frame {frame} camera {self._encoder.get().spec.camera_keys[view]} {output}"
+
+
+def _merge(encoded: dict[str, NDArray[np.float16]], carried: Carried, part: slice) -> dict[str, NDArray[np.float16]]:
+    """Put the maps of the encoded rows of a part, and of those that were carried over, into the order of the rows."""
+    is_carried = carried.is_carried
+    first = int(is_carried[: part.start].sum())
+    here = is_carried[part]
+    taken = {name: values[first : first + int(here.sum())] for name, values in carried.maps.items()}
+    if here.all():
+        return taken
+    if not here.any():
+        return encoded
+    merged = {}
+    for name, values in encoded.items():
+        merged[name] = np.empty((len(here), *values.shape[1:]), np.float16)
+        merged[name][here], merged[name][~here] = taken[name], values
+    return merged

@@ -1,8 +1,8 @@
-"""The options of stage one: one dataclass, from which the command line and the run.yaml file are made.
+"""The options of stage one: a dataclass for each command, from which the command line and the run.yaml file are made.
 
-Each field is annotated with its option of `geomcache extract`: help text, panel, and what is shown for a default that
-depends on the machine. A new option is a new field here and nothing else. `geomcache extract --help` imports this
-module, which therefore imports neither NumPy nor torch.
+Each field is annotated with its option of `geomcache extract` or `geomcache update`: help text, panel, and what is
+shown for a default that depends on the machine. A new option is a new field here and nothing else. `--help` imports
+this module, which therefore imports neither NumPy nor torch.
 """
 
 import math
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Option
+from typer import Argument, Option
 
 from geomcache.errors import UserInputError
 
@@ -22,7 +22,7 @@ _geometry = partial(Option, rich_help_panel="Geometry: what the cache's numbers 
 _machine = partial(Option, rich_help_panel="Machine: the numbers depend on these by rounding alone")
 
 DEFAULT_DATASET = "HuggingFaceVLA/libero"  # of the command line
-NOT_RECORDED = frozenset({"dry_run", "overwrite"})  # how one call behaves, not what is in the cache
+NOT_RECORDED = frozenset({"dry_run", "overwrite", "follow"})  # how one call behaves, not what is in the cache
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class ExtractOptions:
     ] = None
     dry_run: Annotated[bool, Option("--dry-run", help="Print frames, bytes and time; write nothing.")] = False
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing cache.")] = False
+    follow: Annotated[
+        bool, Option("--follow", help="Go on until you stop it: extract what is recorded into --root meanwhile.")
+    ] = False
 
     root: Annotated[
         Path | None,
@@ -128,10 +131,13 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise UserInputError(f"batch-size: expected at least 1, or auto, got {self.batch_size}")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise UserInputError(f"num-workers: expected at least 0, got {self.num_workers}")
-        if not 0 < self.tolerance_s < math.inf:
-            raise UserInputError(f"tolerance-s: expected a positive number of seconds, got {self.tolerance_s}")
+        _check_numbers(self.num_workers, self.tolerance_s)
+        if self.follow and self.root is None:
+            raise UserInputError("follow: expected --root, the folder that is recorded into, got none")
+        if self.follow and (self.dry_run or self.overwrite or self.episodes):
+            raise UserInputError(
+                "follow: expected neither --dry-run, --overwrite nor --episodes, got one: leave it out"
+            )
         if self.cameras == ():
             raise UserInputError("cameras: expected at least one key, got none: leave the option out to use all")
 
@@ -139,6 +145,65 @@ class ExtractOptions:
     def output_path(self) -> Path:
         """The cache's path."""
         return self.output or Path(self.dataset.rstrip("/").rpartition("/")[2] + ".zarr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateOptions:
+    """What `geomcache update` is asked to do. All other settings are those of the cache.
+
+    Raises:
+        UserInputError: a number is out of range.
+    """
+
+    cache: Annotated[Path, Argument(help="The cache.", metavar="CACHE")]
+    dataset: Annotated[
+        str | None, Option(help="The dataset as it is now.", show_default="the one that the cache was made of")
+    ] = None
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print which rows are kept, moved and encoded, and the time; write nothing.")
+    ] = False
+    accept_reencoded: Annotated[
+        bool,
+        Option(
+            "--accept-reencoded",
+            help="Keep the geometry of episodes whose videos were encoded again; otherwise it is computed anew.",
+        ),
+    ] = False
+
+    root: Annotated[Path | None, _dataset(help="The dataset's folder, if it is on this machine.", metavar="DIR")] = None
+    revision: Annotated[str | None, _dataset(help="The dataset's branch, tag or commit.", metavar="REV")] = None
+    episodes: Annotated[
+        str | None, _dataset(help="Such as 0:100 or 0,3,5:8.", show_default="all; of a partial cache those that it has")
+    ] = None
+    tolerance_s: Annotated[
+        float, _dataset(help="How far the time stamp of a video's frame may be off, as in lerobot-train.", metavar="S")
+    ] = 1e-4
+
+    model: Annotated[
+        str | None, _machine(help="Where the cache's DA3 is: a folder or Hub id.", show_default="as in the cache")
+    ] = None
+    device: Annotated[str | None, _machine(help="Such as cuda:1 or cpu.", show_default="the GPU if there is one")] = (
+        None
+    )
+    batch_size: Annotated[
+        int | None,
+        _machine(help="Frames per forward pass.", metavar="N", show_default="16 on a GPU, 4 on a CPU"),
+    ] = None
+    num_workers: Annotated[
+        int | None, _machine(help="Decoding processes.", show_default="the spare cores, up to 8")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserInputError(f"batch-size: expected at least 1, got {self.batch_size}")
+        _check_numbers(self.num_workers, self.tolerance_s)
+
+
+def _check_numbers(num_workers: int | None, tolerance_s: float) -> None:
+    if num_workers is not None and num_workers < 0:
+        raise UserInputError(f"num-workers: expected at least 0, got {num_workers}")
+    if not 0 < tolerance_s < math.inf:
+        raise UserInputError(f"tolerance-s: expected a positive number of seconds, got {tolerance_s}")
 
 
 def recorded_options() -> tuple[str, ...]:

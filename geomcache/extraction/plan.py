@@ -1,17 +1,27 @@
-"""What an extraction will cost: rows, bytes, and time, which is measured on a few batches."""
+"""What an extraction or an update will cost: rows, bytes, and time, which is measured on a few batches."""
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from geomcache.cache.codecs import Codec
 from geomcache.cache.layout import HUB_FOLDER_ENTRIES, choose_shard_frames, shards_nbytes
+from geomcache.cache.signatures import TOLERANCE, Signatures
+from geomcache.cache.store import GeometryStore
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import OutOfSpaceError
+from geomcache.extraction.carry import Carrier
 from geomcache.extraction.decoding import BatchDecoder
+from geomcache.extraction.encoding import EncoderOnDemand
+from geomcache.extraction.pipeline import Machinery
+from geomcache.frames.compare import SAMPLE_S, SAMPLED_EPISODES
+from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import FrameDataset
 from geomcache.geometry import PATCH_SIZE, GeometrySpec
 from geomcache.progress import human_bytes, human_time
@@ -73,19 +83,113 @@ def _enlarged(spec: GeometrySpec) -> Iterator[str]:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class UpdatePlan:
+    """How many frames of a dataset an update takes from where, as far as one can tell without a look at all of them."""
+
+    kept: int
+    """At their places."""
+    moved: int
+    reencoded: int
+    """Of episodes that were encoded again: they are carried over if the user accepts them."""
+    encoded: int
+    compared: int
+    """Episodes whose first picture was looked at; the identities of the others decide here."""
+
+
+def plan_update(carrier: Carrier, dataset: FrameDataset, wanted: NDArray[np.int64]) -> UpdatePlan:
+    """Guess what an update does: look at the first frame of at most 500 episodes, in at most 20 s.
+
+    Args:
+        carrier: with an index.
+        dataset: as it is now.
+        wanted: the dataset's episodes that the new cache is to have.
+    """
+    reader, counts = dataset.reader, Counter[str]()
+    spread = np.linspace(0, len(wanted) - 1, min(len(wanted), SAMPLED_EPISODES)).astype(np.int64)
+    sampled, compared, end = {*wanted[spread].tolist()}, 0, time.monotonic() + SAMPLE_S
+    for episode in wanted.tolist():
+        start, length = int(reader.episode_start[episode]), int(reader.episode_length[episode])
+        place, is_reencoded = int(carrier.guesses[episode]), False
+        if episode in sampled and (not compared or time.monotonic() < end):
+            compared += 1
+            signatures = sign_pictures(reader.read(start, start + 1).images)
+            place, is_reencoded = _find_episode(carrier, start, signatures)
+        places = place + np.arange(length) if place >= 0 else np.full(length, -1)
+        present = carrier.caches.present(places)
+        here = present & (places == start + np.arange(length))
+        counts["encoded"] += int((~present).sum())
+        if is_reencoded:
+            counts["reencoded"] += int(present.sum())
+        else:
+            counts["kept"] += int(here.sum())
+            counts["moved"] += int((present & ~here).sum())
+    return UpdatePlan(**{kind: counts[kind] for kind in ("kept", "moved", "reencoded", "encoded")}, compared=compared)
+
+
+def _find_episode(carrier: Carrier, start: int, signatures: Signatures) -> tuple[int, bool]:
+    """Return the place of an episode's first frame, or -1, and whether its pictures were only encoded again."""
+    place = int(carrier.carry(start, signatures).places[0])
+    expected = carrier.expected(np.array([start]))
+    if place >= 0 or expected[0] < 0:
+        return place, False
+    distance = carrier.caches.distances(expected, signatures)
+    return (int(expected[0]), True) if distance.max() <= TOLERANCE else (-1, False)
+
+
+def describe_update(
+    plan: UpdatePlan,
+    store: GeometryStore,
+    dataset: FrameDataset,
+    rows: list[tuple[int, int]],
+    encoder: EncoderOnDemand,
+    machinery: Machinery,
+    *,
+    accept_reencoded: bool,
+) -> Iterator[str]:
+    """Yield lines about what an update would do. The encoder is loaded if there is something to encode.
+
+    Raises:
+        GeomcacheError: a frame cannot be decoded, or the encoder fails on it.
+    """
+    frames = count_rows(rows)
+    to_encode = plan.encoded + (0 if accept_reencoded else plan.reencoded)
+    yield f"dataset   {dataset.spec.repo_id}: {dataset.spec.episodes} episodes, {dataset.spec.frames} frames"
+    yield f"cache     {store.path}: {store.dataset.episodes} episodes, {store.frames_present} frames"
+    yield f"kept      {plan.kept} frames at their places"
+    yield f"moved     {plan.moved} frames from other places"
+    if plan.reencoded:
+        what = "kept as --accept-reencoded asks" if accept_reencoded else "encode anew, or keep with --accept-reencoded"
+        yield f"again     {plan.reencoded} frames of videos that were encoded again: {what}"
+    yield f"encode    {to_encode} frames"
+    yield (
+        f"by        identities of episodes, and the first picture of {plan.compared} episodes; the update itself"
+        " compares every picture"
+    )
+    loaded = encoder.get() if to_encode else None
+    encode_s, decode_s = _time_batches(dataset, loaded, rows[0], machinery.batch_size)
+    seconds = max(frames * decode_s / max(1, machinery.workers), to_encode * encode_s)
+    encoding = f", encoding {1e3 * encode_s:.0f} ms a frame" if to_encode else ""
+    yield (
+        f"time      about {human_time(seconds)}: decoding {1e3 * decode_s:.0f} ms a frame in each of"
+        f" {max(1, machinery.workers)} process(es){encoding}"
+    )
+
+
 def _time_batches(
-    dataset: FrameDataset, encoder: DA3Encoder, rows: tuple[int, int], batch_size: int
+    dataset: FrameDataset, encoder: DA3Encoder | None, rows: tuple[int, int], batch_size: int
 ) -> tuple[float, float]:
-    """Return the median seconds a frame of encoding, and of decoding with preprocessing."""
+    """Return the median seconds a frame of encoding, and of decoding with preprocessing. Without an encoder neither."""
     start, stop = rows
     count = min(batch_size, stop - start)
-    decoder = BatchDecoder(dataset.reader, encoder.preprocessor)
+    decoder = BatchDecoder(dataset.reader, None if encoder is None else encoder.preprocessor)
     encode_s, decode_s = [], []
     for number in range(1 + TIMED_BATCHES):
         first = start + number * count % (stop - start - count + 1)
         batch = decoder.decode(first, first + count)
         began = time.perf_counter()
-        encoder.forward(batch.inputs).ray.cpu()  # the copy waits for the device
+        if encoder is not None and batch.inputs is not None:
+            encoder.forward(batch.inputs).ray.cpu()  # the copy waits for the device
         if number:  # the first warms up
             encode_s.append((time.perf_counter() - began) / count)
             decode_s.append((batch.decode_s + batch.preprocess_s) / count)

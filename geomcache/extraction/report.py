@@ -14,6 +14,11 @@ class ExtractReport:
     frames_total: int = 0
     """Frames that were asked for, and those of shards that had to be made again; all of them are in the cache now."""
     frames: int = 0
+    """Written; by this process, as are the counts below."""
+    frames_carried: int = 0
+    """Of these, those whose geometry an earlier cache had."""
+    frames_linked: int = 0
+    """Of these, those in shards that are files of the earlier cache."""
     shards: int = 0
     views: int = 0
     nbytes: int = 0
@@ -40,6 +45,11 @@ class ExtractReport:
         """The steady rate, without the start-up; None for a run of a single batch."""
         return self.steady_views / self.steady_s if self.steady_views else None
 
+    @property
+    def frames_encoded(self) -> int:
+        """How many frames the encoder ran on."""
+        return self.frames - self.frames_carried
+
     def lines(self) -> list[str]:
         """Return the report as text for the user."""
         if not self.frames:
@@ -49,9 +59,14 @@ class ExtractReport:
             "one batch" if rate is None else f"then {human_time(self.steady_s)} at {rate:.1f} views/s, {self.engine}"
         )
         processes = max(1, self.workers)
+        kept = (
+            f"{self.frames_carried} frames carried over, {self.frames_linked} of them in whole shards;"
+            f" {self.frames_encoded} encoded"
+        )
         return [
             f"{self.path}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"
             f" shards; start-up {human_time(self.startup_s)}, {steady}",
+            *([kept] if self.frames_carried else []),
             f"busy: encode {self.encode_s / self.seconds:.0%}, write {self.write_s / self.seconds:.0%},"
             f" decode {self.decode_s / self.seconds / processes:.0%}"
             f" and preprocess {self.preprocess_s / self.seconds / processes:.0%} of {processes} process(es)",

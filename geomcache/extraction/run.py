@@ -1,53 +1,40 @@
-"""Stage one: every frame of a dataset through the encoder, once, into a cache.
+"""Stage one: every frame of a dataset through the encoder, once, into a cache. `pipeline` does the work."""
 
-    decode workers                       main thread                writer thread
-    row range -> pictures -> input  ──►  input -> geometry  ──►     geometry -> shard -> disk -> journal
-    workers.decode                       encoding.BatchEncoder      writer_thread.ShardWriterThread
-
-The three overlap. The cache's writer hands out shards of consecutive rows; decoding runs ahead of the encoder by a few
-batches, and a bounded queue stands between the encoder and the writing, so that memory does not grow with the dataset.
-Several processes (accelerate, array jobs, a command run twice) share a cache by claiming its shards; none waits for
-another until nothing is left to claim.
-"""
-
+import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from geomcache.cache.codecs import Codec
-from geomcache.cache.commands import Machine
-from geomcache.cache.create import is_cache
+from geomcache.cache.create import is_cache, recover
 from geomcache.cache.header import Header
 from geomcache.cache.layout import SCHEMA_VERSION
-from geomcache.cache.writer import Claim, StoreWriter
+from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
-from geomcache.extraction.batch_size import find_batch_size
-from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
-from geomcache.extraction.encoding import BatchEncoder
+from geomcache.errors import DatasetError
+from geomcache.extraction.batch_size import default_batch_size, find_batch_size
+from geomcache.extraction.encoding import EncoderOnDemand
 from geomcache.extraction.engine_choice import choose_engine
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
+from geomcache.extraction.pipeline import Machinery, Pipeline
 from geomcache.extraction.plan import describe_plan, describe_shards, require_space
 from geomcache.extraction.process import Process
 from geomcache.extraction.report import ExtractReport
-from geomcache.extraction.run_config import record_machine, resolve, write_run_config
-from geomcache.extraction.workers import ForkServer, claimed_ranges, decode
-from geomcache.extraction.writer_thread import ShardWriterThread
+from geomcache.extraction.run_config import resolve, write_run_config
+from geomcache.extraction.update import grow, has_grown
 from geomcache.frames.of_cache import check_cached_pictures, compare_with_cache
 from geomcache.frames.source import FrameDataset, describe_statistics_command, open_dataset
-from geomcache.progress import Progress
-from geomcache.ranges import count_rows, format_ranges
+from geomcache.ranges import count_rows
 
-__all__ = ["ExtractReport", "extract"]
+__all__ = ["ExtractReport", "extract", "follow"]
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.5  # how often a process with nothing left to claim checks the shards of the others
-WAIT_LINE_S = 30.0  # between lines about shards that other processes hold
-GPU_BATCH, CPU_BATCH = 16, 4  # frames per forward pass
+FOLLOW_POLL_S = 2.0  # how often a dataset that is followed is looked at
+
+sleep = time.sleep
 
 
 def extract(options: ExtractOptions) -> ExtractReport:
@@ -56,38 +43,117 @@ def extract(options: ExtractOptions) -> ExtractReport:
     Raises:
         GeomcacheError: the run cannot start or continue; shards that were already written are kept.
     """
-    began = time.perf_counter()
-    process = Process.current()
-    workers = process.default_workers if options.num_workers is None else options.num_workers
-    server = ForkServer() if workers and not options.dry_run else None
-    dataset, episodes = open_dataset(
-        options.dataset,
-        root=options.root,
-        revision=options.revision,
-        cameras=options.cameras,
-        episodes=options.episodes,
-        tolerance_s=options.tolerance_s,
-    )
-    if dataset.without_quantiles and process.is_main:
-        logger.warning(
-            "dataset %s: its statistics lack quantiles of %s, by which Pi0.5 normalises: the cache does not need them,"
-            " training does; compute them with %s",
-            dataset.spec.repo_id,
-            ", ".join(dataset.without_quantiles),
-            describe_statistics_command(dataset.spec.repo_id, options.root),
+    return _Extraction(options).run()
+
+
+def follow(options: ExtractOptions) -> Iterator[ExtractReport]:
+    """Run stage one, and again each time that the dataset's folder has changed; yield a report when frames were made.
+
+    A recording closes its files now and then, and at its end: what it has not closed cannot be read yet. The encoder is
+    loaded once.
+
+    Raises:
+        GeomcacheError: as `extract`. A dataset that cannot be read is waited for, with a line.
+    """
+    assert options.root is not None
+    encoder: DA3Encoder | None = None
+    problem, seen = "", None
+    while True:
+        state = _state_of(options.root)
+        if state != seen:
+            extraction = _Extraction(options, encoder)
+            try:
+                report = extraction.run()
+            except DatasetError as error:
+                if str(error) != problem:
+                    problem = str(error)
+                    logger.info("waiting for the dataset, which cannot be read now: %s", problem)
+            else:
+                seen, problem = state, ""
+                if report.frames:
+                    yield report
+                    logger.info("%s: follows %s; stop it with Ctrl-C", options.output_path, options.root)
+            encoder = extraction.encoder
+        sleep(FOLLOW_POLL_S)
+
+
+def _state_of(root: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what tells whether somebody has written metadata of a dataset: names, sizes and times of the files."""
+    states = []
+    for file in sorted((root / "meta").rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # it was replaced just now
+            status = file.stat()
+            states.append((str(file), status.st_size, status.st_mtime_ns))
+    return tuple(states)
+
+
+class _Extraction:
+    """One run of `extract`.
+
+    Attributes:
+        encoder: None until it is loaded.
+    """
+
+    def __init__(self, options: ExtractOptions, encoder: DA3Encoder | None = None) -> None:
+        self._options, self.encoder = options, encoder
+        self._machinery = Machinery.start(options.num_workers, workless=options.dry_run)
+
+    def run(self) -> ExtractReport:
+        """Do it."""
+        options, machinery, path = self._options, self._machinery, self._options.output_path
+        dataset, episodes = self._open_dataset(options.episodes)
+        rows = dataset.rows(episodes)
+        if dataset.without_quantiles and machinery.process.is_main:
+            logger.warning(
+                "dataset %s: its statistics lack quantiles of %s, by which Pi0.5 normalises: the cache does not need"
+                " them, training does; compute them with %s",
+                dataset.spec.repo_id,
+                ", ".join(dataset.without_quantiles),
+                describe_statistics_command(dataset.spec.repo_id, options.root),
+            )
+        if self.encoder is None:
+            self.encoder = _load_encoder(options, dataset, machinery.process)
+        encoder, codec = self.encoder, Codec.of(options.codec)
+        machinery.batch_size = _choose_batch_size(options, encoder, machinery.process)
+        if options.dry_run:
+            for line in describe_plan(path, dataset, encoder, rows, machinery.batch_size, codec):
+                logger.info(line)
+            return ExtractReport(path=path)
+        recover(path.resolve())
+        if not options.overwrite and has_grown(path, dataset, encoder.spec, codec):
+            report = self._grow(dataset, rows)
+            if machinery.process.is_main:
+                write_run_config(path, resolve(options, encoder.spec, dataset.spec))
+            return report
+        with _open_writer(options, dataset, episodes, encoder, machinery.process) as writer:
+            total = _announce(writer, options, machinery.process)
+            frames = (total - writer.frames_done()) // machinery.process.count
+            choose_engine(options.engine, encoder, frames, machinery.batch_size)
+            on_demand = EncoderOnDemand(lambda: encoder)
+            pipeline = Pipeline(dataset, encoder.preprocessor, on_demand, writer, machinery, config_of=writer.path)
+            return pipeline.until_sealed(total)
+
+    def _open_dataset(self, episodes: str | None) -> tuple[FrameDataset, list[tuple[int, int]]]:
+        """Return the dataset, with the files of these episodes, and ranges of them."""
+        options = self._options
+        return open_dataset(
+            options.dataset,
+            root=options.root,
+            revision=options.revision,
+            cameras=options.cameras,
+            episodes=episodes,
+            tolerance_s=options.tolerance_s,
         )
-    encoder = _load_encoder(options, dataset, process)
-    batch_size = _choose_batch_size(options, encoder, process)
-    rows = dataset.rows(episodes)
-    if options.dry_run:
-        for line in describe_plan(options.output_path, dataset, encoder, rows, batch_size, Codec.of(options.codec)):
-            logger.info(line)
-        return ExtractReport(path=options.output_path)
-    with _open_writer(options, dataset, episodes, encoder, process) as writer:
-        total = _announce(writer, options, process)
-        choose_engine(options.engine, encoder, (total - writer.frames_done()) // process.count, batch_size)
-        run = _Run(dataset, encoder, writer, batch_size, workers, server, process, began)
-        return run.until_sealed(total)
+
+    def _grow(self, dataset: FrameDataset, rows: Sequence[tuple[int, int]]) -> ExtractReport:
+        """Add rows to a cache of the first episodes of the dataset."""
+        options, machinery, encoder = self._options, self._machinery, self.encoder
+        assert encoder is not None
+        if options.episodes is not None:  # frames of old episodes may have to be read, too
+            dataset, _ = self._open_dataset(None)
+        logger.info("%s: dataset %s has grown; continuing", options.output_path, options.dataset)
+        choose_engine(options.engine, encoder, count_rows(rows) // machinery.process.count, machinery.batch_size)
+        return grow(options.output_path, dataset, rows, encoder, machinery)
 
 
 def _load_encoder(options: ExtractOptions, dataset: FrameDataset, process: Process) -> DA3Encoder:
@@ -106,7 +172,7 @@ def _load_encoder(options: ExtractOptions, dataset: FrameDataset, process: Proce
 
 def _choose_batch_size(options: ExtractOptions, encoder: DA3Encoder, process: Process) -> int:
     if options.batch_size != "auto":
-        return options.batch_size or (CPU_BATCH if encoder.device.type == "cpu" else GPU_BATCH)
+        return options.batch_size or default_batch_size(encoder.device)
     batch_size, reason = find_batch_size(encoder)
     if process.is_main:
         logger.info("batch size %d: %s", batch_size, reason)
@@ -170,96 +236,3 @@ def _announce(writer: StoreWriter, options: ExtractOptions, process: Process) ->
             logger.info("%s: %d of %d frames exist; resuming with the rest", writer.path, done, total)
     require_space(writer.path, writer.spec, total - done, Codec.of(options.codec))
     return total
-
-
-class _Run:
-    """Stage one over the shards that this process can claim."""
-
-    def __init__(
-        self,
-        dataset: FrameDataset,
-        encoder: DA3Encoder,
-        writer: StoreWriter,
-        batch_size: int,
-        workers: int,
-        server: ForkServer | None,
-        process: Process,
-        began: float,
-    ) -> None:
-        self._dataset, self._encoder, self._writer = dataset, encoder, writer
-        self._batch_size, self._server, self._process, self._began = batch_size, server, process, began
-        self._stage = BatchEncoder(encoder, batch_size, dataset.reader.locate)
-        self._first_encoded: float | None = None  # when the first batch was encoded: the end of the start-up
-        self._waiting_logged = time.monotonic()
-        self._machines: set[Machine] = set()
-        self._report = ExtractReport(path=writer.path, workers=workers)
-
-    def until_sealed(self, total: int) -> ExtractReport:
-        """Work until every requested row is durable, no matter which process wrote it, and the cache is sealed."""
-        report, began = self._report, time.perf_counter()
-        report.frames_total = total
-        views = len(self._dataset.cameras)
-        with Progress(total, views, self._writer.frames_done, show=self._process.is_main) as progress:
-            while True:
-                first = self._writer.claim()
-                if first is not None:
-                    self._make_shards(first, progress)
-                elif pending := self._writer.pending():
-                    time.sleep(POLL_S)  # other processes hold the rest; if one dies, its shards can be claimed
-                    progress.update(unwritten=0, nbytes=report.nbytes)
-                    self._log_wait(pending)
-                else:
-                    break
-            self._writer.seal()
-        report.seconds = time.perf_counter() - began
-        report.views = report.frames * views
-        report.encode_s = self._stage.encode_s
-        report.engine = self._encoder.engine
-        return report
-
-    def _log_wait(self, pending: Sequence[int]) -> None:
-        """Say now and then that shards are waited for, and which."""
-        now = time.monotonic()
-        if self._process.is_main and now - self._waiting_logged >= WAIT_LINE_S:
-            self._waiting_logged = now
-            logger.info("waiting for shards that other processes hold: %s", format_ranges(np.array(pending)))
-
-    def _make_shards(self, first: Claim, progress: Progress) -> None:
-        """Decode, encode and write `first`, and every shard that can be claimed after it."""
-        report, frames_encoded = self._report, 0
-        decoder = BatchDecoder(self._dataset.reader, self._encoder.preprocessor)
-        with ShardWriterThread(self._writer) as thread:
-            ranges = claimed_ranges(self._writer, first, self._batch_size, on_claim=thread.expect)
-            with closing(decode(decoder, ranges, report.workers, server=self._server)) as batches:
-                for encoded in self._stage.encode(self._timed(batches)):
-                    thread.put(encoded.maps, encoded.signatures)
-                    self._count(encoded.stop - encoded.start)
-                    frames_encoded += encoded.stop - encoded.start
-                    progress.update(
-                        unwritten=frames_encoded - thread.frames_written, nbytes=report.nbytes + thread.nbytes_written
-                    )
-        if self._first_encoded is not None:
-            report.steady_s = time.perf_counter() - self._first_encoded
-        report.frames += thread.frames_written
-        report.shards += thread.shards_written
-        report.nbytes += thread.nbytes_written
-        report.write_s += thread.write_s
-
-    def _timed(self, batches: Iterable[NetworkBatch]) -> Iterator[NetworkBatch]:
-        on_gpu = self._encoder.device.type == "cuda"
-        for batch in batches:
-            self._report.decode_s += batch.decode_s
-            self._report.preprocess_s += batch.preprocess_s
-            yield batch.pin_memory() if on_gpu else batch
-
-    def _count(self, frames: int) -> None:
-        """Count encoded frames; the first ones end the start-up."""
-        machine = Machine(self._encoder.device_name, self._encoder.engine)
-        if machine not in self._machines:  # the first batch, or one at which compiling failed
-            self._machines.add(machine)
-            record_machine(self._writer.path, machine)
-        if self._first_encoded is None:
-            self._first_encoded = time.perf_counter()
-            self._report.startup_s = self._first_encoded - self._began
-        else:
-            self._report.steady_views += frames * len(self._dataset.cameras)

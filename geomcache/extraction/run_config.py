@@ -75,6 +75,18 @@ def read_run_config(file: Path, known: Collection[str]) -> dict[str, str]:
     return options
 
 
+def recorded_run(cache: Path) -> dict[str, str]:
+    """Return the options of the run that made a cache, as text; none where they are not recorded next to it.
+
+    Raises:
+        UserInputError: the record cannot be read.
+    """
+    file = run_config_path(cache)
+    if not file.is_file() or not file.read_bytes().startswith(HEADER.encode()):
+        return {}
+    return read_run_config(file, recorded_options())
+
+
 def resolve(options: ExtractOptions, spec: "GeometrySpec", dataset: "DatasetSpec") -> dict[str, object]:
     """Return the options as YAML types, with what the run chose itself filled in, and without those left to choose."""
     resolved: dict[str, object] = {

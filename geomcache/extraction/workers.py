@@ -14,7 +14,7 @@ from itertools import chain, cycle
 
 import torch
 
-from geomcache.cache.writer import Claim, StoreWriter
+from geomcache.cache.writer import Claim
 from geomcache.errors import WorkerDiedError, one_line
 from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
 from geomcache.extraction.handover import open_channel, receive, send
@@ -30,12 +30,12 @@ RowRange = tuple[int, int]
 
 
 def claimed_ranges(
-    writer: StoreWriter, first: Claim, batch_size: int, *, on_claim: Callable[[Claim], None]
+    claim_next: Callable[[], Claim | None], first: Claim, batch_size: int, *, on_claim: Callable[[Claim], None]
 ) -> Iterator[RowRange]:
     """Yield the row ranges of batches, shard after shard; a shard is claimed when decoding reaches it.
 
     Args:
-        writer: hands out the claims.
+        claim_next: returns the next claim; None if there is none.
         first: the claim to begin with.
         batch_size: rows of a batch, at most; a batch never spans two claims.
         on_claim: called with each claim before its first range is yielded.
@@ -46,7 +46,7 @@ def claimed_ranges(
         for start, stop in claim.rows:
             for row in range(start, stop, batch_size):
                 yield row, min(row + batch_size, stop)
-        claim = writer.claim()
+        claim = claim_next()
 
 
 class ForkServer:

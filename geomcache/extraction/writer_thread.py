@@ -7,13 +7,14 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.signatures import Signatures
 from geomcache.cache.writer import Claim, StoreWriter
+from geomcache.extraction.carry import Carrier
 from geomcache.ranges import count_rows
 
 logger = logging.getLogger(__name__)
@@ -27,19 +28,34 @@ BatchMaps = Mapping[str, NDArray[np.float16]]
 """Output name -> [n, V, h, w(, 6)], n consecutive rows."""
 
 
+class _Batch(NamedTuple):
+    """Consecutive rows."""
+
+    maps: BatchMaps
+    signatures: Signatures
+    places: NDArray[np.int64] | None
+    """Where the rows were carried over from, as in `EncodedBatch`."""
+
+
 class ShardWriterThread:
     """Takes the geometry of claimed rows, in the order of the claims, and commits each claim once it is complete.
 
     An error in the thread is raised by the next `put` or by `close`, in the caller's thread.
+
+    Args:
+        writer: of the cache.
+        carrier: has the files of shards that were carried over as a whole, which then are linked instead of written.
     """
 
-    def __init__(self, writer: StoreWriter) -> None:
-        self._writer = writer
-        self._queue: queue.Queue[tuple[BatchMaps, Signatures] | None] = queue.Queue(maxsize=QUEUED_BATCHES)
+    def __init__(self, writer: StoreWriter, carrier: Carrier | None = None) -> None:
+        self._writer, self._carrier = writer, carrier
+        self._queue: queue.Queue[_Batch | None] = queue.Queue(maxsize=QUEUED_BATCHES)
         self._claims: deque[Claim] = deque()
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self.frames_written = self.shards_written = self.nbytes_written = 0
+        self.frames_linked = 0
+        """Of the frames written, those of shards that are files of an earlier cache."""
         self.write_s = 0.0
         self._waiting_logged = 0.0
         self._thread = threading.Thread(target=self._run, name="geomcache-writer", daemon=True)
@@ -49,9 +65,9 @@ class ShardWriterThread:
         """Announce a claim: its rows follow those of the claims before it."""
         self._claims.append(claim)
 
-    def put(self, maps: BatchMaps, signatures: Signatures) -> None:
-        """Hand over the next rows, all of one claim, and their pictures' signatures. Blocks while the queue is full."""
-        self._put((maps, signatures))
+    def put(self, maps: BatchMaps, signatures: Signatures, places: NDArray[np.int64] | None = None) -> None:
+        """Hand over the next rows, all of one claim, as in `EncodedBatch`. Blocks while the queue is full."""
+        self._put(_Batch(maps, signatures, places))
         self._raise_error()
 
     def close(self) -> None:
@@ -76,7 +92,7 @@ class ShardWriterThread:
         else:
             self.abort()
 
-    def _put(self, batch: tuple[BatchMaps, Signatures] | None) -> None:
+    def _put(self, batch: _Batch | None) -> None:
         began = time.monotonic()
         while self._thread.is_alive():
             try:
@@ -121,37 +137,52 @@ class ShardWriterThread:
         signatures: Signatures | None = None
         filled = 0
         while (batch := self._next_batch()) is not None:
-            maps, of_batch = batch
             began = time.perf_counter()
             claim = self._claims[0]
             size = count_rows(claim.rows)
-            for name, values in maps.items():
+            if signatures is None:
+                signatures = Signatures.empty(size, batch.signatures.hashes.shape[1])
+                places = np.full(size, -1)
+            part = slice(filled, filled + len(batch.signatures))
+            for name, values in batch.maps.items():
                 if name not in shard:
                     views, *cell = values.shape[1:]
                     shard[name] = np.empty((views, size, *cell), np.float16)
-                shard[name][:, filled : filled + len(values)] = np.moveaxis(values, 1, 0)
-            if signatures is None:
-                signatures = Signatures.empty(size, of_batch.hashes.shape[1])
-            signatures[filled : filled + len(of_batch)] = of_batch
-            filled += len(of_batch)
+                shard[name][:, part] = np.moveaxis(values, 1, 0)
+            signatures[part] = batch.signatures
+            if batch.places is not None:
+                places[part] = batch.places
+            filled = part.stop
             if filled == size:
-                self._commit(claim, shard, signatures)
+                self._commit(claim, shard, signatures, places)
             self.write_s += time.perf_counter() - began
             if filled == size:
                 return True
         return False
 
-    def _commit(self, claim: Claim, shard: Mapping[str, NDArray[np.float16]], signatures: Signatures) -> None:
-        by_camera = {
-            key: {name: values[view] for name, values in shard.items()}
-            for view, key in enumerate(self._writer.spec.camera_keys)
-        }
-        self.nbytes_written += self._writer.commit(claim, by_camera, signatures)
+    def _commit(
+        self,
+        claim: Claim,
+        shard: Mapping[str, NDArray[np.float16]],
+        signatures: Signatures,
+        places: NDArray[np.int64],
+    ) -> None:
+        frames = count_rows(claim.rows)
+        nbytes = 0 if self._carrier is None else self._carrier.adopt(self._writer, claim, places, signatures)
+        if nbytes:
+            self.frames_linked += frames
+        else:
+            by_camera = {
+                key: {name: values[view] for name, values in shard.items()}
+                for view, key in enumerate(self._writer.spec.camera_keys)
+            }
+            nbytes = self._writer.commit(claim, by_camera, signatures)
+        self.nbytes_written += nbytes
         self._claims.popleft()
-        self.frames_written += count_rows(claim.rows)
+        self.frames_written += frames
         self.shards_written += 1
 
-    def _next_batch(self) -> tuple[BatchMaps, Signatures] | None:
+    def _next_batch(self) -> _Batch | None:
         while not self._stop.is_set():
             try:
                 return self._queue.get(timeout=POLL_S)

@@ -8,10 +8,12 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.cache.commands import update_command
 from geomcache.cache.signatures import TOLERANCE, Signatures
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError
@@ -23,10 +25,6 @@ logger = logging.getLogger(__name__)
 SAMPLED_EPISODES, SAMPLE_S = 500, 20.0
 _SAMPLED_ROWS = 8  # at least, where the episodes have as many
 _SEARCH_S = 10.0  # for pictures in other episodes of the cache, once some are wrong
-_REMEDY = (
-    "use the dataset that the cache was made of, or make a cache of this one with `geomcache extract` and another"
-    " --output"
-)
 
 Pictures = Sequence[NDArray[np.uint8]]
 """The pictures of one row, [H, W, 3] of each view."""
@@ -98,11 +96,40 @@ def find_differences(
     return EpisodeDifferences(**numbers, rows=int(lengths[np.concatenate(differing)].sum()))
 
 
+def map_episodes(
+    cached: tuple[NDArray[np.int64], NDArray[np.uint64]], current: tuple[NDArray[np.int64], NDArray[np.uint64]]
+) -> NDArray[np.int64]:
+    """Guess which of a cache's episodes each episode of a dataset is: the one of its identity, equal ones in order.
+
+    An episode whose identity the cache does not have is taken for the cache's of the same number, if that has its
+    length and is no other's. Only pictures tell whether a guess is right.
+
+    Args:
+        cached: lengths and identities of the cache's episodes, [E] each.
+        current: the same of the dataset.
+
+    Returns:
+        Numbers of the cache's episodes, -1 where there is none, int64 [E] of the dataset.
+    """
+    (cached_lengths, cached_identities), (lengths, identities) = cached, current
+    places: dict[int, list[int]] = {}
+    for number, identity in reversed([*enumerate(cached_identities.tolist())]):
+        if identity:
+            places.setdefault(identity, []).append(number)
+    guesses = np.array([places[each].pop() if places.get(each) else -1 for each in identities.tolist()], np.int64)
+    both = np.arange(min(len(lengths), len(cached_lengths)))
+    is_free = ~np.isin(both, guesses)
+    at_its_place = both[is_free & (guesses[both] < 0) & (lengths[both] == cached_lengths[both])]
+    guesses[at_its_place] = at_its_place
+    return guesses
+
+
 def compare_episodes(
     store: GeometryStore,
     repo_id: str,
     current: tuple[NDArray[np.int64], NDArray[np.uint64]],
     episodes: Sequence[int] | None = None,
+    root: Path | str | None = None,
 ) -> EpisodeDifferences:
     """Require that episodes of a dataset are those that a cache was made of, as far as metadata tell.
 
@@ -111,6 +138,7 @@ def compare_episodes(
         repo_id: the dataset's name, for the message.
         current: lengths and identities of the dataset's episodes, [E] each.
         episodes: the ones that will be read; None for all.
+        root: folder of a local dataset, for the command in the message.
 
     Returns:
         No differences but unknown episodes.
@@ -122,9 +150,10 @@ def compare_episodes(
     assert store.episode_identity is not None
     differences = find_differences((store.episode_length, store.episode_identity), current, wanted)
     if differences.rows:
+        remedy = _remedy(update_command(store.path, repo_id, root))
         raise CacheMismatchError(
             f"dataset {repo_id}: expected the episodes that cache {store.path} was made of, found others in"
-            f" {differences.describe()} ({differences.rows} frames): {_REMEDY}",
+            f" {differences.describe()} ({differences.rows} frames): {remedy}",
             "dataset.episodes",
             store.dataset.identities_sha256,
             differences.describe(),
@@ -173,6 +202,7 @@ def check_pictures(
     rows: NDArray[np.int64],
     *,
     decoder: str,
+    command: str | None = None,
     seconds: float = SAMPLE_S,
 ) -> int:
     """Compare the pictures of rows with the signatures of those that the cache was made of.
@@ -184,6 +214,7 @@ def check_pictures(
         read: decodes the pictures of a row, in the order of the cache's views.
         rows: the ones to compare, int64 [n].
         decoder: what `read` decodes with: ``pyav``, ``torchcodec`` or ``image``.
+        command: that lets the cache follow the dataset, for the message; None for the one on the cache's own dataset.
         seconds: after which the rest of the rows is left out.
 
     Returns:
@@ -192,9 +223,9 @@ def check_pictures(
     Raises:
         CacheMismatchError: pictures are other ones; the message says which episodes, in what, and names a frame.
     """
-    compared = _compare(store, read, rows, seconds)
+    compared = compare_pictures(store, read, rows, rows, seconds)
     if len(compared.others):
-        raise _other_pictures(store, compared)
+        raise _other_pictures(store, compared, command)
     differing = compared.rows[compared.differing]
     if len(differing):
         episodes = np.unique([store.locate(row)[0] for row in differing.tolist()])
@@ -211,46 +242,65 @@ def check_pictures(
     return len(compared.rows)
 
 
-def check_watched(store: GeometryStore, read: Callable[[int], Pictures], rows: NDArray[np.int64]) -> None:
+def check_watched(
+    store: GeometryStore, read: Callable[[int], Pictures], rows: NDArray[np.int64], command: str | None = None
+) -> None:
     """Compare the pictures of the watched ones of these rows, like `check_pictures`, and say nothing if they fit.
 
     Raises:
         CacheMismatchError: pictures are other ones.
     """
     watched = rows[is_watched(rows)]
-    if len(watched) and len((compared := _compare(store, read, watched, float("inf"))).others):
-        raise _other_pictures(store, compared)
+    if len(watched) and len((compared := compare_pictures(store, read, watched, watched, float("inf"))).others):
+        raise _other_pictures(store, compared, command)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Compared:
-    """Pictures of some rows, next to those that the cache was made of."""
+class ComparedPictures:
+    """Pictures of some rows, next to those that a cache was made of."""
 
-    rows: NDArray[np.int64]  # [n]
-    signatures: Signatures  # [n] of the pictures that were read
-    differing: NDArray[np.bool_]  # [n] another hash
-    distances: NDArray[np.int64]  # [n, V] of the block means
+    rows: NDArray[np.int64]
+    """[n] of the dataset."""
+    signatures: Signatures
+    """[n] of the pictures that were read."""
+    differing: NDArray[np.bool_]
+    """[n] whether a hash is another one."""
+    distances: NDArray[np.int64]
+    """[n, V] as `Signatures.distances`."""
 
     @property
     def others(self) -> NDArray[np.int64]:
-        """The numbers, in `rows`, of those that are other pictures."""
+        """Return the numbers, in `rows`, of those that are other pictures."""
         return np.flatnonzero(self.distances.max(axis=1, initial=0) > TOLERANCE)
 
 
-def _compare(
-    store: GeometryStore, read: Callable[[int], Pictures], rows: NDArray[np.int64], seconds: float
-) -> _Compared:
+def compare_pictures(
+    store: GeometryStore,
+    read: Callable[[int], Pictures],
+    rows: NDArray[np.int64],
+    stored_rows: NDArray[np.int64],
+    seconds: float = SAMPLE_S,
+) -> ComparedPictures:
+    """Compare the pictures of rows of a dataset with the signatures of rows that a cache has.
+
+    Args:
+        store: a cache of schema version 2.
+        read: decodes the pictures of a row, in the order of the cache's views.
+        rows: of the dataset, int64 [n].
+        stored_rows: of the cache, int64 [n].
+        seconds: after which the rest of the rows, but for the first one, is left out.
+    """
     end, parts = time.monotonic() + seconds, list[Signatures]()
     for row in rows.tolist():
         if parts and time.monotonic() > end:
             break
         parts.append(sign_pictures([picture[None] for picture in read(row)]))
     done = rows[: len(parts)]
-    expected = store.signatures(done)
+    expected = store.signatures(stored_rows[: len(parts)])
     signatures = Signatures.empty(len(done), len(store.spec.cameras))
     for number, part in enumerate(parts):
         signatures[number : number + 1] = part
-    return _Compared(
+    return ComparedPictures(
         rows=done,
         signatures=signatures,
         differing=~signatures.equal(expected),
@@ -264,7 +314,11 @@ def _name_cause(of_cache: str, now: str) -> str:
     return f"decoder ({of_cache} decoded them for the cache, {now} does now) or encoding"
 
 
-def _other_pictures(store: GeometryStore, compared: _Compared) -> CacheMismatchError:
+def _remedy(command: str) -> str:
+    return f"use the dataset that the cache was made of, or let the cache follow this one with `{command}`"
+
+
+def _other_pictures(store: GeometryStore, compared: ComparedPictures, command: str | None) -> CacheMismatchError:
     others, rows = compared.others, compared.rows[compared.others]
     episodes = np.array([store.locate(row)[0] for row in rows.tolist()])
     elsewhere = _is_elsewhere(store, compared.signatures[others])
@@ -274,11 +328,12 @@ def _other_pictures(store: GeometryStore, compared: _Compared) -> CacheMismatchE
     episode, frame = store.locate(int(rows[0]))
     view = int(compared.distances[others[0]].argmax())
     distance = int(compared.distances[others[0], view])
+    command = command or update_command(store.path, store.dataset.repo_id)
     return CacheMismatchError(
         f"dataset: expected the pictures that cache {store.path} was made of, found others in {which} ({len(others)} of"
         f" {len(compared.rows)} compared frames, of episodes with {affected} frames), first in episode {episode} frame"
         f" {frame} camera {store.spec.camera_keys[view]}: block means differ by {distance} of 255, another decoder or"
-        f" encoding makes at most {TOLERANCE}: {_REMEDY}",
+        f" encoding makes at most {TOLERANCE}: {_remedy(command)}",
         "pictures",
         None,
         distance,

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.cache.commands import update_command
 from geomcache.cache.compatibility import compare_cameras, compare_datasets
 from geomcache.cache.store import GeometryStore
 from geomcache.frames.compare import Pictures, check_pictures, choose_sample, compare_episodes
@@ -26,7 +27,7 @@ def compare_with_cache(path: Path, dataset: FrameDataset) -> None:
     with GeometryStore.open_by_journal(path) as store:
         if store.episode_identity is not None and store.spec.cameras == dataset.cameras:
             current = dataset.reader.episode_length, dataset.identities
-            compare_episodes(store, dataset.spec.repo_id, current)
+            compare_episodes(store, dataset.spec.repo_id, current, root=dataset.root)
 
 
 def check_cached_pictures(path: Path, dataset: FrameDataset, episodes: Sequence[tuple[int, int]]) -> None:
@@ -116,11 +117,15 @@ def _open(
     compare_datasets(store.dataset, opened.describe(store.schema_version))
     if store.episode_identity is None:
         return opened.reader, 0
-    compare_episodes(store, opened.spec.repo_id, (opened.reader.episode_length, opened.identities), episodes.tolist())
+    current = opened.reader.episode_length, opened.identities
+    compare_episodes(store, opened.spec.repo_id, current, episodes.tolist(), opened.root)
     return opened.reader, _check_sample(store, opened, episodes)
 
 
 def _check_sample(store: GeometryStore, dataset: FrameDataset, episodes: NDArray[np.int64]) -> int:
     """Compare a sample of the pictures of these episodes, of those that the cache has."""
     rows = choose_sample(store, episodes.tolist())
-    return check_pictures(store, reads_pictures(dataset.reader), rows, decoder=dataset.spec.decoder) if len(rows) else 0
+    if not len(rows):
+        return 0
+    command = update_command(store.path, dataset.spec.repo_id, dataset.root)
+    return check_pictures(store, reads_pictures(dataset.reader), rows, decoder=dataset.spec.decoder, command=command)

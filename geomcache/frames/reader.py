@@ -72,6 +72,21 @@ class FrameReader:
         """Return the (episode, frame) of a row."""
         return locate(self.episode_start, index)
 
+    def files(self, episodes: NDArray[np.int64]) -> list[Path]:
+        """Return the files that tell what these episodes are: metadata, data and videos."""
+        metadata = (file for file in (self.root / "meta").rglob("*") if file.is_file())
+        return [*metadata, *self._files_of_frames(episodes)]
+
+    def has_files(self, episode: int) -> bool:
+        """Return whether the files with the frames of an episode are on this machine."""
+        return all(file.is_file() for file in self._files_of_frames(np.array([episode])))
+
+    def _files_of_frames(self, episodes: NDArray[np.int64]) -> list[Path]:
+        names = {self.data_paths[number] for number in np.unique(self.data_file[episodes]).tolist()}
+        for column in self.videos.values():
+            names |= {column.paths[number] for number in np.unique(column.file[episodes]).tolist()}
+        return [self.root / name for name in sorted(names)]
+
     def read(self, start: int, stop: int) -> FrameBatch:
         """Read the images of the rows `start` to `stop`, half open.
 

@@ -47,6 +47,8 @@ class FrameDataset:
     reader: FrameReader
     without_quantiles: tuple[str, ...] = ()
     """Of state and actions, those whose quantiles the dataset's statistics lack: Pi0.5 normalises by them."""
+    root: Path | None
+    """Its folder; None for a dataset of the Hub."""
 
     @property
     def cameras(self) -> tuple[Camera, ...]:
@@ -71,6 +73,7 @@ def open_dataset(
     cameras: Sequence[str] | None = None,
     episodes: str | None = None,
     tolerance_s: float = TOLERANCE_S,
+    meta: "LeRobotDatasetMetadata | None" = None,
 ) -> tuple[FrameDataset, list[tuple[int, int]]]:
     """Find a dataset, in a folder or on the Hub, with the files that the requested episodes need.
 
@@ -81,6 +84,7 @@ def open_dataset(
         cameras: keys in the order of the views; None for all colour cameras of the dataset, in its order.
         episodes: such as ``0:100`` or ``0,3,5:8``; None for all.
         tolerance_s: how far the time stamp of a video's frame may be off, in seconds; LeRobot's option of that name.
+        meta: what `open_metadata` returned for it; None to read that here.
 
     Returns:
         The dataset and the ranges of episodes that were asked for.
@@ -90,7 +94,7 @@ def open_dataset(
         DatasetError: it is not a dataset, has another version, lacks a camera, or misses files.
         UserInputError: the episodes are malformed or out of range.
     """
-    meta = open_metadata(repo_id, root, revision)
+    meta = meta or open_metadata(repo_id, root, revision)
     keys = _choose_cameras(meta, cameras)
     wanted = parse_episodes(episodes, int(meta.total_episodes))
     reader = _make_reader(meta, keys, tolerance_s)
@@ -106,6 +110,7 @@ def open_dataset(
             for key in ("observation.state", "action")
             if key in meta.features and not {"q01", "q99"} <= {*(meta.stats or {}).get(key, {})}
         ),
+        root=local_root(meta),
     )
     return dataset, wanted
 
@@ -212,10 +217,13 @@ def _picture_statistics(
 
     names = [f"stats/{key}/{name}" for key in camera_keys for name in IDENTITY_STATISTICS]
     parts = []
-    for path in sorted((Path(meta.root) / "meta" / "episodes").glob("*/*.parquet")):
-        if not {*names} <= {*pq.read_schema(path).names}:
-            return None
-        parts.append(pq.read_table(path, columns=["episode_index", *names]))
+    try:
+        for path in sorted((Path(meta.root) / "meta" / "episodes").glob("*/*.parquet")):
+            if not {*names} <= {*pq.read_schema(path).names}:
+                return None
+            parts.append(pq.read_table(path, columns=["episode_index", *names]))
+    except (OSError, pa.ArrowException) as error:  # a recording has begun another file
+        raise DatasetError(f"dataset {meta.repo_id}: {path} cannot be read: {one_line(error)}") from error
     table = pa.concat_tables(parts, promote_options="permissive").combine_chunks().sort_by("episode_index")
     if not np.array_equal(table.column("episode_index").to_numpy(), np.arange(int(meta.total_episodes))):
         return None
@@ -370,6 +378,11 @@ def _resolved_revision(meta: "LeRobotDatasetMetadata") -> str | None:
     """Return the commit: the name of the snapshot folder in the Hub's cache. None for any other folder."""
     is_snapshot = meta.root.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", meta.root.name)
     return meta.root.name if is_snapshot else None
+
+
+def local_root(meta: "LeRobotDatasetMetadata") -> Path | None:
+    """Return the folder of a dataset that is not one of the Hub's, as `--root` takes it."""
+    return None if _resolved_revision(meta) else Path(meta.root)
 
 
 def _file_table(

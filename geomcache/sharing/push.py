@@ -116,9 +116,10 @@ class _Push:
     def run(self, *, overwrite: bool, verify: bool) -> PushReport:
         """Send what the remote lacks."""
         listing = self._remote.listing()
-        manifests = self._manifests(listing)
-        stale = self._check_destination(listing, None if overwrite else manifests)
-        hashes = self._known_hashes(listing, manifests)
+        remote = self._remote_header(listing)
+        manifests = self._manifests(listing, remote)
+        stale = self._check_destination(listing, remote, None if overwrite else manifests)
+        hashes = self._known_hashes(listing, remote, manifests)
         missing = {
             name: stored
             for name, stored in self._files.items()
@@ -139,25 +140,16 @@ class _Push:
             self._remote.delete({UNSEALED})
         return PushReport(address=address, files=len(self._files), sent=len(missing), nbytes_sent=nbytes)
 
-    def _manifests(self, listing: Mapping[str, Stored]) -> dict[bytes, Manifest]:
-        """Return the remote's manifests of this fingerprint, by content: an incomplete or other one tells nothing."""
-        header, manifests = self._inventory.header, {}
-        for name in {MANIFEST, UNSEALED} & listing.keys():
-            content = self._read(name)
-            with contextlib.suppress(CacheFormatError, CacheCorruptError):
-                manifests[content] = Manifest.parse(content, Path(name), header.layout, header.fingerprint)
-        return manifests
+    def _remote_header(self, listing: Mapping[str, Stored]) -> Header | None:
+        """Return the header of the cache at the destination, of whatever fingerprint; None where nothing is.
 
-    def _check_destination(self, listing: Mapping[str, Stored], manifests: Mapping[bytes, Manifest] | None) -> set[str]:
-        """Refuse to write to what is no cache, or holds what this one lacks; without manifests it may be replaced.
-
-        Returns:
-            Names of the remote's files that belong to a cache and have no place in this one.
+        Raises:
+            CacheExistsError: something else is there.
         """
         others = sorted(listing.keys() - _OF_THE_HUB)
         if not others:
-            return set()
-        address, local = self._remote.address, self._inventory.header
+            return None
+        address = self._remote.address
         with tempfile.TemporaryDirectory(prefix="geomcache-") as name, errors_name(address, Path(name)):
             if GROUP in listing:
                 self._remote.fetch(GROUP, CONTROL_LIMITS[GROUP], Path(name))
@@ -166,12 +158,35 @@ class _Push:
                     f"{address}: expected nothing, or a cache, found {len(others)} files without a cache's {GROUP},"
                     f" such as {others[0]}: choose another address"
                 )
-            remote = Header.read(Path(name))
+            return Header.read(Path(name))
+
+    def _manifests(self, listing: Mapping[str, Stored], remote: Header | None) -> dict[bytes, Manifest]:
+        """Return the remote's manifests of its fingerprint, by content: an incomplete or other one tells nothing."""
+        manifests: dict[bytes, Manifest] = {}
+        if remote is None:
+            return manifests
+        for name in {MANIFEST, UNSEALED} & listing.keys():
+            content = self._read(name)
+            with contextlib.suppress(CacheFormatError, CacheCorruptError):
+                manifests[content] = Manifest.parse(content, Path(name), remote.layout, remote.fingerprint)
+        return manifests
+
+    def _check_destination(
+        self, listing: Mapping[str, Stored], remote: Header | None, manifests: Mapping[bytes, Manifest] | None
+    ) -> set[str]:
+        """Refuse to write to a cache that holds what this one lacks; without manifests it may be replaced.
+
+        Returns:
+            Names of the remote's files that belong to a cache and have no place in this one.
+        """
+        if remote is None:
+            return set()
+        address, local = self._remote.address, self._inventory.header
         if manifests is not None and remote.fingerprint != local.fingerprint:
             raise CacheExistsError(
                 f"{address}: expected nothing, or the cache with fingerprint {local.fingerprint}, found the one with"
                 f" {remote.fingerprint} ({remote.spec.model_id} on {remote.dataset.repo_id}): choose another address,"
-                " or replace it with --overwrite"
+                " or replace it with --overwrite, which sends what differs"
             )
         for manifest in (manifests or {}).values():
             common = common_ranges(manifest.rows, self._inventory.manifest.rows)
@@ -181,13 +196,17 @@ class _Push:
                     f"{address}: expected no frames that {self._folder} lacks, found {lost}: choose another address, or"
                     " replace what is there with --overwrite"
                 )
-        return {name for name in others if _belongs(name, remote)} - self._files.keys() - {UNSEALED}
+        return {name for name in listing if _belongs(name, remote)} - self._files.keys() - {UNSEALED}
 
-    def _known_hashes(self, listing: Mapping[str, Stored], manifests: Mapping[bytes, Manifest]) -> dict[str, str]:
+    def _known_hashes(
+        self, listing: Mapping[str, Stored], remote: Header | None, manifests: Mapping[bytes, Manifest]
+    ) -> dict[str, str]:
         """Return what the remote's manifests say of its files. Where there are two, they never differ."""
         hashes: dict[str, str] = {}
+        if remote is None:
+            return hashes
         for content, manifest in manifests.items():
-            hashes |= {name: digest for name, (_, digest) in files_of(self._inventory.header.layout, manifest).items()}
+            hashes |= {name: digest for name, (_, digest) in files_of(remote.layout, manifest).items()}
             if content == self._control[MANIFEST]:
                 hashes |= {name: self._files[name].sha256 for name in (JOURNAL, MANIFEST)}
         if GROUP in listing:  # it is overwritten in place, before the manifest that knows it is there

@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from geomcache.cache.commands import update_command
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, DatasetError, errors_kept_whole, one_line
 from geomcache.frames.compare import check_pictures, check_watched, choose_sample, compare_episodes, is_watched
-from geomcache.frames.source import episode_identities, episode_lengths
+from geomcache.frames.source import episode_identities, episode_lengths, local_root
 
 Item = dict[str, Any]
 
@@ -38,7 +39,7 @@ class _WithGeometry:
         if store.schema_version >= 2:
             meta = dataset.meta
             current = episode_lengths(meta), episode_identities(meta, store.spec.camera_keys)
-            compare_episodes(store, meta.repo_id, current, dataset.episodes)
+            compare_episodes(store, meta.repo_id, current, dataset.episodes, local_root(meta))
         elif dataset.meta.total_frames != store.dataset.frames:
             raise CacheMismatchError(
                 f"cache {store.path}: expected a dataset of {store.dataset.frames} frames, got {dataset.repo_id} with"
@@ -111,8 +112,9 @@ def check_sample(dataset: Any, store: GeometryStore) -> int:
         return [_as_picture(item[key]) for key in store.spec.camera_keys]
 
     rows = choose_sample(store, dataset.episodes)
+    command = update_command(store.path, dataset.repo_id, local_root(dataset.meta))
     with _stored_pictures(dataset):
-        return check_pictures(store, read, rows[np.isin(rows, indices)], decoder=decoder)
+        return check_pictures(store, read, rows[np.isin(rows, indices)], decoder=decoder, command=command)
 
 
 @contextlib.contextmanager

@@ -344,7 +344,7 @@ def _factory(
             compatibility.compare_datasets(store.dataset, dataset)
             if store.schema_version >= 2:
                 current = episode_lengths(meta), episode_identities(meta, store.spec.camera_keys)
-                compare_episodes(store, meta.repo_id, current, options.episodes)
+                compare_episodes(store, meta.repo_id, current, options.episodes, options.root)
         checks.check_features(meta, config)
         checks.use_colour_cameras(meta, config)
         checks.check_camera_names(meta, config)

@@ -34,7 +34,7 @@ from geomcache.errors import (
     OutOfSpaceError,
     UserInputError,
 )
-from geomcache.extraction import run as run_module
+from geomcache.extraction import pipeline
 from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.plan import require_space
 from geomcache.extraction.run import ExtractReport, extract
@@ -286,7 +286,7 @@ def test_shards_that_another_process_holds_are_waited_for_with_a_line(
 ) -> None:
     path = tmp_path / "cache.zarr"
     run(options, output=path, episodes="0")
-    monkeypatch.setattr(run_module, "WAIT_LINE_S", 0.1)
+    monkeypatch.setattr(pipeline, "WAIT_LINE_S", 0.1)
     holder = LockFile(path / LOCK)
     assert holder.claim(3)  # the last shard: rows 48 to 59
     with logged_lines() as lines:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from geomcache import waits
-from geomcache.cache.writer import Claim, StoreWriter
+from geomcache.cache.writer import Claim
 from geomcache.da3.encoder import DA3Preprocessor
 from geomcache.errors import FrameDecodeError, WorkerDiedError
 from geomcache.extraction import workers as workers_module
@@ -59,7 +59,7 @@ class Server:
 class Marked(BatchDecoder):
     """Leaves the process's number in place of a time, and does something at some rows if it runs in a worker."""
 
-    def __init__(self, reader: FrameReader, preprocessor: DA3Preprocessor) -> None:
+    def __init__(self, reader: FrameReader, preprocessor: DA3Preprocessor | None) -> None:
         super().__init__(reader, preprocessor)
         self.main = os.getpid()
 
@@ -139,7 +139,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> FrameDataset:
 
 
 def ranges(on_claim: Callable[[Claim], None] = lambda _: None) -> Iterator[RowRange]:
-    return claimed_ranges(cast("StoreWriter", Writer()), Claim(0, ((0, 8),)), 4, on_claim=on_claim)
+    return claimed_ranges(Writer().claim, Claim(0, ((0, 8),)), 4, on_claim=on_claim)
 
 
 EXPECTED = [(0, 4), (4, 8), (8, 11), (12, 16), (16, 20), (20, 23)]
@@ -149,6 +149,7 @@ def run(decoder: BatchDecoder, workers: int, server: Server | None = None) -> li
     batches = list(decode(decoder, ranges(), workers, server=cast("ForkServer | None", server)))
     assert [(batch.start, batch.stop) for batch in batches] == EXPECTED
     for batch in batches:
+        assert decoder.preprocessor is not None
         expected = decoder.preprocessor(decoder.reader.read(batch.start, batch.stop).images)
         assert isinstance(expected, torch.Tensor)
         assert isinstance(batch.inputs, torch.Tensor)

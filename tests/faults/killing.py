@@ -150,6 +150,12 @@ def every_step(step: int, folder: Path) -> dict[str, Any]:
 
 
 def kill_at(at: int, path: Path, report: int) -> None:
+    kill_before(at)
+    work(path, SHORT, report)
+
+
+def kill_before(at: int) -> None:
+    """Let this process be killed in front of a file operation, counted from 0."""
     count = 0
 
     def wrap(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +170,6 @@ def kill_at(at: int, path: Path, report: int) -> None:
 
     for name in Faults.OPERATIONS:
         setattr(durable, name, wrap(getattr(durable, name)))
-    work(path, SHORT, report)
 
 
 def many_writers(rounds: int, folder: Path) -> dict[str, Any]:

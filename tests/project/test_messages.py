@@ -158,6 +158,10 @@ MISTAKES = [
     Mistake("a shard that is missing", "verify TMP/cache.zarr", missing_shard),
     Mistake("a frame that was not extracted", "view TMP/cache.zarr --episode 3 --frame 0", cache_of_three_episodes),
     Mistake("an episode that the dataset lacks", "view TMP/cache.zarr --episode 9 --frame 0", sealed),
+    # Updates
+    Mistake("updating a cache that is missing", "update TMP/none.zarr"),
+    Mistake("updating with a dataset of other cameras", "update TMP/cache.zarr --dataset x --root DEMO", sealed),
+    Mistake("following a dataset of the Hub", "extract --model DA3-SMALL --dataset x --follow"),
     # Training and evaluation
     Mistake("training from a cache that is missing", f"train --cache TMP/none.zarr {TRAIN}"),
     Mistake("training from an incomplete cache", f"train --cache TMP/cache.zarr {TRAIN}", incomplete),

@@ -173,7 +173,7 @@ class Killed(BaseException):
 class Faults:
     """Counts the file operations of `durable`, and makes one of them fail."""
 
-    OPERATIONS = ("open_file", "write", "fsync", "truncate", "rename", "exchange", "unlink", "remove_tree")
+    OPERATIONS = ("open_file", "write", "fsync", "truncate", "rename", "exchange", "link", "unlink", "remove_tree")
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
