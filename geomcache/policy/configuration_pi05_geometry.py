@@ -96,8 +96,8 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
         for name in LEROBOT_MEMORY:
             if getattr(self, name, False):
                 raise UserInputError(
-                    f"{name}: expected false, got true: geometry is that of the current frame, and pi05_geometry was not"
-                    " made for a history of frames: leave it out, or train LeRobot's pi05 with it"
+                    f"{name}: expected false, got true: geometry is that of the current frame, and pi05_geometry was"
+                    " not made for a history of frames: leave it out, or train LeRobot's pi05 with it"
                 )
         if self.geom_attention not in GEOMETRY_ATTENTION:
             raise UserInputError(

@@ -1,7 +1,7 @@
 """Say so when LeRobot's version is outside of what the policy was tested with.
 
-The policy extends a few of LeRobot's own methods. It passes on what it does not know of their arguments, and
-`make test-next` runs the tests against a checkout of LeRobot's next version; a version that nobody ran is named in one line.
+The policy extends a few of LeRobot's own methods. It passes on what it does not know of their arguments, and `make
+test-next` runs the tests with a checkout of LeRobot's next version; a version that nobody ran is named in one line.
 """
 
 import functools

@@ -253,11 +253,11 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         ]
 
     def forward(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
-        """Return the loss of a batch that brings its geometry, and numbers for the log; further arguments are LeRobot's.
+        """Return the loss of a batch that brings its geometry, and numbers for the log.
 
-        In addition to LeRobot's, the numbers are ``geom_alpha``; ``geom_token_norm`` and ``image_token_norm``, mean
-        lengths of the prefix's tokens; and ``geom_grad_norm``, the norm of the adapter's gradient in the step before,
-        not clipped, of this process alone; it is missing in the first step.
+        Further arguments are LeRobot's. In addition to LeRobot's, the numbers are ``geom_alpha``; ``geom_token_norm``
+        and ``image_token_norm``, mean lengths of the prefix's tokens; and ``geom_grad_norm``, the norm of the adapter's
+        gradient in the step before, not clipped, of this process alone; it is missing in the first step.
 
         Raises:
             GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for, or

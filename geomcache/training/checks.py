@@ -46,8 +46,8 @@ def check_options(config: Any) -> None:
     """Refuse options of a `TrainPipelineConfig` that no run can have, which LeRobot finds late or never.
 
     Raises:
-        UserInputError: a number is out of range, streaming is asked for with a choice of episodes, or checkpoints are to
-            be saved in shards.
+        UserInputError: a number is out of range, streaming is asked for with a choice of episodes, or checkpoints are
+            to be saved in shards.
     """
     for name, least in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
         value = getattr(config, name)
