@@ -164,7 +164,7 @@ def _parse(policy: str, lerobot_args: Sequence[str]) -> Any:
 
 
 def _load(config: Any) -> tuple[Any, Any, Any]:
-    """Load policy and processors as LeRobot's rollouts do, a LoRA adapter on its base too."""
+    """Load policy and processors as LeRobot's rollouts do."""
     from lerobot.policies.factory import make_pre_post_processors
     from lerobot.rollout.context import _load_pretrained_policy
 

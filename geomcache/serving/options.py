@@ -36,7 +36,7 @@ class ServeOptions:
         Path | None, Option(help="Only clients with a certificate of this authority may connect, PEM.", metavar="FILE")
     ] = None
     lerobot_args: Annotated[
-        list[str] | None, Argument(help="Options of the policy.", metavar="--policy.OPTION=VALUE", show_default=False)
+        list[str] | None, Argument(help="Options of the policy.", metavar="--policy.OPTION=VALUE", hidden=True)
     ] = None
 
     def __post_init__(self) -> None:

@@ -223,9 +223,10 @@ def start(actor: Actor, options: ServeOptions, credentials: Any = None) -> tuple
         else:
             port = server.add_secure_port(options.address, credentials)
     except RuntimeError as error:
+        certificate = ", and a certificate and key in PEM that belong together" if options.encrypted else ""
         raise UserInputError(
-            f"--port: expected a free port of {options.host}, cannot listen on {options.address}: choose another with"
-            " --port, or stop the server that has it"
+            f"--port: expected a free port of {options.host}{certificate}, cannot listen on {options.address}: choose"
+            " another with --port, or stop the server that has it"
         ) from error
     server.start()
     return server, port

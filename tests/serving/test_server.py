@@ -511,6 +511,15 @@ def test_mutual_tls_lets_in_whom_the_authority_knows(
             wait_for(lambda: len(robot.actions) >= CHUNK)
 
 
+def test_a_certificate_that_is_none_is_named(actor: Actor, tmp_path: Path) -> None:
+    for name in ("cert", "key", "ca"):
+        (tmp_path / name).write_text("no certificate")
+    files = {"tls_cert": tmp_path / "cert", "tls_key": tmp_path / "key", "tls_client_ca": tmp_path / "ca"}
+    chosen = options(**files)
+    with pytest.raises(UserInputError, match="a certificate and key in PEM"):
+        serving.start(actor, chosen, serving._credentials(chosen))
+
+
 def test_a_port_that_is_taken_is_named(port: int, actor: Actor) -> None:
     with pytest.raises(UserInputError, match=f"cannot listen on 127.0.0.1:{port}"):
         serving.start(actor, options(port=port))
