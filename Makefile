@@ -12,9 +12,12 @@ export UV_SYSTEM_CERTS := $(if $(wildcard /etc/ssl/certs/ca-certificates.crt /et
 RUN := .venv/bin
 READY := .venv/.ready
 
-export POLICY SUITE TASKS N_EPISODES OUTPUT ARGS
+export POLICY SUITE TASKS N_EPISODES OUTPUT ARGS LEROBOT
 
-.PHONY: help setup demo eval-libero e2e-libero test faults test-all coverage lint format bench docs clean system-libraries
+# Where LeRobot's next version is installed for `make test-next`; what uv.lock names stays in .venv.
+NEXT := .venv-next
+
+.PHONY: help setup demo eval-libero e2e-libero test test-next faults test-all coverage lint format bench docs clean system-libraries
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,7 +30,7 @@ setup: $(READY) ## Make .venv with everything that uv.lock names
 
 # A short command spends its time on imports: without compiled bytecode `extract` compiles 4,400 modules, each time that
 # it runs where Python may not write them (a read-only venv, PYTHONDONTWRITEBYTECODE, which many images set).
-$(READY): pyproject.toml uv.lock | $(filter .tools/bin/uv,$(UV))
+$(READY): pyproject.toml packages/lerobot_policy_pi05_geometry/pyproject.toml uv.lock | $(filter .tools/bin/uv,$(UV))
 	@echo "installing what uv.lock names into .venv"
 	@$(UV) sync --locked --quiet --all-extras --compile-bytecode
 	@touch $@
@@ -46,6 +49,12 @@ e2e-libero: $(READY) system-libraries ## Extract, train and solve a task in LIBE
 
 test: $(READY) system-libraries ## Run the tests (minutes)
 	$(RUN)/python -m pytest -n auto -m "not slow"
+
+test-next: system-libraries | $(filter .tools/bin/uv,$(UV)) ## Run the tests with another LeRobot: LEROBOT=CHECKOUT [ARGS=tests/policy]
+	@[ -d "$$LEROBOT/src/lerobot" ] || { echo "make: LEROBOT: expected the folder of a checkout of LeRobot, got '$$LEROBOT': clone it and name it" >&2; exit 1; }
+	@UV_PROJECT_ENVIRONMENT=$(NEXT) $(UV) sync --locked --quiet --all-extras
+	@$(UV) pip install --quiet --python $(NEXT)/bin/python --no-deps "$$LEROBOT" "diffusers>=0.38,<0.40"
+	$(NEXT)/bin/python -m pytest -n auto -m "not slow" $(ARGS)
 
 faults: $(READY) ## Run every fault test and print the figures of docs/RELIABILITY.md (up to an hour)
 	$(RUN)/python -m pytest tests/faults -p no:xdist
@@ -75,4 +84,4 @@ docs: $(READY) ## Build the documentation into outputs/site, and check its links
 	@echo "outputs/site/index.html"
 
 clean: ## Remove what was built and downloaded
-	rm -rf .venv .tools outputs dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(NEXT) .tools outputs dist .pytest_cache .mypy_cache .ruff_cache

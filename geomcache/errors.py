@@ -131,6 +131,14 @@ class SimulatorError(GeomcacheError, RuntimeError):
     """A simulator that cannot be started: it, its assets, or its rendering library is missing."""
 
 
+class RequestError(GeomcacheError, ValueError):
+    """A robot client's message that is not one of LeRobot's, or does not fit the policy."""
+
+
+class SessionError(GeomcacheError, RuntimeError):
+    """A robot client's request out of turn: before its hello, or while another client is connected."""
+
+
 class _ClassOfOneError(type):
     """A class made for one error: it pickles with the error, and a call of it, whatever the arguments, returns it."""
 

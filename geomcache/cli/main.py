@@ -20,6 +20,7 @@ from geomcache.cli import defaults
 from geomcache.cli import extract as cli_extract
 from geomcache.cli import help as cli_help
 from geomcache.cli import look as cli_look
+from geomcache.cli import serve as cli_serve
 from geomcache.cli import share as cli_share
 from geomcache.cli import update as cli_update
 from geomcache.errors import GeomcacheError, UserInputError
@@ -127,6 +128,9 @@ def evaluate(
     from geomcache.evaluation.run import evaluate as run
 
     typer.echo("\n".join(run(policy, context.args, allow_resize=allow_resize).lines()))
+
+
+cli_serve.register(app)
 
 
 @app.command(epilog=cli_help.VERIFY, rich_help_panel=cli_help.CACHES)

@@ -130,13 +130,19 @@ def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[st
     """
     from lerobot.configs.eval import EvalPipelineConfig
 
+    config = parse_options("lerobot-eval", EvalPipelineConfig, with_defaults(policy, lerobot_args, saved))
+    config.policy = as_geometry_config(config.policy)
+    return config
+
+
+def as_geometry_config(config: Any) -> Any:
+    """Return the configuration of a plain `pi05` checkpoint as one of `pi05_geometry` with geometry switched off."""
     from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 
-    config = parse_options("lerobot-eval", EvalPipelineConfig, with_defaults(policy, lerobot_args, saved))
-    if not isinstance(config.policy, PI05GeometryConfig):
-        plain = {field.name: getattr(config.policy, field.name) for field in dataclasses.fields(config.policy)}
-        config.policy = PI05GeometryConfig(**plain, use_geom_prefix=False)
-    return config
+    if isinstance(config, PI05GeometryConfig):
+        return config
+    plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return PI05GeometryConfig(**plain, use_geom_prefix=False)
 
 
 def with_defaults(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,9 @@
 """The LeRobot policy plugin `pi05_geometry`: Pi0.5 with geometry tokens.
 
-Importing this package registers the policy's configuration and its processor steps with LeRobot; that is what
-`--discover_packages_path=geomcache.policy` does. The model itself is imported when it is built. Neither zarr nor
-depth_anything_3 is imported here; the encoder is, by the first prediction that has to encode pictures.
+Importing this package registers the policy's configuration and its processor steps with LeRobot. LeRobot imports it by
+the name of the distribution `lerobot_policy_pi05_geometry`, or by `--discover_packages_path=geomcache.policy`. The
+model itself is imported when it is built. Neither zarr nor depth_anything_3 is imported here; the encoder is, by the
+first prediction that has to encode pictures.
 """
 
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig

@@ -12,9 +12,11 @@ from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from geomcache.adapter import GEOMETRY_ATTENTION
 from geomcache.errors import CacheMismatchError, UserInputError
 from geomcache.geometry import PATCH_SIZE, GeometrySpec, differences
+from geomcache.policy.lerobot_version import warn_if_untested
 from geomcache.statistics import Moments
 
 MODEL_SIZES = ("full", "small")
+LEROBOT_MEMORY = ("use_visual_memory", "use_proprioceptive_memory")  # options of LeRobot after 0.6.1
 ENGINES = ("eager", "compiled")  # as geomcache.da3.engine.EngineName, which is not imported for training
 # Enlarging invents nothing: a target grid may be finer than the cached one by a rounding difference, not by more.
 MAX_ENLARGED_CELLS = 4
@@ -74,6 +76,10 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     geom_fingerprint: str | None = None
     """Fingerprint of the cache that the policy was last trained from."""
 
+    def __post_init__(self) -> None:
+        warn_if_untested()  # before LeRobot's model is imported, which a version that moved it would fail at
+        super().__post_init__()
+
     def check_options(self) -> None:
         """Check the options above, when a cache is bound and when the policy is built.
 
@@ -87,6 +93,12 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
             raise UserInputError(
                 "freeze_geom_model: expected true, got false: a cache has no gradient to DA3, it cannot be trained here"
             )
+        for name in LEROBOT_MEMORY:
+            if getattr(self, name, False):
+                raise UserInputError(
+                    f"{name}: expected false, got true: geometry is that of the current frame, and pi05_geometry was"
+                    " not made for a history of frames: leave it out, or train LeRobot's pi05 with it"
+                )
         if self.geom_attention not in GEOMETRY_ATTENTION:
             raise UserInputError(
                 f"geom_attention: expected {' or '.join(map(repr, GEOMETRY_ATTENTION))}, got {self.geom_attention!r}"

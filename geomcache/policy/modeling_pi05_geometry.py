@@ -81,14 +81,17 @@ class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not 
         self.image_token_norm: Tensor | None = None
 
     def embed_prefix(
-        self, images: list[Tensor] | PrefixInputs, img_masks: list[Tensor], tokens: Tensor, masks: Tensor
+        self, images: list[Tensor] | PrefixInputs, img_masks: list[Tensor], tokens: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed LeRobot's prefix and append the extra tokens: embeddings [B, P, D], pad and attention masks [B, P]."""
+        """Embed LeRobot's prefix and append the extra tokens: embeddings [B, P, D], pad and attention masks [B, P].
+
+        `args` and `kwargs` are LeRobot's: the masks of the text, and what a later version adds.
+        """
         if not isinstance(images, PrefixInputs):
-            plain: tuple[Tensor, Tensor, Tensor] = super().embed_prefix(images, img_masks, tokens, masks)
+            plain: tuple[Tensor, Tensor, Tensor] = super().embed_prefix(images, img_masks, tokens, *args, **kwargs)
             return plain
         extra = images.extra
-        embs, pad_masks, att_masks = super().embed_prefix(images.images, img_masks, tokens, masks)
+        embs, pad_masks, att_masks = super().embed_prefix(images.images, img_masks, tokens, *args, **kwargs)
         if self.training:
             image_tokens = embs.shape[1] - tokens.shape[1]
             # The pad mask leaves out empty cameras.
@@ -106,18 +109,20 @@ class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not 
         extra_prefix_embs: Tensor | None = None,
         extra_prefix_pad_masks: Tensor | None = None,
         extra_prefix_att_masks: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Return LeRobot's loss of each action dimension, with tokens at the end of the prefix.
 
         Args:
             images: [B, 3, H, W] of each camera.
-            args: LeRobot's: img_masks, tokens, masks, actions, noise, time.
+            args: LeRobot's: img_masks, tokens, masks, actions, noise, time, and what a later version adds.
             extra_prefix_embs: [B, n, D]; the next two go with it.
             extra_prefix_pad_masks: [B, n] bool, false for padding.
             extra_prefix_att_masks: [B, n] bool, true where a block opens that earlier tokens do not see.
+            kwargs: as args.
         """
         extra = _tokens(extra_prefix_embs, extra_prefix_pad_masks, extra_prefix_att_masks)
-        losses: Tensor = super().forward(_with_tokens(images, extra), *args)
+        losses: Tensor = super().forward(_with_tokens(images, extra), *args, **kwargs)
         return losses
 
     def sample_actions(
@@ -247,19 +252,19 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
             {"params": adapter, "lr": self.config.optimizer_lr * self.config.geom_lr_scale},
         ]
 
-    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
+    def forward(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         """Return the loss of a batch that brings its geometry, and numbers for the log.
 
-        In addition to LeRobot's, the numbers are ``geom_alpha``; ``geom_token_norm`` and ``image_token_norm``, mean
-        lengths of the prefix's tokens; and ``geom_grad_norm``, the norm of the adapter's gradient in the step before,
-        not clipped, of this process alone; it is missing in the first step.
+        Further arguments are LeRobot's. In addition to LeRobot's, the numbers are ``geom_alpha``; ``geom_token_norm``
+        and ``image_token_norm``, mean lengths of the prefix's tokens; and ``geom_grad_norm``, the norm of the adapter's
+        gradient in the step before, not clipped, of this process alone; it is missing in the first step.
 
         Raises:
             GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for, or
                 was cast to bfloat16.
         """
         if not self.config.use_geom_prefix:
-            plain: tuple[Tensor, dict[str, Any]] = super().forward(batch, reduction)
+            plain: tuple[Tensor, dict[str, Any]] = super().forward(batch, *args, **kwargs)
             return plain
         geometry = Geometry.from_batch(batch)
         if geometry.ray.dtype == torch.bfloat16:  # FSDP's mixed precision casts what comes into the root module
@@ -268,15 +273,16 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
                 " casts each batch so with --policy.dtype=bfloat16: train with --policy.dtype=float32, or without FSDP"
             )
         tokens = self._tokens(geometry)
-        loss, numbers = super().forward(batch | {_TOKENS: tokens}, reduction)
+        loss, numbers = super().forward(batch | {_TOKENS: tokens}, *args, **kwargs)
         return loss, numbers | self._signs_of_learning(tokens)
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    def predict_action_chunk(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return actions [B, chunk, action dim] of a batch that brings its geometry, or pictures to encode.
 
         Args:
             batch: an observation, as LeRobot's preprocessor leaves it.
+            args: LeRobot's.
             kwargs: LeRobot's, for real-time chunking.
 
         Raises:
@@ -286,11 +292,11 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         self.eval()
         if self.config.use_geom_prefix:
             batch = batch | {_TOKENS: self._tokens(self.geometry_of(batch))}
-        chunk: Tensor = super().predict_action_chunk(batch, **kwargs)
+        chunk: Tensor = super().predict_action_chunk(batch, *args, **kwargs)
         return chunk
 
     @torch.no_grad()
-    def select_action(self, batch: dict[str, Any]) -> Tensor:
+    def select_action(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the next action [B, action dim]; a new chunk is predicted when the last one is used up.
 
         LeRobot keeps actions in a queue on the policy, which threads share. With one action a chunk there is nothing to
@@ -301,14 +307,16 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
             ModelError: the DA3 that the policy was trained with is not available.
         """
         if self.config.n_action_steps == 1 and not self._rtc_enabled():
-            action: Tensor = self.predict_action_chunk(batch)[:, 0]
+            action: Tensor = self.predict_action_chunk(batch, *args, **kwargs)[:, 0]
         else:
-            action = super().select_action(batch)
+            action = super().select_action(batch, *args, **kwargs)
         return action
 
-    def _preprocess_images(self, batch: dict[str, Any]) -> tuple[list[Tensor] | PrefixInputs, list[Tensor]]:
+    def _preprocess_images(
+        self, batch: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[list[Tensor] | PrefixInputs, list[Tensor]]:
         """Prepare the pictures as LeRobot does, together with the batch's tokens."""
-        images, img_masks = super()._preprocess_images(batch)
+        images, img_masks = super()._preprocess_images(batch, *args, **kwargs)
         return _with_tokens(images, batch.get(_TOKENS)), img_masks
 
     def geometry_of(self, batch: Mapping[str, Any]) -> Geometry:

@@ -46,7 +46,8 @@ def check_options(config: Any) -> None:
     """Refuse options of a `TrainPipelineConfig` that no run can have, which LeRobot finds late or never.
 
     Raises:
-        UserInputError: a number is out of range, or streaming is asked for with a choice of episodes.
+        UserInputError: a number is out of range, streaming is asked for with a choice of episodes, or checkpoints are
+            to be saved in shards.
     """
     for name, least in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
         value = getattr(config, name)
@@ -56,6 +57,12 @@ def check_options(config: Any) -> None:
         raise UserInputError(
             f"dataset.episodes: expected none with dataset.streaming=true, got {config.dataset.episodes!r:.80}:"
             " LeRobot's streaming reads every episode, whichever are named: leave one of the two options out"
+        )
+    checkpoint_format = getattr(config, "checkpoint_format", None)  # of LeRobot after 0.6.1
+    if checkpoint_format is not None and checkpoint_format.value != "safetensors":
+        raise UserInputError(
+            f"checkpoint_format: expected 'safetensors', got {checkpoint_format.value!r}: geomcache loads every weight"
+            " from model.safetensors and refuses to start from others: leave it out"
         )
 
 

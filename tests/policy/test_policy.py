@@ -798,9 +798,9 @@ def test_lerobot_still_takes_the_prefix_from_embed_prefix(monkeypatch: pytest.Mo
     calls = []
     original = policy.model.embed_prefix
 
-    def embed(images: Any, img_masks: Any, tokens: Any, masks: Any) -> Any:
+    def embed(images: Any, img_masks: Any, tokens: Any, masks: Any, *more: Any) -> Any:
         calls.append((len(images), len(img_masks), tokens.shape, masks.dtype))
-        embs, pads, atts = original(images, img_masks, tokens, masks)
+        embs, pads, atts = original(images, img_masks, tokens, masks, *more)
         assert embs.shape[:2] == pads.shape == atts.shape
         assert pads.dtype == atts.dtype == torch.bool
         return embs, pads, atts

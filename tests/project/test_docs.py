@@ -204,6 +204,10 @@ def test_versions_agree() -> None:
         r"^## \[(\d[^\]]*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
     )
     assert project["version"] == released[0][0]
+    plugin = ROOT / "packages" / "lerobot_policy_pi05_geometry" / "pyproject.toml"
+    plugin_project = tomllib.loads(plugin.read_text(encoding="utf-8"))["project"]
+    assert plugin_project["version"] == released[0][0]
+    assert plugin_project["dependencies"] == [f"geomcache=={released[0][0]}"]
     assert f"\nversion: {released[0][0]}\n" in citation
     assert f'\ndate-released: "{released[0][1]}"\n' in citation
 

@@ -168,6 +168,8 @@ MISTAKES = [
     Mistake("training with other cameras", f"train --cache TMP/cache.zarr {TRAIN}", sealed),
     Mistake("training on other episodes", f"train --cache TMP/cache.zarr {TRAIN}", cache_of_other_episodes),
     Mistake("a checkpoint that is missing", "eval --policy TMP/none --env.task=libero_10"),
+    Mistake("a server for other machines without TLS", "serve --policy TMP/none --host 0.0.0.0"),
+    Mistake("a server of a checkpoint that is missing", "serve --policy TMP/none --port 0"),
     # Sharing
     Mistake("pushing an incomplete cache", "push TMP/cache.zarr file://TMP/copy.zarr", incomplete),
     Mistake("pulling what is missing", "pull file://TMP/none.zarr TMP/copy.zarr"),

@@ -1,0 +1,1 @@
+"""Serve a policy to a robot over LeRobot's asynchronous protocol, geometry online."""
