@@ -522,6 +522,32 @@ def test_optimizer_gives_the_projector_its_own_rate() -> None:
     assert len(rest["params"]) + len(added["params"]) == len(names)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Depth Anything 3 imports
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_cached_targets_are_the_online_ones(random_da3_folder: Path) -> None:
+    """What extraction caches, in a batch, and what the online encoder gives for one frame: one float16 step apart."""
+    from geomcache.da3.encoder import DA3Encoder
+
+    encoder = DA3Encoder.from_pretrained(
+        str(random_da3_folder), cameras=make_spec().cameras, process_res=56, grid="4x4"
+    )
+    pictures = make_batch(3, geometry=False)
+    cached = encoder.encode([(pictures[key] * 255).round().to(torch.uint8).permute(0, 2, 3, 1) for key in CAMERAS])
+    policy = make_policy(geom_mode="both", spec=encoder.spec, geom_model_id=str(random_da3_folder))
+    projector, areas = policy.model.geometry_projector, [PictureArea.of(16, 16, 28)] * 2
+    targets = projector.target(cached, areas).values
+    for frame in range(3):
+        alone = {key: value[frame : frame + 1] for key, value in pictures.items()}
+        online = policy.geometry_of(alone)
+        for name, values in online.items():
+            stored = getattr(cached, name)[frame : frame + 1]
+            step_of_each = torch.from_numpy(np.spacing(stored.abs().numpy())).double()
+            assert ((values.double() - stored.double()).abs() <= step_of_each).all(), name
+        step = max(2.0**-10 * float(getattr(cached, name).abs().max()) for name, _ in cached.items())
+        apart = (projector.target(online, areas).values[0] - targets[frame]).abs()
+        assert (apart <= step / projector.std).all()
+
+
 ACT = """
 import sys
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy

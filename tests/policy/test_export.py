@@ -1,5 +1,6 @@
 """`export-plain`: a folder of plain pi05, equal to the bit, that LeRobot's own classes load."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from lerobot.processor import tokenizer_processor
 from safetensors.torch import load_file, save_file
 
 from geomcache.errors import ModelError, UserInputError
+from geomcache.policy.checkpoint import part_prefix
+from geomcache.policy.configuration_pi05_geometry import PARTS
 from geomcache.policy.export import export_plain, plain_config
+from geomcache.policy.modeling_pi05_geometry import PI05GeometryPytorch
 from geomcache.policy.processor_pi05_geometry import make_bytes_tokenizer, make_pi05_geometry_pre_post_processors
 from geomcache.policy.small_pi05 import SMALL_GEMMA, SmallPaliGemmaWithExpert
 from tests.support.cli import call
-from tests.support.policy import loss_and_chunk, make_batch, make_plain_policy, make_policy
+from tests.support.policy import loss_and_chunk, make_batch, make_config, make_plain_policy, make_policy, make_spec
 
 STATS = {
     "observation.state": {"q01": torch.tensor([-2.0, -1.0]), "q99": torch.tensor([2.0, 3.0])},
@@ -76,6 +80,21 @@ def test_stock_lerobot_loads_it_to_the_bit(
     assert processed[0].keys() == processed[1].keys()
     assert torch.equal(processed[0]["observation.language.tokens"], processed[1]["observation.language.tokens"])
     assert torch.equal(processed[0]["action"], processed[1]["action"])
+
+
+def test_at_full_size_the_weights_left_are_those_of_lerobots_policy() -> None:
+    """Names and shapes, without memory: what is exported of the full size is what stock LeRobot loads."""
+    spec = dataclasses.replace(make_spec(), grid="14x14", grid_hw=(14, 14))
+    config = make_config(
+        geom_mode="align", model_size="full", image_resolution=(224, 224), max_action_dim=32, spec=spec
+    )
+    with torch.device("meta"):
+        stock = modeling_pi05.PI05Pytorch(PI05Config(device="cpu")).state_dict()
+        ours = PI05GeometryPytorch(config).state_dict()
+    prefixes = tuple(part_prefix(part).removeprefix("model.") for part in PARTS)
+    kept = {name: value.shape for name, value in ours.items() if not name.startswith(prefixes)}
+    assert kept == {name: value.shape for name, value in stock.items()}
+    assert len(ours) == len(stock) + 6
 
 
 def test_options_of_lerobot_stay() -> None:
