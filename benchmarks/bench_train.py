@@ -1,7 +1,9 @@
 """What does a training step cost with geometry from the cache, compared with plain Pi0.5 and with DA3 in the loop?
 
     python benchmarks/bench_train.py [--da3 DIR] [--process-res 504] [--batch-size 8] [--rounds 10]
-                                     [--target-hw 14,10,7,4]
+                                     [--target-hw 14,10,7,4] [--modes]
+
+With --modes, what the ways of the policy to use geometry cost instead: tokens, the alignment loss, both.
 
 LeRobot's own trainer takes the steps, with the loader and worker processes that `geomcache train` gives it. Its dataset
 factory is replaced, and two more of its functions: the one that repeats the loader, so that the ways to train take
@@ -42,6 +44,8 @@ STATE_DIM, ACTION_DIM = 8, 7
 GRID = "36x36"  # the patch grid of 504 px: what is read is of the real size also where the encoder sees less
 PLAIN, CONSTANT, CACHED, ONLINE = WAYS = ("(a) plain Pi0.5", "(b) constant tensor", "(c) cache", "(d) DA3 online")
 OTHER_GRID = "(c) cache, {side}x{side} tokens"
+ALIGN, BOTH, COMPARED = "(e) alignment loss", "(f) tokens and loss", "(g) loss, gradients compared"
+MODES = {ALIGN: "align", BOTH: "both", COMPARED: "align"}  # geom_mode of the ways that have not tokens alone
 FULL = (
     "--policy.device=cuda",
     "--policy.random_init=true",
@@ -66,12 +70,15 @@ class Setup:
     num_workers: int
     target_sides: tuple[int, ...] = (14,)
     """Sides of the square grids that geometry is resampled to; ways other than the cache have only the first."""
+    modes: bool = False
+    """Compare the modes of the policy."""
 
     @property
     def sides(self) -> dict[str, int]:
         """The side of each way's target grid."""
         first, *others = self.target_sides
-        return dict.fromkeys(WAYS, first) | {OTHER_GRID.format(side=side): side for side in others}
+        ways = (PLAIN, CACHED, *MODES) if self.modes else WAYS
+        return dict.fromkeys(ways, first) | {OTHER_GRID.format(side=side): side for side in others}
 
     def options(self, turns: int) -> list[str]:
         """Of `geomcache train`."""
@@ -85,6 +92,7 @@ class Setup:
             f"--num_workers={self.num_workers}",
             f"--steps={turns * self.steps}",
             f"--policy.geom_target_hw=[{self.target_sides[0]},{self.target_sides[0]}]",
+            f"--policy.geom_mode={'both' if self.modes else 'prefix'}",
             "--save_checkpoint=false",
             "--log_freq=0",
         ]
@@ -146,6 +154,8 @@ class Turns:
             frames = batch["index"].tolist()
             assert self.order.setdefault((self.number, self.step), frames) == frames
             policy.config.use_geom_prefix = self.way != PLAIN  # off, the same network runs as plain Pi0.5
+            policy.config.geom_mode = MODES.get(self.way, "prefix")
+            policy.measures_gradients = self.way == COMPARED
             policy.model.geometry_adapter.target_hw = (self.sides[self.way],) * 2
             if self.way == CONSTANT:
                 batch = batch | self.constant
@@ -267,6 +277,24 @@ def spread(over: Sequence[float], under: Sequence[float]) -> str:
     return f"{median:.3f} (middle half of the rounds {low:.3f} to {high:.3f})"
 
 
+def report_modes(setup: Setup, turns: Turns, memory: dict[str, tuple[float, ...]]) -> None:
+    seconds = {way: turns.seconds[way][1:] for way in setup.sides}
+    rows = []
+    for way, side in setup.sides.items():
+        tokens = 0 if way == PLAIN or MODES.get(way) == "align" else len(PICTURES) * side**2
+        sizes = [f"{size:.2f}" if turns.cuda else f"{size:.0f}" for size in memory[way]]
+        rows.append([way, str(tokens), f"{np.median(seconds[way]):.4f}", spread(seconds[way], seconds[PLAIN]), *sizes])
+    policy = "Pi0.5 in bfloat16" if turns.cuda else f"the small Pi0.5 in {torch.get_num_threads()} thread(s)"
+    table(
+        f"A training step in each mode: {policy}",
+        f"Batches of {setup.batch_size} frames, {len(PICTURES)} cameras of 256x256, maps of 36x36 from the cache. In"
+        f" turn, in one run of LeRobot's trainer, {turns.rounds} rounds of {setup.steps} steps after one to warm up."
+        f" Medians; (g) is a step that is logged. Memory as in the table of `bench_train.py`.",
+        ["", "tokens", "s/step", "over a", *(["GPU, GiB"] if turns.cuda else ["process, MiB", "worker, MiB"])],
+        rows,
+    )
+
+
 def report(setup: Setup, turns: Turns, memory: dict[str, tuple[float, ...]]) -> None:
     store = GeometryStore.open(setup.cache)
     spec = store.spec
@@ -330,6 +358,7 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, default=4 if cuda else 1)
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: on a CPU it needs more runs")
     parser.add_argument("--target-hw", default="14", metavar="N,N", help="sides of the target grids (%(default)s)")
+    parser.add_argument("--modes", action="store_true", help="compare tokens, the alignment loss and both")
     arguments = parser.parse_args()
     preset = "da3-large" if cuda else "da3-small"
     with (
@@ -345,6 +374,7 @@ def main() -> None:
             steps=arguments.steps,
             num_workers=arguments.num_workers,
             target_sides=tuple(int(side) for side in arguments.target_hw.split(",")),
+            modes=arguments.modes,
         )
         record(setup.root, setup.batch_size * setup.steps)
         command = [sys.executable, "-m", "geomcache", "extract", "--model", str(model), "--dataset", REPO_ID]
@@ -356,7 +386,7 @@ def main() -> None:
         )
         memory = {} if cuda or arguments.no_memory else in_own_processes(setup)
         turns = train_in_turn(setup, tuple(setup.sides), arguments.rounds)
-        report(setup, turns, memory or turns.memory)
+        (report_modes if setup.modes else report)(setup, turns, memory or turns.memory)
 
 
 if __name__ == "__main__":

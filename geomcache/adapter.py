@@ -32,7 +32,7 @@ class GeometryTokens:
     """Tokens to append to Pi0.5's prefix, with their masks."""
 
     embs: Tensor  # [B, n, D]
-    pad_masks: Tensor  # [B, n] bool, all true
+    pad_masks: Tensor  # [B, n] bool, false for cells without a value
     att_masks: Tensor  # [B, n] bool; LeRobot's meaning: true opens a block that earlier tokens do not see
 
 
@@ -77,11 +77,8 @@ class GeometryTokenAdapter(nn.Module):
         self.views = views
         self.target_hw = target_hw
         self.attention = attention
-        mean = torch.tensor([value for moments in statistics.values() for value in moments.mean], dtype=torch.float64)
-        std = torch.tensor([value for moments in statistics.values() for value in moments.std], dtype=torch.float64)
-        std = torch.maximum(std, (RELATIVE_STD_FLOOR * mean.abs()).clamp(min=ABSOLUTE_STD_FLOOR))
-        self.mean, self.std = mean.float(), std.float()
-        self.projection = nn.Linear(len(mean), width)
+        self.mean, self.std = channel_statistics(statistics)
+        self.projection = nn.Linear(len(self.mean), width)
         self.alpha = nn.Parameter(torch.tensor([init_alpha]))
         self.view_embedding = nn.Parameter(torch.zeros(views, width)) if modality_embedding else None
 
@@ -119,28 +116,56 @@ class GeometryTokenAdapter(nn.Module):
             geometry: torch, the outputs and views that the adapter was built for, any floating dtype and grid. It is
                 computed in float32 up to the projection, which works in the dtype of its weights (or of autocast).
         """
-        maps = self.resampled(geometry).to(self.projection.weight.dtype)  # [B, V, th*tw, C]
+        maps, has_value = self._resampled(geometry)
+        maps = maps.to(self.projection.weight.dtype)  # [B, V, th*tw, C]
         tokens = self.alpha * self.projection(maps)  # [B, V, th*tw, D]
         if self.view_embedding is not None:
             tokens = tokens + self.view_embedding[:, None]
-        embs = tokens.flatten(1, 2)  # [B, n, D]
-        pad_masks = torch.ones(embs.shape[:2], dtype=torch.bool, device=embs.device)
-        att_masks = torch.zeros_like(pad_masks)
+        att_masks = torch.zeros_like(has_value)
         att_masks[:, 0] = self.attention == "isolated"
-        return GeometryTokens(embs=embs, pad_masks=pad_masks, att_masks=att_masks)
+        return GeometryTokens(embs=tokens.flatten(1, 2), pad_masks=has_value, att_masks=att_masks)
 
     def resampled(self, geometry: Geometry) -> Tensor:
         """Return the standardised channels on the target grid, [B, V, th*tw, C] float32."""
-        channels = []
-        for name, values in geometry.items():
-            shaped = values.float().reshape(*values.shape[:4], -1)  # [B, V, h, w, channels of this output]
-            channels.append(shaped.log() if OUTPUTS[name].log else shaped)
-        maps = torch.cat(channels, dim=-1)
+        return self._resampled(geometry)[0]
+
+    def _resampled(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """Return the channels [B, V, th*tw, C], and which tokens have a value: most of their cells do, [B, n] bool."""
+        maps = standardised(geometry, self.mean, self.std)
         batch, views = maps.shape[:2]
         assert tuple(name for name, _ in geometry.items()) == self.outputs
         assert views == self.views
-        mean, std = (constant.to(maps.device, non_blocking=True) for constant in (self.mean, self.std))
-        maps = ((maps - mean) / std).flatten(0, 1).permute(0, 3, 1, 2)  # [B*V, C, h, w]
+        if geometry.valid is not None:
+            maps = maps.masked_fill(~geometry.valid[..., None], 0.0)
+        maps = self._resized(maps)
+        tokens = maps.flatten(2).transpose(1, 2).reshape(batch, views, -1, len(self.mean))
+        if geometry.valid is None:
+            return tokens, torch.ones(batch, views * tokens.shape[2], dtype=torch.bool, device=tokens.device)
+        share = self._resized(geometry.valid[..., None].float()).reshape(batch, views, -1)  # of cells with a value
+        # Where all cells have a value, the numbers stay those of a batch without a mask, to the bit.
+        return tokens / torch.where(share > 1 - 1e-6, 1.0, share.clamp(min=1e-6))[..., None], (share > 0.5).flatten(1)
+
+    def _resized(self, maps: Tensor) -> Tensor:
+        """Resample maps [B, V, h, w, C] to [B*V, C, th, tw]."""
+        channels_first = maps.flatten(0, 1).permute(0, 3, 1, 2)
         # Antialiasing averages over the covered cells when shrinking; it is plain bilinear when enlarging.
-        maps = F.interpolate(maps, size=self.target_hw, mode="bilinear", align_corners=False, antialias=True)
-        return maps.flatten(2).transpose(1, 2).reshape(batch, views, -1, len(self.mean))
+        return F.interpolate(channels_first, size=self.target_hw, mode="bilinear", align_corners=False, antialias=True)
+
+
+def channel_statistics(statistics: Mapping[str, Moments]) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation [C] float32 of the outputs' channels, the deviation with its floors."""
+    mean = torch.tensor([value for moments in statistics.values() for value in moments.mean], dtype=torch.float64)
+    std = torch.tensor([value for moments in statistics.values() for value in moments.std], dtype=torch.float64)
+    std = torch.maximum(std, (RELATIVE_STD_FLOOR * mean.abs()).clamp(min=ABSOLUTE_STD_FLOOR))
+    return mean.float(), std.float()
+
+
+def standardised(geometry: Geometry, mean: Tensor, std: Tensor) -> Tensor:
+    """Return the channels of all outputs, [B, V, h, w, C] float32: logarithms of confidences, then (x - mean) / std."""
+    channels = []
+    for name, values in geometry.items():
+        shaped = values.float().reshape(*values.shape[:4], -1)  # [B, V, h, w, channels of this output]
+        channels.append(shaped.log() if OUTPUTS[name].log else shaped)
+    maps = torch.cat(channels, dim=-1)
+    mean, std = (constant.to(maps.device, non_blocking=True) for constant in (mean, std))
+    return (maps - mean) / std

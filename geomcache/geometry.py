@@ -8,6 +8,8 @@ Legend of shapes, here and everywhere:  B batch   V views   h, w grid   C channe
     observation.geometry.ray_conf   float16  [B, V, h, w]      >= 1
     observation.geometry.depth      float16  [B, V, h, w]      > 0, from the main head; optional
     observation.geometry.depth_conf float16  [B, V, h, w]      >= 1; optional
+    observation.geometry.valid      bool     [B, V, h, w]      false for cells that augmentation moved in from outside
+                                                               of the picture; only with such augmentation
 
 An item of a dataset has the same keys without B. Both sources, the cache and the online encoder, produce `Geometry`
 with these dtypes: the encoder rounds to float16, so training and inference see the same numbers.
@@ -29,6 +31,7 @@ import numpy as np
 from geomcache.errors import CacheFormatError, GeometryError, UserInputError
 
 BATCH_KEY_PREFIX = "observation.geometry."
+VALID = "valid"  # the mask's name in a batch
 PATCH_SIZE = 14  # pixels, of DINOv2; DA3 has no other
 RAYS_PER_PATCH = 8  # native grid cells per patch side: DualDPT's auxiliary pyramid ends at 8 cells per patch
 FLOAT16_MAX = 65504.0
@@ -301,12 +304,13 @@ def check_camera_key(key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """DA3's outputs for a batch of frames. All arrays are NumPy's or all torch's, with one dtype and device."""
+    """DA3's outputs for a batch of frames. All arrays are NumPy's or all torch's; maps have one dtype and device."""
 
     ray: Any  # [B, V, h, w, 6]
     ray_conf: Any | None = None  # [B, V, h, w]
     depth: Any | None = None  # [B, V, h, w]
     depth_conf: Any | None = None  # [B, V, h, w]
+    valid: Any | None = None  # [B, V, h, w] bool: cells that hold a value; None: all of them
 
     def __post_init__(self) -> None:
         if self.ray.ndim != 5 or self.ray.shape[-1] != 6:
@@ -317,6 +321,8 @@ class Geometry:
                 raise GeometryError(f"{name}: expected shape {list(expected)}, as ray has, got {list(array.shape)}")
             if array.dtype != self.ray.dtype:
                 raise GeometryError(f"{name}: expected ray's dtype {self.ray.dtype}, got {array.dtype}")
+        if self.valid is not None and tuple(self.valid.shape) != tuple(self.ray.shape[:4]):
+            raise GeometryError(f"valid: expected shape {list(self.ray.shape[:4])}, got {list(self.valid.shape)}")
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Yield (name, array) of the outputs that are present, in the order of `OUTPUTS`."""
@@ -332,7 +338,8 @@ class Geometry:
 
     def to_batch(self) -> dict[str, Any]:
         """Return the arrays as entries of a LeRobot batch."""
-        return {batch_key(name): array for name, array in self.items()}
+        mask = {} if self.valid is None else {batch_key(VALID): self.valid}
+        return {batch_key(name): array for name, array in self.items()} | mask
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> Self:
@@ -346,7 +353,7 @@ class Geometry:
                 f"batch: expected {batch_key('ray')}, found no geometry among {', '.join(sorted(batch))}: train with"
                 " `geomcache train --cache PATH`, or wrap the dataset in GeometryDataset"
             )
-        return cls(**{name: batch[batch_key(name)] for name in OUTPUTS if batch_key(name) in batch})
+        return cls(**{name: batch[batch_key(name)] for name in (*OUTPUTS, VALID) if batch_key(name) in batch})
 
     def check(self, spec: GeometrySpec) -> None:
         """Compare the arrays with what a spec promises.

@@ -4,6 +4,7 @@
 #   pipelines/libero.sh                     all three, on one GPU
 #   pipelines/libero.sh extract             one of them: extract, train or evaluate
 #   GPUS=8 pipelines/libero.sh              on the eight GPUs of this machine
+#   MODE=align pipelines/libero.sh          no geometry tokens: a loss while training, and no DA3 when it acts
 #
 # On several machines that share a file system, the same command on each, with its own MACHINE_RANK:
 #
@@ -19,8 +20,10 @@ set -euo pipefail
 DATASET="${DATASET:-HuggingFaceVLA/libero}"             # 1,693 episodes, 273,465 frames, two cameras of 256x256
 MODEL="${MODEL:-DA3-LARGE-1.1}"                         # CC BY-NC 4.0; DA3-BASE is Apache-2.0
 CACHE="${CACHE:-libero.zarr}"
-BASE_POLICY="${BASE_POLICY:-lerobot/pi05_libero_base}"  # plain Pi0.5; the geometry adapter starts fresh
-OUTPUT="${OUTPUT:-outputs/pi05_geometry}"
+BASE_POLICY="${BASE_POLICY:-lerobot/pi05_libero_base}"  # plain Pi0.5; what geometry adds to it starts fresh
+MODE="${MODE:-prefix}"                                  # or align, both: docs/alignment.md
+[[ "$MODE" == prefix ]] && name=geometry || name="$MODE"  # each mode resumes a run of its own
+OUTPUT="${OUTPUT:-outputs/pi05_$name}"
 STEPS="${STEPS:-2000}"
 BATCH_SIZE="${BATCH_SIZE:-8}"                           # for each GPU: with GPUS=8 a step sees 64 frames
 SUITE="${SUITE:-libero_10}"                             # or libero_spatial, libero_object, libero_goal
@@ -58,12 +61,13 @@ train() {
         run train --cache "$CACHE" --resume=true --config_path="$last"
     else
         run train --cache "$CACHE" --dataset.repo_id="$DATASET" \
-            --policy.pretrained_path="$BASE_POLICY" --policy.dtype=bfloat16 --policy.gradient_checkpointing=true \
+            --policy.pretrained_path="$BASE_POLICY" --policy.geom_mode="$MODE" \
+            --policy.dtype=bfloat16 --policy.gradient_checkpointing=true \
             --steps="$STEPS" --batch_size="$BATCH_SIZE" --log_freq=20 --save_freq=500 --output_dir="$OUTPUT"
     fi
 }
 
-# Closed loop. DA3 runs online, once for each new chunk of actions. Cameras have 256x256 pixels as in the dataset:
+# Closed loop. With tokens, DA3 runs online, once for each new chunk of actions. Cameras have 256x256 pixels as in the dataset:
 # `geomcache eval` takes the size from the checkpoint.
 evaluate() {
     if [[ "$MACHINE_RANK" == 0 ]]; then

@@ -5,6 +5,7 @@ from textwrap import dedent
 STAGES = "The two stages, and inference"
 CACHES = "Caches"
 MODELS = "Models"
+POLICIES = "Policies"
 
 
 def epilog(text: str) -> str:
@@ -58,10 +59,14 @@ TRAIN = epilog("""
     --policy.repo_id or --policy.push_to_hub is given. Each logged step has the adapter's alpha, the norm of its
     gradient, and the norms of geometry and image tokens.
 
+    --policy.geom_mode=align trains without geometry tokens: a loss aligns image tokens with the cached geometry, and
+    the policy acts without DA3. Each logged step has both losses, and how their gradients agree.
+
     [bold]Examples[/bold]
       geomcache train
       geomcache train --cache libero.zarr --steps=2000 --batch_size=8 \\
         --policy.path=lerobot/pi05_base --output_dir=outputs/other
+      geomcache train --policy.geom_mode=align
 
     [bold]Resume[/bold]
       LAST=outputs/pi05_geometry/checkpoints/last/pretrained_model

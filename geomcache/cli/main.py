@@ -20,6 +20,7 @@ from geomcache.cli import defaults
 from geomcache.cli import extract as cli_extract
 from geomcache.cli import help as cli_help
 from geomcache.cli import look as cli_look
+from geomcache.cli import policies as cli_policies
 from geomcache.cli import serve as cli_serve
 from geomcache.cli import share as cli_share
 from geomcache.cli import update as cli_update
@@ -108,7 +109,7 @@ def train(
         bool, typer.Option("--verify", help="Read and check the whole cache first, like `geomcache verify`.")
     ] = False,
 ) -> None:
-    """Train Pi0.5 with geometry tokens from a cache, by LeRobot's trainer, without DA3 in the loop."""
+    """Train Pi0.5 with geometry from a cache, as tokens or by a loss, by LeRobot's trainer, without DA3 in the loop."""
     from geomcache.sharing.pull import local_copy
     from geomcache.training.trainer import train as run
 
@@ -194,6 +195,7 @@ def verify(
 cli_update.register(app)
 cli_look.register(app)
 cli_share.register(app)
+cli_policies.register(app)
 
 
 def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:

@@ -94,14 +94,14 @@ def evaluate(policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = F
 
     saved = read_config(policy)
     config = parse_evaluation(policy, lerobot_args, saved)
-    if config.policy.use_geom_prefix and not has_adapter(saved):
+    if config.policy.has_tokens and not has_adapter(saved):
         raise UserInputError(
             f"policy.use_geom_prefix: expected false for {policy}, which has no geometry adapter, got true: leave it"
             " out, or train the checkpoint with geometry first"
         )
     environment.check_parallel_tasks(config)
     _log_policy(policy, config.policy, saved)
-    if config.policy.use_geom_prefix:
+    if config.policy.has_tokens:
         spec = config.policy.geometry_spec
         environment.check_cameras(spec, config, allow_resize=allow_resize)
         environment.find_da3(policy, spec, config.policy.geom_model_id)
@@ -223,9 +223,11 @@ def _described(env_type: str, suite: str, number: int) -> str:
 
 
 def _log_policy(policy: str, config: Any, saved: Mapping[str, Any]) -> None:
-    if config.use_geom_prefix:
+    if config.has_tokens:
         model, chunk = config.geometry_spec.model_id, config.n_action_steps
         logger.info("policy %s: geometry of %s, encoded once a chunk of %d actions", policy, model, chunk)
+    elif config.is_aligned:
+        logger.info("policy %s: aligned with geometry in training, which it acts without: DA3 is not needed", policy)
     elif saved["type"] == "pi05":
         logger.info("policy %s: plain Pi0.5, evaluated as it is: it knows no geometry", policy)
     else:

@@ -21,16 +21,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from geomcache.errors import ModelError, ModelNotFoundError, UserInputError, one_line
-from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig, check_same_spec
+from geomcache.policy.configuration_pi05_geometry import (
+    ADAPTER_NAME,
+    MODES,
+    PARTS,
+    PROJECTOR_NAME,
+    PI05GeometryConfig,
+    check_same_spec,
+)
 from geomcache.waits import hub_call
 
-ADAPTER_NAME = "geometry_adapter"
-ADAPTER_PREFIX = f"model.{ADAPTER_NAME}."
 LOADABLE = ("pi05", "pi05_geometry")
 LORA_CONFIG = "adapter_config.json"
 
-# Options of the trained adapter: with others its tokens mean something else.
-ADAPTER_OPTIONS = ("geom_attention", "geom_target_hw", "geom_modality_embedding")
+# Options of a trained part: with others its numbers mean something else.
+PART_OPTIONS = {
+    ADAPTER_NAME: ("geom_attention", "geom_target_hw", "geom_modality_embedding"),
+    PROJECTOR_NAME: ("geom_align_layer",),
+}
 # Entries of a configuration that belong to one run, machine, dataset or upload, and not to the policy.
 RUN_OPTIONS = frozenset(
     {
@@ -104,24 +112,36 @@ def read_config(path: str, **hub: Any) -> dict[str, Any]:
     return config
 
 
+def trained_parts(saved: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the geometry's modules that a checkpoint with this ``config.json`` holds."""
+    if saved["type"] != "pi05_geometry" or not saved.get("use_geom_prefix", True):
+        return frozenset()
+    return MODES.get(saved.get("geom_mode", "prefix"), frozenset())
+
+
 def has_adapter(saved: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint with this ``config.json`` holds a trained geometry adapter."""
-    return saved["type"] == "pi05_geometry" and bool(saved.get("use_geom_prefix", True))
+    """Return whether a checkpoint with this ``config.json`` holds a trained geometry adapter: it acts by geometry."""
+    return ADAPTER_NAME in trained_parts(saved)
+
+
+def part_prefix(part: str) -> str:
+    """Return what the keys of a module's weights begin with."""
+    return f"model.{part}."
 
 
 def adopt_geometry(config: PI05GeometryConfig, saved: Mapping[str, Any]) -> None:
-    """Compare the run's geometry with that of a checkpoint's adapter, and take over spec and statistics.
+    """Compare the run's geometry with that of a checkpoint's trained parts, and take over spec and statistics.
 
-    A checkpoint without adapter changes nothing, even where an older version left the spec of a former adapter in it.
+    A checkpoint without parts that the run has changes nothing, even where it has the spec of other ones.
 
     Raises:
-        CacheMismatchError: the adapter was trained with geometry made in another way.
+        CacheMismatchError: the parts were trained with geometry made in another way.
     """
-    if has_adapter(saved) and config.use_geom_prefix and saved.get("geom_spec") is not None:
+    if trained_parts(saved) & config.parts and saved.get("geom_spec") is not None:
         if config.geom_spec is None:
             config.geom_spec = saved["geom_spec"]
         check_same_spec(cached=config.geom_spec, checkpoint=saved["geom_spec"])
-        config.geom_statistics = saved.get("geom_statistics")  # what the adapter standardised by
+        config.geom_statistics = saved.get("geom_statistics")  # what the parts standardised by
 
 
 def check_options(
@@ -130,10 +150,10 @@ def check_options(
     """Compare a run's options with those of the checkpoint whose weights it starts from (`pretrained_path`).
 
     LeRobot takes the weights alone and leaves every option at its default. Differences are logged in one line; those
-    that change what a trained adapter sees must have been given: `is_given` says so of an option's name.
+    that change what a trained part sees must have been given: `is_given` says so of an option's name.
 
     Raises:
-        UserInputError: an option of the trained adapter was not given and differs from the checkpoint's.
+        UserInputError: an option of a trained part was not given and differs from the checkpoint's.
     """
     own = draccus.encode(config)
     differing = {
@@ -141,13 +161,13 @@ def check_options(
         for name, value in saved.items()
         if name in own and name not in RUN_OPTIONS and own[name] != value
     }
-    if has_adapter(saved) and config.use_geom_prefix:
-        for name in ADAPTER_OPTIONS:
+    for part in sorted(trained_parts(saved) & config.parts):
+        for name in PART_OPTIONS[part]:
             if name in differing and not is_given(f"policy.{name}"):
                 value, trained = (json.dumps(each) for each in differing[name])
                 raise UserInputError(
-                    f"policy.{name}: expected {trained}, which the adapter of {path} was trained with, got the default"
-                    f" {value}: keep the checkpoint's options with --policy.path={path} instead of"
+                    f"policy.{name}: expected {trained}, which the {PARTS[part].split()[1]} of {path} was trained with,"
+                    f" got the default {value}: keep the checkpoint's options with --policy.path={path} instead of"
                     f" --policy.pretrained_path, or give --policy.{name}"
                 )
     if differing:
@@ -163,10 +183,14 @@ def check_options(
         )
 
 
-def load_weights(policy: PI05Policy, path: str, file: Path, *, has_adapter: bool) -> None:
-    """Load a weight file: every parameter and buffer comes from it, except those of a fresh adapter.
+def load_weights(policy: PI05Policy, path: str, file: Path, *, trained: frozenset[str]) -> None:
+    """Load a weight file: every parameter and buffer comes from it, except those of fresh parts of the geometry.
 
-    The adapter stays as it is where the checkpoint was trained without geometry. `path` is for messages.
+    Args:
+        policy: the policy.
+        path: the checkpoint's name, for messages.
+        file: the weight file.
+        trained: names of the parts that the checkpoint has; others of the policy stay as they are.
 
     Raises:
         ModelError: the file is damaged, or a key is missing, unexpected or of the wrong shape.
@@ -181,9 +205,10 @@ def load_weights(policy: PI05Policy, path: str, file: Path, *, has_adapter: bool
     state = {key if key.startswith("model.") else f"model.{key}": value for key, value in fixed.items()}
     own = policy.state_dict()
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    fresh = set() if has_adapter else {key for key in missing if key.startswith(ADAPTER_PREFIX)}
-    # An adapter that is switched off is left out on purpose.
-    unused = set() if policy.config.use_geom_prefix else {key for key in unexpected if key.startswith(ADAPTER_PREFIX)}
+    parts: frozenset[str] = policy.config.parts
+    fresh = {part: {key for key in missing if key.startswith(part_prefix(part))} for part in parts - trained}
+    # A part that is switched off is left out on purpose.
+    unused = {part: {key for key in unexpected if key.startswith(part_prefix(part))} for part in PARTS.keys() - parts}
     misfits = {
         f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
         for key in own.keys() & state.keys()
@@ -191,7 +216,11 @@ def load_weights(policy: PI05Policy, path: str, file: Path, *, has_adapter: bool
     }
     problems = [
         f"{what} {_some(keys)}"
-        for what, keys in (("lacks", missing - fresh), ("has unknown", unexpected - unused), ("does not fit:", misfits))
+        for what, keys in (
+            ("lacks", missing.difference(*fresh.values())),
+            ("has unknown", unexpected.difference(*unused.values())),
+            ("does not fit:", misfits),
+        )
         if keys
     ]
     if problems:
@@ -200,10 +229,13 @@ def load_weights(policy: PI05Policy, path: str, file: Path, *, has_adapter: bool
             " with the options that it was trained with"
         )
     policy.load_state_dict(state, strict=False)
-    if fresh:
-        logger.info("policy %s has no geometry adapter: the adapter starts fresh (%s)", path, _some(fresh))
-    if unused:
-        logger.warning("policy %s has a geometry adapter: it is left out, use_geom_prefix is false", path)
+    for part, keys in sorted(fresh.items()):
+        name = PARTS[part]
+        logger.info("policy %s has no %s: the %s starts fresh (%s)", path, name, name.split()[1], _some(keys))
+    for part, keys in sorted(unused.items()):
+        if keys:
+            why = f"geom_mode is {policy.config.geom_mode}" if parts else "use_geom_prefix is false"
+            logger.warning("policy %s has a %s: it is left out, %s", path, PARTS[part], why)
 
 
 def _some(keys: Iterable[str]) -> str:

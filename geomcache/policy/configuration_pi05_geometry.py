@@ -1,4 +1,8 @@
-"""Configuration of the policy `pi05_geometry`: Pi0.5's own, the geometry options, and what geometry was made from."""
+"""Configuration of the policy `pi05_geometry`: Pi0.5's own, the geometry options, and what geometry was made from.
+
+Geometry reaches the policy in two ways, each with a part of its own in the network: tokens of the prefix, made by the
+adapter, and a loss while training, with a projector.
+"""
 
 import json
 import math
@@ -15,8 +19,18 @@ from geomcache.geometry import PATCH_SIZE, GeometrySpec, differences
 from geomcache.policy.lerobot_version import warn_if_untested
 from geomcache.statistics import Moments
 
-MODEL_SIZES = ("full", "small")
 LEROBOT_MEMORY = ("use_visual_memory", "use_proprioceptive_memory")  # options of LeRobot after 0.6.1
+ADAPTER_NAME = "geometry_adapter"  # of the modules in the network
+PROJECTOR_NAME = "geometry_projector"
+PARTS = {ADAPTER_NAME: "geometry adapter", PROJECTOR_NAME: "geometry projector"}  # what messages call them
+MODES = {
+    "prefix": frozenset({ADAPTER_NAME}),
+    "align": frozenset({PROJECTOR_NAME}),
+    "both": frozenset({ADAPTER_NAME, PROJECTOR_NAME}),
+}
+"""The parts that each `geom_mode` has."""
+LAYERS = {"full": 18, "small": 4}  # of PaliGemma's language model
+MODEL_SIZES = tuple(LAYERS)
 ENGINES = ("eager", "compiled")  # as geomcache.da3.engine.EngineName, which is not imported for training
 # Enlarging invents nothing: a target grid may be finer than the cached one by a rounding difference, not by more.
 MAX_ENLARGED_CELLS = 4
@@ -28,7 +42,17 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     """Options of Pi0.5 with geometry tokens. Written into the checkpoint's ``config.json``."""
 
     use_geom_prefix: bool = True
-    """Off: plain Pi0.5, bit for bit; no adapter is made."""
+    """Off: plain Pi0.5, bit for bit, whatever `geom_mode` says; no part is added."""
+
+    geom_mode: str = "prefix"
+    """``prefix``: geometry is tokens of the prefix. ``align``: geometry is a loss while training, there are no tokens,
+    and DA3 is not needed to act. ``both``: tokens and loss."""
+
+    geom_align_weight: float = 0.5
+    """Factor of the alignment loss. 0: it is measured and changes nothing."""
+
+    geom_align_layer: int | None = None
+    """Layer of PaliGemma, from 1, after which image tokens are aligned. None: two thirds of the layers, 12 of 18."""
 
     geom_model_id: str | None = None
     """The DA3 that the online encoder loads: a name, a Hub id or a folder, with the weights of the cache's. None: the
@@ -51,7 +75,7 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     """``full``: all prefix tokens see each other. ``isolated``: image and text do not see geometry, actions see all."""
 
     geom_lr_scale: float = 10.0
-    """Learning rate of the adapter divided by the policy's."""
+    """Learning rate of adapter and projector divided by the policy's."""
 
     geom_modality_embedding: bool = False
     """A learned embedding for each view, added to its tokens."""
@@ -117,12 +141,47 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
             raise UserInputError(
                 f"image_resolution: expected multiples of {PATCH_SIZE}, such as [112,112], got {self.image_resolution}"
             )
+        if self.geom_mode not in MODES:
+            raise UserInputError(f"geom_mode: expected {', '.join(MODES)}, got {self.geom_mode!r}")
+        self._check_alignment()
         self._check_target_grid()
 
     def validate_features(self) -> None:
-        """Check all options; LeRobot calls this when it builds the policy."""
+        """Check all options; LeRobot calls this when it builds the policy.
+
+        Raises:
+            UserInputError: an option cannot be used, or pictures that would be aligned are none of the policy's.
+        """
         self.check_options()
         super().validate_features()
+        spec = self.geometry_spec
+        unseen = [] if spec is None else [key for key in spec.camera_keys if key not in self.image_features]
+        if unseen and self.is_aligned:
+            raise UserInputError(
+                f"geom_mode: expected prefix for a policy that does not see {', '.join(unseen)} of the cache, got"
+                f" {self.geom_mode}: there are no image tokens to align: give the policy the camera, or extract a cache"
+                " without it"
+            )
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Names of the modules that geometry adds to the network."""
+        return MODES[self.geom_mode] if self.use_geom_prefix else frozenset()
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the prefix has geometry tokens: the policy needs geometry to act."""
+        return ADAPTER_NAME in self.parts
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether training has the alignment loss."""
+        return PROJECTOR_NAME in self.parts
+
+    @property
+    def align_layer(self) -> int:
+        """Layer of PaliGemma, from 1, after which image tokens are aligned."""
+        return self.geom_align_layer or round(LAYERS[self.model_size] * 2 / 3)
 
     @property
     def geometry_spec(self) -> GeometrySpec | None:
@@ -173,9 +232,33 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
         """Drop spec, statistics and fingerprint: there is no trained adapter that they belong to."""
         self.geom_spec = self.geom_statistics = self.geom_fingerprint = None
 
+    def _check_alignment(self) -> None:
+        if not 0 <= self.geom_align_weight < math.inf:
+            raise UserInputError(f"geom_align_weight: expected a number of at least 0, got {self.geom_align_weight}")
+        layers = LAYERS[self.model_size]
+        if self.geom_align_layer is not None and not 1 <= self.geom_align_layer <= layers:
+            raise UserInputError(
+                f"geom_align_layer: expected 1 to {layers}, the layers of model_size={self.model_size}, got"
+                f" {self.geom_align_layer}"
+            )
+        if not self.is_aligned:
+            return
+        if self.train_expert_only:
+            raise UserInputError(
+                f"train_expert_only: expected false with geom_mode={self.geom_mode}, got true: the alignment loss"
+                " reaches the vision tower and the language model, which would not be trained"
+            )
+        spec, side = self.geometry_spec, self.image_resolution[0] // PATCH_SIZE
+        if spec is not None and side > min(spec.grid_hw) + MAX_ENLARGED_CELLS:
+            raise UserInputError(
+                f"geom_mode: expected a cached grid of at least {side - MAX_ENLARGED_CELLS} cells a side for"
+                f" {self.geom_mode}, as a picture has {side}x{side} image tokens, the cache has"
+                f" {spec.grid_hw[0]}x{spec.grid_hw[1]}: extract on a finer grid, or use geom_mode=prefix"
+            )
+
     def _check_target_grid(self) -> None:
         spec = self.geometry_spec
-        if spec is None:
+        if spec is None or not self.has_tokens:
             return
         for target, cached in zip(self.geom_target_hw, spec.grid_hw, strict=True):
             if target > cached + MAX_ENLARGED_CELLS:

@@ -1,11 +1,13 @@
-"""The policy `pi05_geometry`: LeRobot's Pi0.5 with geometry tokens at the end of its prefix.
+"""The policy `pi05_geometry`: LeRobot's Pi0.5 with geometry tokens at the end of its prefix, or aligned to geometry.
 
     prefix   image tokens | text tokens, padded | geometry tokens       suffix   noisy actions
 
 `embed_prefix` is the seam: LeRobot's `forward` and `sample_actions` both take the prefix from it, and derive position
-ids (cumulative sum of the pad masks) and the attention mask from what it returns. Everything else is inherited.
+ids (cumulative sum of the pad masks) and the attention mask from what it returns. The alignment loss reads the image
+tokens' hidden states, through the seam in `image_tokens`. Everything else is inherited.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -21,15 +23,11 @@ from torch import Tensor
 from geomcache.adapter import GeometryTokenAdapter, GeometryTokens
 from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import Geometry, batch_key
-from geomcache.policy.checkpoint import (
-    ADAPTER_NAME,
-    adopt_geometry,
-    checkpoint_file,
-    has_adapter,
-    load_weights,
-    read_config,
-)
+from geomcache.policy.alignment import Alignment, GeometryProjector
+from geomcache.policy.checkpoint import adopt_geometry, checkpoint_file, load_weights, read_config, trained_parts
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+from geomcache.policy.gradients import compare_gradients, shared_parameters
+from geomcache.policy.image_tokens import HiddenStates, picture_areas, tokens_of_views
 from geomcache.policy.online import OnlineEncoder
 from geomcache.policy.small_pi05 import SMALL_GEMMA, make_small
 
@@ -53,7 +51,9 @@ class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not 
     Wherever it takes `images`, it also takes `PrefixInputs`.
 
     Attributes:
-        geometry_adapter: only with `use_geom_prefix`.
+        geometry_adapter: only with geometry tokens.
+        geometry_projector: only with the alignment loss.
+        hidden_states: keeps the hidden states that are aligned; None without the alignment loss.
         image_token_norm: mean length of the image tokens in the last training step with extra tokens; logged.
     """
 
@@ -66,8 +66,8 @@ class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not 
         else:
             super().__init__(config, rtc_processor)
             width = get_gemma_config(config.paligemma_variant).width
-        if config.use_geom_prefix:
-            spec = config.geometry_spec
+        spec = config.geometry_spec
+        if config.has_tokens:
             assert spec is not None
             self.geometry_adapter = GeometryTokenAdapter(
                 statistics=config.geometry_statistics,
@@ -78,6 +78,10 @@ class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not 
                 attention=config.geom_attention,
                 modality_embedding=config.geom_modality_embedding,
             )
+        self.hidden_states: HiddenStates | None = None
+        if config.is_aligned:
+            self.geometry_projector = GeometryProjector(statistics=config.geometry_statistics, width=width)
+            self.hidden_states = HiddenStates(self.paligemma_with_expert, [config.align_layer])
         self.image_token_norm: Tensor | None = None
 
     def embed_prefix(
@@ -145,7 +149,8 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
 
     Attributes:
         allow_resize: accept pictures of another size than the cache was made of when encoding them; false.
-        online: encodes pictures; None without `use_geom_prefix`. `online.encoder` is the DA3 encoder, once loaded.
+        online: encodes pictures; None without geometry tokens. `online.encoder` is the DA3 encoder, once loaded.
+        measures_gradients: the next training step compares the gradients of both losses; false, set by the trainer.
     """
 
     config_class = PI05GeometryConfig
@@ -184,8 +189,12 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         self.model.to(config.device)
         self.reset()
         self.allow_resize = False
-        spec = config.geometry_spec if config.use_geom_prefix else None
-        self.online = None if spec is None else OnlineEncoder(spec, config.geom_model_id, config.geom_engine)
+        self.measures_gradients = False
+        self._spec = config.geometry_spec
+        self.online: OnlineEncoder | None = None
+        if config.has_tokens:
+            assert self._spec is not None
+            self.online = OnlineEncoder(self._spec, config.geom_model_id, config.geom_engine)
         self._adapter_grad_norm: Tensor | None = None
 
     @classmethod
@@ -201,7 +210,7 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         revision: str | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Load a checkpoint of `pi05_geometry`, or of plain `pi05` into a policy with a fresh adapter. Always strict.
+        """Load a checkpoint of `pi05_geometry`, or of plain `pi05` into a policy with fresh parts. Always strict.
 
         Args:
             pretrained_name_or_path: folder or Hub id.
@@ -237,44 +246,100 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
             )
         adopt_geometry(config, saved)
         policy = cls(config, weights_follow=True, **kwargs)
-        load_weights(policy, path, weights, has_adapter=has_adapter(saved))
+        load_weights(policy, path, weights, trained=trained_parts(saved))
         policy.eval()
         return policy
 
     def get_optim_params(self) -> Any:
-        """Return the optimizer's parameters: the adapter in a group of its own, at its own rate (`geom_lr_scale`)."""
-        if not self.config.use_geom_prefix:
+        """Return the optimizer's parameters: the added parts in a group of their own, at its rate (`geom_lr_scale`)."""
+        if not self.config.parts:
             return super().get_optim_params()
-        adapter = list(self.model.geometry_adapter.parameters())
-        apart = {id(parameter) for parameter in adapter}
+        added = [
+            parameter for part in sorted(self.config.parts) for parameter in getattr(self.model, part).parameters()
+        ]
+        apart = {id(parameter) for parameter in added}
         return [
             {"params": [parameter for parameter in self.parameters() if id(parameter) not in apart]},
-            {"params": adapter, "lr": self.config.optimizer_lr * self.config.geom_lr_scale},
+            {"params": added, "lr": self.config.optimizer_lr * self.config.geom_lr_scale},
         ]
 
     def forward(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         """Return the loss of a batch that brings its geometry, and numbers for the log.
 
-        Further arguments are LeRobot's. In addition to LeRobot's, the numbers are ``geom_alpha``; ``geom_token_norm``
-        and ``image_token_norm``, mean lengths of the prefix's tokens; and ``geom_grad_norm``, the norm of the adapter's
-        gradient in the step before, not clipped, of this process alone; it is missing in the first step.
+        Further arguments are LeRobot's. With geometry tokens, the numbers have ``geom_alpha``; ``geom_token_norm`` and
+        ``image_token_norm``, mean lengths of the prefix's tokens; and ``geom_grad_norm``, the norm of the adapter's
+        gradient in the step before, not clipped, of this process alone; it is missing in the first step. With the
+        alignment loss, they have ``geom_action_loss``, ``geom_align_loss`` and ``geom_align_r2``, and where
+        `measures_gradients` is set, what `compare_gradients` returns. Held-out batches, of a policy in evaluation mode,
+        have the action loss alone, which can be compared between modes.
 
         Raises:
             GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for, or
                 was cast to bfloat16.
+            UserInputError: the alignment loss would train its projector alone.
         """
-        if not self.config.use_geom_prefix:
+        if not self.config.parts:
             plain: tuple[Tensor, dict[str, Any]] = super().forward(batch, *args, **kwargs)
             return plain
+        geometry = self._geometry_to_train_on(batch)
+        tokens = self._tokens(geometry) if self.config.has_tokens else None
+        given = batch if tokens is None else batch | {_TOKENS: tokens}
+        states: HiddenStates | None = self.model.hidden_states
+        if self.config.is_aligned and states is not None:
+            with states.kept() as hidden:
+                loss, numbers = super().forward(given, *args, **kwargs)
+            loss, numbers = self._with_alignment(loss, numbers, hidden[self.config.align_layer], batch, geometry)
+        else:
+            loss, numbers = super().forward(given, *args, **kwargs)
+        return loss, numbers if tokens is None else numbers | self._signs_of_learning(tokens)
+
+    def _geometry_to_train_on(self, batch: Mapping[str, Any]) -> Geometry:
         geometry = Geometry.from_batch(batch)
         if geometry.ray.dtype == torch.bfloat16:  # FSDP's mixed precision casts what comes into the root module
             raise GeometryError(
                 "geometry: expected float16 as in the cache, got bfloat16, which rounds eight times as coarsely: FSDP"
                 " casts each batch so with --policy.dtype=bfloat16: train with --policy.dtype=float32, or without FSDP"
             )
-        tokens = self._tokens(geometry)
-        loss, numbers = super().forward(batch | {_TOKENS: tokens}, *args, **kwargs)
-        return loss, numbers | self._signs_of_learning(tokens)
+        assert self._spec is not None
+        geometry.check(self._spec)
+        return geometry
+
+    def _with_alignment(
+        self, loss: Tensor, numbers: dict[str, Any], hidden: Tensor, batch: Mapping[str, Any], geometry: Geometry
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Add the alignment loss to the action loss, [] or [B], and its numbers to those for the log."""
+        weight, trains = self.config.geom_align_weight, self.training and torch.is_grad_enabled()
+        if trains and not (shared := shared_parameters(self.model.paligemma_with_expert, self.config.align_layer)):
+            raise UserInputError(
+                f"geom_mode: expected trained parameters in the first {self.config.align_layer} layers of PaliGemma or"
+                f" its vision tower for {self.config.geom_mode}, found none: the alignment loss would train its"
+                " projector alone: add modules of PaliGemma to --peft.target_modules"
+            )
+        with contextlib.nullcontext() if weight else torch.no_grad():
+            alignment = self._align(hidden, batch, geometry)
+        measured = {
+            "geom_action_loss": loss.detach().mean(),
+            "geom_align_loss": alignment.losses.detach().mean(),
+            "geom_align_r2": alignment.r2,
+        }
+        if trains and weight and self.measures_gradients:
+            names = ("geom_action_grad", "geom_align_grad", "geom_grad_angle")
+            compared = compare_gradients(loss.mean(), weight * alignment.losses.mean(), shared)
+            measured |= dict(zip(names, compared, strict=True))
+        if self.training and weight:
+            loss = loss + weight * (alignment.losses if loss.ndim else alignment.losses.mean())
+        values = torch.stack([number.float() for number in measured.values()]).tolist()  # one transfer
+        logged = dict(zip(measured, values, strict=True))
+        total = logged["geom_action_loss"] + (weight * logged["geom_align_loss"] if self.training else 0)
+        return loss, numbers | {"loss": total} | logged
+
+    def _align(self, hidden: Tensor, batch: Mapping[str, Any], geometry: Geometry) -> Alignment:
+        assert self._spec is not None
+        keys, side = self._spec.camera_keys, self.config.image_resolution[0]
+        target = self.model.geometry_projector.target(geometry, picture_areas(batch, keys, side))
+        present = [key for key in self.config.image_features if key in batch]  # in LeRobot's order
+        alignment: Alignment = self.model.geometry_projector.align(tokens_of_views(hidden, keys, present, side), target)
+        return alignment
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -290,7 +355,7 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
             ModelError: the DA3 that the policy was trained with is not available.
         """
         self.eval()
-        if self.config.use_geom_prefix:
+        if self.config.has_tokens:
             batch = batch | {_TOKENS: self._tokens(self.geometry_of(batch))}
         chunk: Tensor = super().predict_action_chunk(batch, *args, **kwargs)
         return chunk
@@ -333,8 +398,8 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         return self.online(batch, device, allow_resize=self.allow_resize)
 
     def _tokens(self, geometry: Geometry) -> GeometryTokens:
-        assert self.online is not None
-        geometry.check(self.online.spec)
+        assert self._spec is not None
+        geometry.check(self._spec)
         tokens: GeometryTokens = self.model.geometry_adapter(geometry)
         return tokens
 
@@ -364,30 +429,37 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
             handle = torch.autograd.graph.register_multi_grad_hook(watched, note)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        """Return LeRobot's LoRA targets; the adapter is trained in full and saved with them."""
+        """Return LeRobot's LoRA targets; the added parts are trained in full and saved with them.
+
+        LeRobot's targets are in the action expert, which the alignment loss does not reach: with it, the same
+        projections of the language model's layers are targets too.
+        """
         targets: dict[str, Any] = super()._get_default_peft_targets()
-        if self.config.use_geom_prefix:
-            targets["modules_to_save"] = [*targets["modules_to_save"], ADAPTER_NAME]
+        targets["modules_to_save"] = [*targets["modules_to_save"], *sorted(self.config.parts)]
+        if self.config.is_aligned:
+            language = r".*\.paligemma\.model\.language_model\..*\.self_attn\.(q|v)_proj"
+            targets["target_modules"] = f"({targets['target_modules']}|{language})"
         return targets
 
     def _validate_peft_config(self, peft_config: Any) -> None:
-        """Refuse to freeze a fresh adapter.
+        """Refuse to freeze a fresh part.
 
         Raises:
-            UserInputError: modules to train in full were given, without the adapter.
+            UserInputError: modules to train in full were given, without the added parts.
         """
         super()._validate_peft_config(peft_config)
-        if self.config.use_geom_prefix and ADAPTER_NAME not in (peft_config.modules_to_save or ()):
-            raise UserInputError(
-                f"peft.full_training_modules: expected {ADAPTER_NAME} among them, got {peft_config.modules_to_save}:"
-                " add it, or leave the option out"
-            )
+        for part in sorted(self.config.parts):
+            if part not in (peft_config.modules_to_save or ()):
+                raise UserInputError(
+                    f"peft.full_training_modules: expected {part} among them, got {peft_config.modules_to_save}:"
+                    " add it, or leave the option out"
+                )
 
 
 def mean_length(tokens: Tensor, pad_masks: Tensor) -> Tensor:
     """Return the mean Euclidean length of the tokens [B, n, D] that are no padding, without gradient."""
     lengths: Tensor = torch.linalg.vector_norm(tokens.detach().float(), dim=-1)
-    return (lengths * pad_masks).sum() / pad_masks.sum()
+    return (lengths * pad_masks).sum() / pad_masks.sum().clamp(min=1)
 
 
 def _with_tokens(images: list[Tensor] | PrefixInputs, extra: GeometryTokens | None) -> list[Tensor] | PrefixInputs:

@@ -11,6 +11,7 @@ import numpy as np
 from geomcache.errors import DatasetError, UserInputError
 from geomcache.frames.source import describe_cameras, describe_statistics_command
 from geomcache.geometry import GeometrySpec
+from geomcache.training.moved_pictures import PIXELS_MOVE, PIXELS_SCALE
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ PIXELS_STAY = frozenset(
         *("RandomAdjustSharpness", "RandomAutocontrast", "RandomChannelPermutation", "RandomEqualize"),
         *("RandomErasing", "RandomGrayscale", "RandomInvert", "RandomPhotometricDistort", "RandomPosterize"),
         *("RandomSolarize", "ToDtype", "ToImage", "ToPureTensor"),
-        *("RandomResize", "RandomShortestSize", "Resize", "ScaleJitter"),
+        *PIXELS_SCALE,
         # LeRobot's own
         *("CoarseDropout", "GammaCorrection", "GaussianPatchBrightness", "JPEGCompression", "MotionBlur"),
         *("PlanckianJitter", "RandomShadow", "SharpnessJitter"),
@@ -67,15 +68,16 @@ def check_options(config: Any) -> None:
 
 
 def check_image_transforms(config: Any) -> None:
-    """Refuse an `ImageTransformsConfig` that moves content: the cached geometry is that of the pictures as stored.
+    """Refuse an `ImageTransformsConfig` that moves content in a way that the cached geometry cannot follow.
 
     Raises:
-        UserInputError: a transform that is switched on is not known to leave content in place.
+        UserInputError: a transform that is switched on is neither known to leave content in place nor one that the maps
+            follow.
     """
     if not config.enable:
         return
     active = {name: tf for name, tf in config.tfs.items() if tf.weight > 0.0}
-    moving = {name: tf.type for name, tf in active.items() if tf.type not in PIXELS_STAY}
+    moving = {name: tf.type for name, tf in active.items() if tf.type not in PIXELS_STAY | PIXELS_MOVE}
     if moving:
         others = {
             name: {"weight": tf.weight, "type": tf.type, "kwargs": tf.kwargs}
@@ -85,8 +87,9 @@ def check_image_transforms(config: Any) -> None:
         named = ", ".join(f"{name} ({kind})" for name, kind in moving.items())
         option = f"--dataset.image_transforms.tfs='{json.dumps(others)}'"
         raise UserInputError(
-            f"dataset.image_transforms: expected transforms that leave content in place, got {named}: the cached"
-            f" geometry would not fit the picture: leave it out with {option}"
+            "dataset.image_transforms: expected transforms that leave content in place or that geometry follows"
+            f" ({', '.join(sorted(PIXELS_MOVE))}), got {named}: the cached geometry would not fit the picture, and"
+            f" after a flip the actions would not either: leave it out with {option}"
         )
 
 

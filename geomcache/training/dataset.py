@@ -6,6 +6,8 @@
 Geometry is that of the current frame alone, also where actions are a chunk over time (`delta_timestamps`). The new keys
 are not features of the dataset's metadata: LeRobot would make policy inputs of them, look for their normalisation
 statistics, and take them for states. Its processors pass unknown `observation.*` keys on as they are.
+
+Image transforms that move pixels are applied here instead of by LeRobot, so that the maps move along.
 """
 
 import contextlib
@@ -23,6 +25,7 @@ from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, DatasetError, errors_kept_whole, one_line
 from geomcache.frames.compare import check_pictures, check_watched, choose_sample, compare_episodes, is_watched
 from geomcache.frames.source import episode_identities, episode_lengths, local_root
+from geomcache.training.moved_pictures import move_maps, moving_transforms
 
 Item = dict[str, Any]
 
@@ -32,6 +35,8 @@ class _WithGeometry:
 
     def __init__(self, dataset: Any, store: GeometryStore) -> None:
         """Wrap `dataset`. Worker processes open the store's files themselves.
+
+        Image transforms that move pixels are taken over from the dataset.
 
         Raises:
             CacheMismatchError: the dataset has other episodes than the cache.
@@ -50,6 +55,9 @@ class _WithGeometry:
             )
         self._dataset = dataset
         self._store = store
+        self._transforms = moving_transforms(dataset.image_transforms)
+        if self._transforms is not None:
+            _without_transforms(dataset)
 
     def __getattr__(self, name: str) -> Any:
         # LeRobot's trainer reads meta, episodes, num_frames, hf_dataset and more. Private names stop here: unpickling
@@ -70,7 +78,8 @@ class _WithGeometry:
                 self._watch(rows, read_stored)
             maps = self._store.batch(rows)
         geometry = {key: torch.from_numpy(array) for key, array in maps.to_batch().items()}
-        return [item | {key: values[i] for key, values in geometry.items()} for i, item in enumerate(items)]
+        with_maps = [item | {key: values[i] for key, values in geometry.items()} for i, item in enumerate(items)]
+        return with_maps if self._transforms is None else [self._moved(item, list(geometry)) for item in with_maps]
 
     def _watch(self, rows: NDArray[np.int64], read_stored: Callable[[int], Item]) -> None:
         watched = {int(rows[number]): int(number) for number in np.flatnonzero(is_watched(rows))}
@@ -79,7 +88,25 @@ class _WithGeometry:
             item = read_stored(watched[row])
             return [_as_picture(item[key]) for key in self._store.spec.camera_keys]
 
-        check_watched(self._store, read, np.array([*watched], dtype=np.int64))
+        command = update_command(self._store.path, self._dataset.repo_id, local_root(self._dataset.meta))
+        check_watched(self._store, read, np.array([*watched], dtype=np.int64), command)
+
+    def _moved(self, item: Item, keys: Sequence[str]) -> Item:
+        """Transform an item's pictures, in LeRobot's order, and move its maps along."""
+        assert self._transforms is not None
+        meta = self._dataset.meta
+        moved = {key: self._transforms(item[key]) for key in meta.camera_keys if key not in meta.depth_keys}
+        homographies = [moved[key][1] for key in self._store.spec.camera_keys]
+        pictures = {key: picture for key, (picture, _) in moved.items()}
+        return item | pictures | move_maps({key: item[key] for key in keys}, homographies)
+
+
+def _without_transforms(dataset: Any) -> None:
+    """Let a dataset of LeRobot give its pictures as they are stored."""
+    if isinstance(dataset, IterableDataset):
+        dataset.image_transforms = None  # type: ignore[attr-defined]  # LeRobot is not typed
+    else:
+        dataset.set_image_transforms(None)
 
 
 def check_sample(dataset: Any, store: GeometryStore) -> int:

@@ -68,6 +68,8 @@ def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = Fals
             seams.enter_context(watched_environment())
         if config.policy.use_geom_prefix:
             seams.enter_context(readable_metrics())
+        if config.policy.is_aligned:
+            seams.enter_context(compared_gradients(config))
         if config.resume:
             seams.enter_context(exact_resume(config))
         try:
@@ -133,7 +135,7 @@ def with_plain_checkpoint(lerobot_args: Sequence[str]) -> list[str]:
     kept = {
         name: value for name, value in saved.items() if name not in RUN_OPTIONS and defaults.get(name, ...) != value
     }
-    logger.info("policy %s: plain Pi0.5, with its own options and a fresh geometry adapter", path)
+    logger.info("policy %s: plain Pi0.5, with its own options; what geometry adds to it starts fresh", path)
     return [
         f"--policy.type={POLICY_TYPE}",
         f"--policy.pretrained_path={path}",
@@ -169,7 +171,7 @@ def bind(config: Any, store: GeometryStore, lerobot_args: Sequence[str] = ()) ->
     """
     from geomcache.cache import compatibility
     from geomcache.policy import environment
-    from geomcache.policy.checkpoint import adopt_geometry, check_options, has_adapter, read_config
+    from geomcache.policy.checkpoint import adopt_geometry, check_options, read_config, trained_parts
     from geomcache.training import checks
 
     policy = _our_policy(config)
@@ -187,12 +189,12 @@ def bind(config: Any, store: GeometryStore, lerobot_args: Sequence[str] = ()) ->
     compatibility.require_episodes(store, config.dataset.episodes, config.dataset.root)
     checks.check_image_transforms(config.dataset.image_transforms)
     trained_from = policy.geom_fingerprint
-    if checkpoint is not None and has_adapter(checkpoint):
+    if checkpoint is not None and trained_parts(checkpoint) & policy.parts:
         adopt_geometry(policy, checkpoint)
     else:
-        policy.forget_geometry()  # of an adapter that the checkpoint had once
+        policy.forget_geometry()  # of parts that the checkpoint had once
     policy.bind_cache(checks.renamed_spec(store.spec, config), store.statistics, store.fingerprint)
-    if evaluates:
+    if evaluates and policy.has_tokens:
         _check_environment(config, policy)
     if config.resume:
         compatibility.compare_fingerprints(trained_from, store.fingerprint)
@@ -223,7 +225,7 @@ def _our_policy(config: Any) -> "PI05GeometryConfig":
     if policy.use_geom_prefix and not config.use_policy_training_preset and policy.geom_lr_scale != 1:
         raise UserInputError(
             f"policy.geom_lr_scale: expected 1 with use_policy_training_preset=false, got {policy.geom_lr_scale:g}:"
-            " LeRobot then gives all parameters one learning rate, the adapter too; say so with"
+            " LeRobot then gives all parameters one learning rate, what geometry adds too; say so with"
             " --policy.geom_lr_scale=1, or leave the preset on"
         )
     return policy
@@ -313,6 +315,29 @@ def readable_metrics() -> Iterator[None]:
         return Tracker
 
     with replaced(lerobot_train, "MetricsTracker", with_digits):
+        yield
+
+
+@contextlib.contextmanager
+def compared_gradients(config: Any) -> Iterator[None]:
+    """Let a policy with an alignment loss compare the gradients of both losses in the steps that are logged.
+
+    Under FSDP it does not: the parameters are in pieces then.
+    """
+    from accelerate.utils import DistributedType
+    from lerobot.scripts import lerobot_train
+
+    def asking(update: Callable[..., Any]) -> Callable[..., Any]:
+        def update_policy(tracker: Any, policy: Any, *args: Any, accelerator: Any, **kwargs: Any) -> Any:
+            own = accelerator.unwrap_model(policy)
+            own = own.get_base_model() if hasattr(own, "get_base_model") else own
+            is_whole = accelerator.distributed_type != DistributedType.FSDP
+            own.measures_gradients = is_whole and config.log_freq > 0 and (tracker.steps + 1) % config.log_freq == 0
+            return update(tracker, policy, *args, accelerator=accelerator, **kwargs)
+
+        return update_policy
+
+    with replaced(lerobot_train, "update_policy", asking):
         yield
 
 

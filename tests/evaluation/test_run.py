@@ -194,6 +194,26 @@ def test_geometry_cannot_be_switched_on_for_a_checkpoint_without_adapter(tmp_pat
         evaluate(str(tmp_path), ["--policy.use_geom_prefix=true"])
 
 
+def test_an_aligned_checkpoint_needs_no_da3_and_no_cameras_of_the_cache(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both policies are of a DA3 that nobody has, and of cameras that this environment lacks."""
+
+    class Reached(Exception):  # noqa: N818
+        pass
+
+    def main(config: Any) -> None:
+        raise Reached(config.policy.geom_mode)
+
+    monkeypatch.setattr(lerobot_eval, "eval_main", main)
+    save_checkpoint(make_policy(geom_mode="align", spec=libero_spec(), input_features=input_features()), tmp_path)
+    with caplog.at_level("INFO", logger="geomcache"), pytest.raises(Reached, match="align"):
+        evaluate(str(tmp_path), ["--env.type=pusht"])
+    assert "DA3 is not needed" in caplog.text
+    with pytest.raises(UserInputError, match=KEYS[0]):
+        evaluate(str(checkpoint), ["--env.type=pusht"])
+
+
 def test_a_da3_that_is_not_to_be_had(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"policy p .*nobody/da3.*--policy\.geom_model_id=DIR"):
         find_da3("p", GeometrySpec.from_dict(make_spec().to_dict() | {"model_id": "nobody/da3"}), None)

@@ -814,9 +814,11 @@ def test_a_policy_has_all_that_lerobots_constructor_makes(monkeypatch: pytest.Mo
     """Ours replaces LeRobot's constructor. What a later LeRobot adds to it would be missing here."""
     options = {"rtc_config": RTCConfig(), "gradient_checkpointing": True}
     plain, policy = make_plain_policy(monkeypatch, **options), make_policy(**options)
-    assert vars(policy).keys() - vars(plain).keys() == {"allow_resize", "online", "_adapter_grad_norm"}
+    assert vars(policy).keys() - vars(plain).keys() == {
+        *("allow_resize", "online", "_adapter_grad_norm", "_spec", "measures_gradients"),
+    }
     assert vars(plain).keys() <= vars(policy).keys()
-    assert vars(policy.model).keys() - vars(plain.model).keys() == {"image_token_norm"}
+    assert vars(policy.model).keys() - vars(plain.model).keys() == {"image_token_norm", "hidden_states"}
     assert vars(plain.model).keys() <= vars(policy.model).keys()
     children = dict(policy.model.named_children()).keys()
     assert children - {"geometry_adapter"} == dict(plain.model.named_children()).keys()

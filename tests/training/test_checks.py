@@ -1,4 +1,4 @@
-"""What a training run may do to the pictures: no moved pixels, no renamed cameras."""
+"""What a training run may do to the pictures: what geometry can follow, and no renamed cameras."""
 
 import json
 import shlex
@@ -65,20 +65,23 @@ def test_transforms_that_are_off_do_not_matter() -> None:
     checks.check_image_transforms(ImageTransformsConfig(enable=True, tfs=off))
 
 
-def test_lerobots_default_transforms_are_refused_with_an_option_that_keeps_the_others() -> None:
+def test_a_flip_is_refused_with_an_option_that_keeps_the_others() -> None:
+    checks.check_image_transforms(ImageTransformsConfig(enable=True))  # LeRobot's default, with RandomAffine
+    flipped = ImageTransformsConfig(enable=True)
+    flipped.tfs["flip"] = ImageTransformConfig(type="RandomHorizontalFlip")
     with pytest.raises(UserInputError) as caught:
-        checks.check_image_transforms(ImageTransformsConfig(enable=True))
-    assert "RandomAffine" in str(caught.value)
+        checks.check_image_transforms(flipped)
+    assert "flip (RandomHorizontalFlip)" in str(caught.value)
     (option,) = [word for word in shlex.split(str(caught.value)) if word.startswith("--dataset.image_transforms.tfs=")]
     tfs = {name: ImageTransformConfig(**tf) for name, tf in json.loads(option.partition("=")[2]).items()}
-    assert set(tfs) == {"brightness", "contrast", "saturation", "hue", "sharpness"}
+    assert set(tfs) == {"brightness", "contrast", "saturation", "hue", "sharpness", "affine"}
     advised = ImageTransformsConfig(enable=True, tfs=tfs)
     checks.check_image_transforms(advised)
     ImageTransforms(advised)  # LeRobot takes them
 
 
-@pytest.mark.parametrize("kind", ["RandomCrop", "RandomRotation", "ElasticTransform", "FiveCrop", "SomethingNew"])
-def test_what_moves_pixels_or_is_unknown_is_refused(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["RandomVerticalFlip", "ElasticTransform", "FiveCrop", "Pad", "SomethingNew"])
+def test_what_geometry_cannot_follow_or_is_unknown_is_refused(kind: str) -> None:
     tfs = {"mine": ImageTransformConfig(weight=1.0, type=kind)}
     with pytest.raises(UserInputError) as caught:
         checks.check_image_transforms(ImageTransformsConfig(enable=True, tfs=tfs))

@@ -233,7 +233,7 @@ def test_a_watched_item_is_compared_in_a_worker_and_without_its_transforms(
 ) -> None:
     compared: list[list[NDArray[np.uint8]]] = []
     monkeypatch.setattr(
-        "geomcache.training.dataset.check_watched", lambda store, read, rows: compared.extend(map(read, rows.tolist()))
+        "geomcache.training.dataset.check_watched", lambda store, read, rows, command: compared.extend(map(read, rows.tolist()))
     )
     plain = lerobot_dataset(meta, image_transforms=lambda image: 1 - image)
     item = GeometryDataset(plain, GeometryStore.open(cache)).__getitems__([0])[0]

@@ -95,10 +95,14 @@ def test_depth_anything_is_imported_by_no_process_of_a_run(
     assert not (tmp_path / "imported").exists()
 
 
-def test_two_processes_agree_on_the_parameters(meta: LeRobotDatasetMetadata, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["prefix", "both"])
+def test_two_processes_agree_on_the_parameters(
+    meta: LeRobotDatasetMetadata, cache: Path, tmp_path: Path, mode: str
+) -> None:
     # What `accelerate launch` starts for several GPUs; on CPUs it asks for MPI.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run_script(tmp_path, TRAIN_AND_TELL, [cache, *options(meta, tmp_path / "run", steps=3)], launcher=launcher)
+    run = options(meta, tmp_path / "run", f"--policy.geom_mode={mode}", steps=3)  # each step compares the gradients
+    run_script(tmp_path, TRAIN_AND_TELL, [cache, *run], launcher=launcher)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert len(first) == len(second) == 3
     for here, there in zip(first, second, strict=True):

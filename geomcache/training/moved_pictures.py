@@ -1,0 +1,128 @@
+"""Augmentation that moves pixels, with the cached geometry moved along.
+
+    picture ─┬─ LeRobot's image transforms ──► moved picture
+             └─ four points, by the same draws ──► where they went ──► homography ──► moved maps
+
+A ray belongs to its pixel: its value stays, and its place changes. The transforms that are accepted here map straight
+lines to straight lines, so four points tell the whole movement. Cells of the moved picture that come from outside of
+the picture are marked in ``observation.geometry.valid``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torchvision.tv_tensors import KeyPoints
+
+from geomcache.geometry import VALID, batch_key
+
+# Transforms of torchvision.transforms.v2 that move straight lines to straight lines.
+PIXELS_MOVE = frozenset(
+    {"CenterCrop", "RandomAffine", "RandomCrop", "RandomPerspective", "RandomResizedCrop", "RandomRotation"}
+)
+# They scale the whole picture: in shares of its sides nothing moves, but later transforms count in the new pixels.
+PIXELS_SCALE = frozenset({"RandomResize", "RandomShortestSize", "Resize", "ScaleJitter"})
+STILL = 1e-6  # a movement by less of the picture's sides is rounding
+_NOT_MOVED = torch.eye(3, dtype=torch.float64)
+
+
+class _PictureOnly:
+    """A transform that leaves points alone: some of LeRobot's would take them for pixels."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, picture: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform(picture), points
+
+
+class MovingTransforms:
+    """LeRobot's `ImageTransforms`, that also tell where a picture's pixels went.
+
+    The same random numbers are drawn in the same order: a picture is LeRobot's own, to the bit.
+    """
+
+    def __init__(self, transforms: Any) -> None:
+        """Take over an `ImageTransforms` with at least one transform that moves pixels."""
+        self._subset = transforms.tf  # LeRobot's RandomSubsetApply
+        self._subset.transforms = [
+            each if type(each).__name__ in PIXELS_MOVE | PIXELS_SCALE else _PictureOnly(each)
+            for each in self._subset.transforms
+        ]
+
+    def __call__(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform a picture.
+
+        Args:
+            picture: [..., 3, H, W].
+
+        Returns:
+            The picture [..., 3, H', W'], and the homography [3, 3] float64 from its places (x, y, 1), in shares of its
+            width and height, to the places that they came from.
+        """
+        height, width = picture.shape[-2:]
+        places = torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.75, 0.75], [0.25, 0.75]], dtype=torch.float64)
+        points = KeyPoints(places * torch.tensor([width, height]), canvas_size=(height, width))
+        moved, points = self._subset(picture, points)
+        size = torch.tensor([moved.shape[-1], moved.shape[-2]])
+        return moved, homography(points.as_subclass(Tensor) / size, places)
+
+
+def moving_transforms(transforms: Any) -> MovingTransforms | None:
+    """Return LeRobot's `ImageTransforms` as `MovingTransforms` where it has one that moves pixels; otherwise None."""
+    chosen = getattr(getattr(transforms, "tf", None), "transforms", ())
+    moves = any(type(each).__name__ in PIXELS_MOVE for each in chosen)
+    return MovingTransforms(transforms) if moves else None
+
+
+def homography(points: Tensor, images: Tensor) -> Tensor:
+    """Return the matrix [3, 3] float64 that maps four points (x, y, 1) to their images, up to a factor.
+
+    The equations are those of Hartley and Zisserman, "Multiple View Geometry in Computer Vision", section 4.1.2, with
+    the last entry fixed to 1. Points that have hardly moved give the identity.
+
+    Args:
+        points: [4, 2] float64, no three on a line.
+        images: [4, 2] float64.
+    """
+    if bool((points - images).abs().max() < STILL):
+        return _NOT_MOVED
+    rows = []
+    for (x, y), (u, v) in zip(points.tolist(), images.tolist(), strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+    entries = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), images.reshape(8))
+    return torch.cat([entries, torch.ones(1, dtype=torch.float64)]).reshape(3, 3)
+
+
+def move_maps(maps: Mapping[str, Tensor], homographies: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Move a frame's maps as its pictures were moved.
+
+    The value of a cell is interpolated linearly at the place that its center came from. The maps of a view that was not
+    moved stay equal to the bit.
+
+    Args:
+        maps: by batch key, [V, h, w, ...] float16.
+        homographies: for each view, from places in the moved picture to places in the picture as stored.
+
+    Returns:
+        The maps, and ``observation.geometry.valid`` [V, h, w] bool.
+    """
+    views, height, width = next(iter(maps.values())).shape[:3]
+    moved = {key: values.clone() for key, values in maps.items()}
+    valid = torch.ones(views, height, width, dtype=torch.bool)
+    x, y = ((torch.arange(cells, dtype=torch.float64) + 0.5) / cells for cells in (width, height))
+    centers = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, dtype=torch.float64)], -1)
+    for view, matrix in enumerate(homographies):
+        if torch.equal(matrix, _NOT_MOVED):
+            continue
+        sources = centers @ matrix.T  # [h, w, 3]
+        places = sources[..., :2] / sources[..., 2:]
+        valid[view] = ((places >= 0) & (places <= 1)).all(-1) & (sources[..., 2] > 0)
+        grid = (2 * places - 1).float().nan_to_num(2.0).clamp(-2, 2)[None]
+        for key, values in maps.items():
+            channels = values[view].float().reshape(height, width, -1).permute(2, 0, 1)[None]
+            sampled = F.grid_sample(channels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+            moved[key][view] = sampled[0].permute(1, 2, 0).reshape(values[view].shape).to(values.dtype)
+    return moved | {batch_key(VALID): valid}
