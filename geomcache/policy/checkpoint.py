@@ -26,6 +26,7 @@ ADAPTER_NAME = "geometry_adapter"
 ADAPTER_PREFIX = f"model.{ADAPTER_NAME}."
 LOADABLE = ("pi05", "pi05_geometry")
 LORA_CONFIG = "adapter_config.json"
+LORA_WEIGHTS = "adapter_model.safetensors"
 
 # Options of the trained adapter: with others its tokens mean something else.
 ADAPTER_OPTIONS = ("geom_attention", "geom_target_hw", "geom_modality_embedding")
