@@ -12,12 +12,12 @@ export UV_SYSTEM_CERTS := $(if $(wildcard /etc/ssl/certs/ca-certificates.crt /et
 RUN := .venv/bin
 READY := .venv/.ready
 
-export POLICY SUITE TASKS N_EPISODES OUTPUT ARGS LEROBOT
+export POLICY SUITE TASKS N_EPISODES AXIS N OUTPUT ARGS LEROBOT
 
 # Where LeRobot's next version is installed for `make test-next`; what uv.lock names stays in .venv.
 NEXT := .venv-next
 
-.PHONY: help setup demo eval-libero e2e-libero test test-next faults test-all coverage lint format bench docs clean system-libraries
+.PHONY: help setup demo eval-libero eval-libero-plus e2e-libero test test-next faults test-all coverage lint format bench docs clean system-libraries
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,9 @@ demo: $(READY) ## Extract the shipped episodes with DA3-SMALL; MODEL=DA3-SMALL d
 
 eval-libero: $(READY) system-libraries ## Evaluate the newest checkpoint in LIBERO [POLICY=...] [SUITE=libero_10] [TASKS=0,1] [N_EPISODES=10]
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/eval_libero.sh
+
+eval-libero-plus: $(READY) system-libraries ## Evaluate a checkpoint on LIBERO-Plus POLICY=... [AXIS=camera] [SUITE=libero_object] [N=100]
+	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/eval_libero_plus.sh
 
 e2e-libero: $(READY) system-libraries ## Extract, train and solve a task in LIBERO, on two CPU cores (half an hour)
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/e2e_libero.sh

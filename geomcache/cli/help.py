@@ -82,13 +82,32 @@ EVAL = epilog("""
     differ: --env.type=libero, and the simulator's pictures have the size of those in the policy's cache. DA3 is loaded
     under the name that the cache was made with; --policy.geom_model_id names another folder or Hub id.
 
-    [bold]LIBERO[/bold]: assets come from the folder that LIBERO_ASSETS names, otherwise from LIBERO's own download.
-    Rendering uses EGL on a GPU and OSMesa without one, unless MUJOCO_GL is set.
+    [bold]LIBERO[/bold]: assets come from the folder that LIBERO_ASSETS names, LIBERO's own folders, or the extra
+    libero-assets, otherwise from the Hub. Rendering uses EGL on a GPU and OSMesa without one, unless MUJOCO_GL is set.
+
+    [bold]Variants[/bold]: --env.type=libero_plus_variants runs LIBERO-Plus (--env.axis=camera, robot, language, noise
+    or layout_level; --env.of_tasks=REGEX; --env.sample=N), libero_pro the suites of LIBERO-PRO, libero_geometry LIBERO
+    with a moved camera (--env.camera=45_15_130_5_0) or true geometry (--env.oracle_outputs=ray,depth).
+
+    [bold]Results[/bold]: --results gets a row for each episode as it ends. Run the same command again to resume; start
+    it several times to share the work. `geomcache compare` compares two files.
 
     [bold]Example[/bold]
       geomcache eval --env.task=libero_10 --env.task_ids=\\[0,1] \\
         --eval.n_episodes=10 --eval.batch_size=1 \\
         --policy outputs/pi05_geometry/checkpoints/last/pretrained_model
+""")
+
+COMPARE = epilog("""
+    Episodes are paired by variant and seed: files with other episodes, or of an environment with other options, are
+    refused. The interval comes from a bootstrap that draws whole tasks, p from McNemar's exact test. Groups are the
+    axes and, where cameras are moved, the distance by which.
+
+    [bold]Example[/bold]: the same episodes without and with geometry
+      geomcache eval --policy CHECKPOINT --results without.csv \\
+        --policy.use_geom_prefix=false
+      geomcache eval --policy CHECKPOINT --results with.csv
+      geomcache compare without.csv with.csv --output comparison
 """)
 
 VERIFY = epilog("""

@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from geomcache.cli import compare as cli_compare
 from geomcache.cli import defaults
 from geomcache.cli import extract as cli_extract
 from geomcache.cli import help as cli_help
@@ -124,11 +125,22 @@ def evaluate(
     allow_resize: Annotated[
         bool, typer.Option("--allow-resize", help="Accept pictures of a size other than the cache's.")
     ] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file with a row for each episode. Episodes that have a row are not run again.",
+            metavar="FILE",
+            show_default="episodes.csv in --output_dir",
+        ),
+    ] = None,
 ) -> None:
     """Evaluate a checkpoint in closed loop with DA3 online, and print success rates and latency."""
     from geomcache.evaluation.run import evaluate as run
 
-    typer.echo("\n".join(run(policy, context.args, allow_resize=allow_resize).lines()))
+    typer.echo("\n".join(run(policy, context.args, allow_resize=allow_resize, results=results).lines()))
+
+
+cli_compare.register(app)
 
 
 cli_serve.register(app)

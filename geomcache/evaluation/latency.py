@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from geomcache.geometry import batch_key
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkTime:
@@ -39,6 +41,8 @@ class _Parts(threading.local):
     def __init__(self) -> None:
         self.geometry: list[float] = []
         self.denoising: list[float] = []
+        self.encoder_calls = 0
+        """Calls of the encoder since the timer was made; not only those of the current chunk."""
 
 
 class ChunkTimer:
@@ -59,7 +63,9 @@ class ChunkTimer:
         self._parts = _Parts()
         predict = self._policy.predict_action_chunk
         if hasattr(self._policy, "geometry_of"):
-            self._policy.geometry_of = self._timed(self._policy.geometry_of, lambda: self._parts.geometry)
+            self._policy.geometry_of = self._counted(
+                self._timed(self._policy.geometry_of, lambda: self._parts.geometry)
+            )
         if not self._policy.config.compile_model:
             denoise_step = self._policy.model.denoise_step
             self._policy.model.denoise_step = self._timed(denoise_step, lambda: self._parts.denoising)
@@ -70,6 +76,11 @@ class ChunkTimer:
         """Calls of the policy's DA3 encoder since it was loaded."""
         encoder = getattr(getattr(self._policy, "online", None), "encoder", None)
         return 0 if encoder is None else int(encoder.calls)
+
+    @property
+    def encoder_calls_of_thread(self) -> int:
+        """Calls of the encoder for chunks that this thread has predicted."""
+        return self._parts.encoder_calls
 
     def lines(self) -> list[str]:
         """Return a table for the user: median and 95th percentile in milliseconds, of all chunks but the first.
@@ -110,6 +121,16 @@ class ChunkTimer:
             )
         )
         return chunk
+
+    def _counted(self, geometry_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Wrap the policy's method so that batches without geometry are counted: those it encodes."""
+
+        def counted(batch: Any) -> Any:
+            geometry = geometry_of(batch)
+            self._parts.encoder_calls += batch_key("ray") not in batch
+            return geometry
+
+        return counted
 
     def _timed(self, function: Callable[..., Any], seconds: Callable[[], list[float]]) -> Callable[..., Any]:
         """Wrap a function so that the seconds of each call are appended to what `seconds` returns then."""

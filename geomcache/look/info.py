@@ -57,7 +57,8 @@ def describe_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "  weights", f"sha256 {spec['weights_sha256']}"
     for machine in facts["encoded_on"]:
         yield "  encoded on", f"{machine['device']}, engine {machine['engine']}"
-    yield "  package", f"depth-anything-3 {spec['da3_version']}"
+    if spec["da3_version"]:
+        yield "  package", f"depth-anything-3 {spec['da3_version']}"
     size = f"{dataset['frames']} frames, {dataset['episodes']} episodes, {dataset['fps']} fps"
     yield "dataset", f"{dataset['repo_id']}: {size}"
     yield "  revision", dataset["revision"] or "local"

@@ -33,6 +33,7 @@ from geomcache.waits import hub_call
 
 LOADABLE = ("pi05", "pi05_geometry")
 LORA_CONFIG = "adapter_config.json"
+LORA_WEIGHTS = "adapter_model.safetensors"
 
 # Options of a trained part: with others its numbers mean something else.
 PART_OPTIONS = {

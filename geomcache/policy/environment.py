@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from geomcache.errors import CacheMismatchError, ModelNotFoundError, UserInputError
-from geomcache.geometry import GeometrySpec
+from geomcache.geometry import DA3, GeometrySpec
 from geomcache.lerobot_options import replaced
 from geomcache.waits import waiting
 
@@ -62,6 +62,42 @@ def check_cameras(spec: GeometrySpec, config: Any, *, allow_resize: bool | None)
             error.wanted,
             error.cached,
             spec.process_res,
+        )
+
+
+def check_source(spec: GeometrySpec, config: Any) -> None:
+    """Check that an environment gives geometry if, and only if, the policy was trained with an environment's.
+
+    Args:
+        spec: the policy's spec.
+        config: LeRobot's `EvalPipelineConfig` or `TrainPipelineConfig`, with an environment.
+
+    Raises:
+        UserInputError: geometry is missing, of other outputs, on another grid, or of another source.
+    """
+    given = getattr(config.env, "oracle_outputs", "")
+    wanted = "" if spec.source == DA3 else ",".join(spec.outputs)
+    if given != wanted:
+        advice = (
+            "leave it out: the policy encodes pictures" if spec.source == DA3 else f"give --env.oracle_outputs={wanted}"
+        )
+        if wanted and not hasattr(config.env, "oracle_outputs"):
+            advice = "give an environment that has geometry, such as --env.type=libero_geometry"
+        raise UserInputError(
+            f"env.oracle_outputs: expected {wanted!r} for a policy that was trained with geometry of {spec.source}, got"
+            f" {given!r}: {advice}"
+        )
+    if not wanted:
+        return
+    views = tuple(config.rename_map.get(key, key) for key in config.env.view_keys())
+    if views != spec.camera_keys:
+        raise UserInputError(
+            f"env.camera_name: expected the views {', '.join(spec.camera_keys)}, in the order of which the policy was"
+            f" trained, got {', '.join(views)}"
+        )
+    if config.env.oracle_grid != spec.grid:
+        raise UserInputError(
+            f"env.oracle_grid: expected {spec.grid}, which the policy was trained with, got {config.env.oracle_grid}"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geomcache.errors import GeometryError
-from geomcache.geometry import Camera, Geometry, GeometrySpec
+from geomcache.geometry import DA3, Camera, Geometry, GeometrySpec
 
 if TYPE_CHECKING:
     from geomcache.da3.encoder import DA3Encoder
@@ -61,10 +61,17 @@ class OnlineEncoder:
             allow_resize: accept pictures of another size than the cache was made of.
 
         Raises:
-            GeometryError: a camera is missing, or its pictures have another size, shape or content.
+            GeometryError: a camera is missing, its pictures have another size, shape or content, or the policy was
+                trained with geometry that no network makes.
             ModelError: the spec's DA3 is not available, or its weights are not those of the cache.
             CacheMismatchError: this installation's encoder would not compute what the cache's did.
         """
+        if self.spec.source != DA3:
+            raise GeometryError(
+                f"batch: expected geometry of {self.spec.source}, which the policy was trained with, found pictures"
+                " alone: they cannot be encoded to it; act in an environment that gives it (`geomcache eval"
+                " --env.type=libero_geometry`)"
+            )
         images = [self._pictures(batch, camera, allow_resize=allow_resize) for camera in self.spec.cameras]
         with self._lock:
             if self.encoder is None:

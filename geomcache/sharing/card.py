@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 from geomcache.cache.header import Header
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.catalog import MODELS, published
-from geomcache.geometry import GeometrySpec
+from geomcache.geometry import DA3, GeometrySpec
 from geomcache.progress import human_bytes
 from geomcache.ranges import format_ranges, rows_of
 
@@ -108,6 +108,8 @@ def write_card(path: Path, address: str, header: Header) -> str:
 
 def _license(spec: GeometrySpec) -> tuple[str | None, str]:
     """Return the name of the weights' licence, None where it is unknown, and what the card says of it."""
+    if spec.source != DA3:
+        return None, f"there are no weights: geometry of {spec.source}"
     model = published(spec.model_id)
     if model is not None and spec.model_revision is not None:
         return model.license, f"{model.license}, as upstream's README says"

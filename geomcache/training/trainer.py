@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import require_intact
 from geomcache.errors import DatasetError, UserInputError, one_line
+from geomcache.geometry import DA3
 from geomcache.lerobot_options import given, parse_options, replaced, short_ffmpeg_warning
 from geomcache.waits import hub_call
 
@@ -238,7 +239,8 @@ def _check_environment(config: Any, policy: "PI05GeometryConfig") -> None:
     spec = policy.geometry_spec
     assert spec is not None
     environment.check_cameras(spec, config, allow_resize=None)
-    if is_main_process():  # the others do not evaluate, and may be on a machine without network
+    environment.check_source(spec, config)
+    if spec.source == DA3 and is_main_process():  # the others do not evaluate, and may be on a machine without network
         environment.find_da3(POLICY_TYPE, spec, policy.geom_model_id)
 
 

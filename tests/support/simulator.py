@@ -11,14 +11,14 @@ import pytest
 
 from geomcache.evaluation import libero
 
-ASSETS = Path(__file__).parents[3] / "shared" / "libero" / "assets"
+ASSETS = libero.packaged_assets()  # of the extra libero-assets
 
 
 def _missing() -> str:
     if importlib.util.find_spec("libero") is None:
         return "LIBERO is not installed"
-    if not ASSETS.is_dir():
-        return "../shared/libero/assets is missing"
+    if ASSETS is None:
+        return "the extra libero-assets is not installed"
     if ctypes.util.find_library("OSMesa") is None:
         return "libosmesa6 is not installed"
     return ""
@@ -26,6 +26,9 @@ def _missing() -> str:
 
 needs_simulator = pytest.mark.skipif(bool(_missing()), reason=_missing())
 needs_libero = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed")
+needs_plus = pytest.mark.skipif(
+    importlib.util.find_spec("liberoplus") is None, reason="the extra libero-plus is not installed"
+)
 
 
 @pytest.fixture(scope="session")

@@ -233,7 +233,8 @@ def test_a_watched_item_is_compared_in_a_worker_and_without_its_transforms(
 ) -> None:
     compared: list[list[NDArray[np.uint8]]] = []
     monkeypatch.setattr(
-        "geomcache.training.dataset.check_watched", lambda store, read, rows, command: compared.extend(map(read, rows.tolist()))
+        "geomcache.training.dataset.check_watched",
+        lambda store, read, rows, command: compared.extend(map(read, rows.tolist())),
     )
     plain = lerobot_dataset(meta, image_transforms=lambda image: 1 - image)
     item = GeometryDataset(plain, GeometryStore.open(cache)).__getitems__([0])[0]
@@ -321,9 +322,9 @@ def test_streamed_items_have_their_own_rows_geometry(
 ) -> None:
     compared: list[int] = []
 
-    def watched(store: GeometryStore, read: Callable[[int], Any], rows: Any) -> None:
+    def watched(store: GeometryStore, read: Callable[[int], Any], rows: Any, command: str) -> None:
         compared.extend(rows[is_watched(rows)].tolist())
-        check_watched(store, read, rows)
+        check_watched(store, read, rows, command)
 
     monkeypatch.setattr("geomcache.training.dataset.check_watched", watched)
     dataset = with_geometry(streaming_dataset(meta), GeometryStore.open(cache))
