@@ -87,7 +87,7 @@ def decode(
         GeomcacheError: a frame cannot be decoded.
         WorkerDiedError: a worker was killed, or crashed.
     """
-    if workers and server is not None and not server.ready:
+    if workers and server is not None:
         with waiting("waiting for decoding processes to start; this process decodes meanwhile"):
             while not server.ready:
                 rows = next(ranges, None)

@@ -107,6 +107,8 @@ def test_a_camera_that_is_not_there_lists_those_that_are() -> None:
         DatasetError, match=r"got 'front'; it has observation\.images\.image, observation\.images\.image2"
     ):
         open_dataset("test", root=DEMO, cameras=["front"])
+    with pytest.raises(DatasetError, match=r"expected each once, got observation\.images\.image, observation"):
+        open_dataset("test", root=DEMO, cameras=["observation.images.image"] * 2)
     with pytest.raises(DatasetError, match=r"expected a camera, got 'observation\.state'"):
         open_dataset("test", root=DEMO, cameras=["observation.state"])
     with pytest.raises(
