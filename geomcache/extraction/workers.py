@@ -88,7 +88,7 @@ def decode(
         GeomcacheError: a frame cannot be decoded.
         WorkerDiedError: a worker was killed, or crashed.
     """
-    if workers and server is not None and not server.ready:
+    if workers and server is not None:
         with waiting("waiting for decoding processes to start; this process decodes meanwhile"):
             yield from _decode_in_thread(decoder, ranges, server)
     if workers:

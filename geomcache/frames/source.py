@@ -132,6 +132,8 @@ def _choose_cameras(meta: "LeRobotDatasetMetadata", cameras: Sequence[str] | Non
                 f" {', '.join(known) or 'none'}"
             )
     if cameras:
+        if len({*cameras}) < len(cameras):
+            raise DatasetError(f"dataset {meta.repo_id}: cameras: expected each once, got {', '.join(cameras)}")
         return list(cameras)
     if others:
         left_out = ", ".join(f"{key} ({kind})" for key, kind in others.items())

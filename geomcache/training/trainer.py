@@ -53,6 +53,7 @@ def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = Fals
     store = GeometryStore.open(cache)  # before LeRobot is imported: a wrong path is reported at once
     if verify:
         require_intact(cache)
+    _refuse_finished_output(cache, lerobot_args)
     config = parse_config(lerobot_args)
     bind(config, store, lerobot_args)
 
@@ -92,6 +93,24 @@ def resume_note(cache: str | Path, output: Path) -> str:
     config_path = last / "pretrained_model" / "train_config.json"
     command = ["geomcache", "train", "--cache", str(cache), f"--config_path={config_path}", "--resume=true"]
     return f"resume from step {int(last.resolve().name)} with `{shlex.join(command)}`"
+
+
+def _refuse_finished_output(cache: str | Path, lerobot_args: Sequence[str]) -> None:
+    """Refuse a new run into the folder of another that can be resumed; LeRobot does, but does not say how.
+
+    Raises:
+        UserInputError: the folder has a checkpoint.
+    """
+    from lerobot.configs.parser import parse_arg
+
+    output = parse_arg("output_dir", lerobot_args)
+    if output is None or given("resume", lerobot_args) or given("config_path", lerobot_args):
+        return
+    if (Path(output) / "checkpoints" / "last" / "training_state").is_dir():
+        raise UserInputError(
+            f"output_dir: expected a new folder, found {output} with the checkpoint of a run: choose another, or"
+            f" {resume_note(cache, Path(output))}"
+        )
 
 
 def with_defaults(lerobot_args: Sequence[str]) -> list[str]:

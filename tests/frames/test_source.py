@@ -105,6 +105,8 @@ def test_malformed_info_is_refused(demo: Path, text: str) -> None:
 def test_a_camera_that_is_not_there_lists_those_that_are() -> None:
     with pytest.raises(DatasetError, match=r"'front'.* observation\.images\.image, observation\.images\.image2"):
         open_dataset("test", root=DEMO, cameras=["front"])
+    with pytest.raises(DatasetError, match=r"observation\.images\.image, observation\.images\.image"):
+        open_dataset("test", root=DEMO, cameras=["observation.images.image"] * 2)
     with pytest.raises(DatasetError, match=r"'observation\.state'"):
         open_dataset("test", root=DEMO, cameras=["observation.state"])
     with pytest.raises(DatasetError, match=r"observation\.images\.image2\?.* 'imag2'"):

@@ -143,7 +143,7 @@ def test_cameras_of_other_names_are_told_the_option_that_renames_them() -> None:
     with pytest.raises(UserInputError) as caught:
         checks.check_camera_names(meta, config)
     assert "\n" not in str(caught.value)
-    (option,) = [word for word in shlex.split(str(caught.value)) if word.startswith("--rename_map=")]
+    (option,) = shlex.split(str(caught.value).partition(", such as ")[2])
     config.rename_map = json.loads(option.partition("=")[2])
     assert config.rename_map == {
         "observation.images.image": "observation.images.front",

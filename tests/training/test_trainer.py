@@ -553,6 +553,9 @@ def test_an_interrupted_run_notes_how_it_is_resumed(
     shutil.rmtree(output, ignore_errors=True)
     note = interrupted_at(3)
     assert "from step 2 " in note
+    with pytest.raises(UserInputError) as again:  # the same command does not resume, and says what does
+        training.train(cache, args)
+    assert note in str(again.value)
     command = shlex.split(note.partition("`")[2].rstrip("`"))
     assert command[:4] == ["geomcache", "train", "--cache", str(cache)]
     resumed = run_training(cache, command[4:])
