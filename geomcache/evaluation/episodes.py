@@ -251,7 +251,7 @@ def read_episodes(path: Path) -> tuple[Episode, ...]:
         content = path.read_bytes()
     except OSError as error:
         raise UserInputError(
-            f"{path}: expected a file of results of `geomcache eval`, cannot read it ({error.strerror})"
+            f"{path}: expected a file of results of `geomcache eval`, cannot read it ({error.strerror}): check the path"
         ) from None
     return tuple(parse_episodes(content, str(path)))
 

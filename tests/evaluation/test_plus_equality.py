@@ -2,7 +2,7 @@
 
 The package wants older versions of NumPy and MuJoCo, and modules that are not installed here: it runs in a process of
 its own, from a copy that finds LIBERO's assets, with stand-ins for what its variants of these axes do not use (`wand`,
-`gym`) or that is SciPy's own filter (`skimage.filters.gaussian`).
+`gym`) or what is SciPy's own filter (`skimage.filters.gaussian`).
 """
 
 import json
@@ -56,7 +56,8 @@ def gaussian(image, sigma, channel_axis):
 
 module("wand"), module("wand.image", Image=object), module("skimage"), module("skimage.filters", gaussian=gaussian)
 module("wand.api", library=types.SimpleNamespace(MagickMotionBlurImage=types.SimpleNamespace()))
-module("gym", Env=object, Wrapper=object, spaces=types.SimpleNamespace())
+import gymnasium
+sys.modules["gym"] = gymnasium
 job = json.loads(Path(sys.argv[1]).read_text())
 sys.path.insert(0, job["package"])
 import torch

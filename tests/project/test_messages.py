@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 
 from geomcache.cli import main as cli
+from geomcache.evaluation.episodes import EpisodeLog
 from geomcache.geometry import Camera
 from tests.support.cli import call
 from tests.support.datasets import DEMO
+from tests.support.results import make_identity, make_row
 from tests.support.stores import fill, make_dataset_spec, make_spec, make_store, open_writer
 
 MESSAGES = Path(__file__).with_name("messages.txt")
@@ -114,6 +116,12 @@ def cache_of_other_episodes(folder: Path) -> None:
     make_store(folder / "cache.zarr", spec=spec, lengths=lengths, dataset=make_dataset_spec(lengths))
 
 
+def unfinished_results(folder: Path) -> None:
+    for name, tasks in (("whole", 3), ("part", 1)):
+        with EpisodeLog(folder / f"{name}.csv", make_identity()) as log:
+            log.append([make_row(task) for task in range(tasks)])
+
+
 MISTAKES = [
     # Calls that cannot be parsed
     Mistake("an unknown command", "extrakt"),
@@ -170,6 +178,9 @@ MISTAKES = [
     Mistake("a checkpoint that is missing", "eval --policy TMP/none --env.task=libero_10"),
     Mistake("a server for other machines without TLS", "serve --policy TMP/none --host 0.0.0.0"),
     Mistake("a server of a checkpoint that is missing", "serve --policy TMP/none --port 0"),
+    Mistake("comparing one run", "compare TMP/none.csv"),
+    Mistake("results that are missing", "compare TMP/none.csv TMP/none.csv"),
+    Mistake("comparing with an unfinished run", "compare TMP/whole.csv TMP/part.csv", unfinished_results),
     # Sharing
     Mistake("pushing an incomplete cache", "push TMP/cache.zarr file://TMP/copy.zarr", incomplete),
     Mistake("pulling what is missing", "pull file://TMP/none.zarr TMP/copy.zarr"),
