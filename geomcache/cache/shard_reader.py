@@ -260,6 +260,6 @@ class ShardReader:
         path, expected, found = damage.args
         return CacheCorruptError(
             f"{path}: {self._name_of(row)}: expected {expected}, found {found}: the file is damaged, or was made again"
-            f" since this process opened the cache: `geomcache verify {self._folder} --repair` drops the shard if it is"
-            " damaged, and prints the command that makes it again"
+            " since this process opened the cache: open the cache again; a damaged file is dropped with its shard by"
+            f" `geomcache verify {self._folder} --repair`, which prints the command that makes the shard again"
         )
