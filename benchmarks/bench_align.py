@@ -3,10 +3,10 @@
     python benchmarks/bench_align.py [--seeds 5] [--steps 150] [--weight 0.5]
 
 A made-up world, for the small Pi0.5: a camera is somewhere, its geometry says exactly where, and the actions are that
-place. Its pictures hardly show it: two waves of random phase, in noise and changing light, are the stronger the farther
-the camera is to the right, and down. A policy that is trained on actions alone has to find that out by them; one that
-is aligned is told in each token. Both see the same frames in the same order, from the same weights, and both act by
-pictures alone. Held-out frames are from the same world.
+place. Its pictures hardly show it: they are redder the farther right the camera is, and greener the farther down, by at
+most 2 percent of the brightest, in noise and changing light. A policy that is trained on actions alone has to find that
+out by them; one that is aligned is told in each token. Both see the same frames in the same order, from the same
+weights, and both act by pictures alone. Held-out frames are from the same world.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from geomcache.training.linear_probe import LinearProbe
 
 KEY = "observation.images.wrist"
 SIDE, GRID, CHUNK, TEXT = 28, 4, 1, 2
-WAVE, LIGHT, NOISE = 0.3, 0.2, 0.1  # shares of the brightest: what tells the place, and what hides it
-TRAINED, HELD_OUT, BATCH = 1024, 128, 16
+TINT, LIGHT, NOISE = 0.02, 0.3, 0.1  # shares of the brightest: what tells the place, and what hides it
+TRAINED, HELD_OUT, BATCH = 512, 128, 16
 ALONE, ALIGNED = WAYS = ("actions alone", "aligned")
 
 
@@ -53,12 +53,10 @@ class World:
     def make(cls, frames: int, seed: int) -> "World":
         generator = torch.Generator().manual_seed(seed)
         places = 2 * torch.rand(frames, 2, generator=generator) - 1
-        phases = 2 * torch.pi * torch.rand(frames, 2, 1, generator=generator)
-        waves = (places + 1)[..., None] / 2 * torch.cos(2 * torch.pi * torch.arange(SIDE) / 7 + phases)  # [N, 2, SIDE]
-        light = LIGHT * (2 * torch.rand(frames, 1, 1, 1, generator=generator) - 1)
-        shown = (waves[:, 0, None, None, :] + waves[:, 1, None, :, None]) * WAVE / 2  # across and down
+        light = LIGHT * (2 * torch.rand(frames, 1, generator=generator) - 1)
+        colour = 0.5 + light + TINT * torch.cat([places, torch.zeros(frames, 1)], dim=1)  # red, green, blue
         noise = NOISE * torch.randn(frames, 3, SIDE, SIDE, generator=generator)
-        pictures = (0.5 + light + shown + noise).clamp(0, 1)
+        pictures = (colour[..., None, None] + noise).clamp(0, 1)
         cells = (torch.arange(GRID) + 0.5) / GRID * 2 - 1
         v, u = torch.meshgrid(cells, cells, indexing="ij")
         ray = torch.zeros(frames, 1, GRID, GRID, 6)
@@ -154,8 +152,7 @@ def learn(weight: float, seed: int, steps: int, every: int) -> tuple[list[float]
     """Train; return the held-out action loss each so many steps, and the probe of each layer at the end."""
     world, held_out = World.make(TRAINED, 1000 + seed), World.make(HELD_OUT, 2000 + seed)
     policy = make_policy(world, weight, seed).train()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-4)
     order = torch.Generator().manual_seed(seed)
     losses = []
     for step in range(steps):
@@ -166,7 +163,6 @@ def learn(weight: float, seed: int, steps: int, every: int) -> tuple[list[float]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
     return [*losses, action_loss(policy, held_out)], probe(policy, world, held_out)
 
@@ -208,7 +204,8 @@ def main() -> None:
             curve, layers = learn(weight, seed, arguments.steps, arguments.every)
             curves[way].append(curve)
             probes[way].append(layers)
-            print(f"seed {seed}, {way}: {time.perf_counter() - began:.0f} s, {curve[-1]:.3f}", file=sys.stderr)
+            shown = [f"{value:.3f}" for value in (*curve, *layers)]
+            print(f"seed {seed}, {way}: {time.perf_counter() - began:.0f} s: {' '.join(shown)}", file=sys.stderr)
     report(curves, probes, arguments.steps, arguments.every)
 
 
