@@ -24,7 +24,8 @@ EXPORT = epilog("""
     The network is equal to the bit. What the alignment loss added is left out.
 
     [bold]Example[/bold]
-      geomcache export-plain outputs/pi05_geometry/checkpoints/last/pretrained_model pi05_aligned
+      geomcache export-plain \\
+        outputs/pi05_geometry/checkpoints/last/pretrained_model pi05_aligned
       lerobot-eval --policy.path=pi05_aligned --env.type=libero
 """)
 

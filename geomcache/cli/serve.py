@@ -15,14 +15,13 @@ SERVE = epilog("""
     --policy.device=cuda:1, --policy.num_inference_steps=5.
 
     [bold]On the machine with the GPU[/bold]
-      geomcache serve --policy.geom_engine=compiled \\
-        --policy outputs/pi05_geometry/checkpoints/last/pretrained_model
+      geomcache serve --policy CHECKPOINT --policy.geom_engine=compiled
 
     [bold]On the robot[/bold]: a tunnel to that machine, and LeRobot's client
       ssh -N -L 8080:127.0.0.1:8080 gpu-machine &
       python -m lerobot.async_inference.robot_client \\
         --server_address=127.0.0.1:8080 --policy_type=pi05_geometry \\
-        --pretrained_name_or_path=outputs/pi05_geometry/checkpoints/last/pretrained_model \\
+        --pretrained_name_or_path=CHECKPOINT \\
         --actions_per_chunk=50 --robot.type=so101_follower ...
 """)
 

@@ -13,8 +13,8 @@ UPDATE = epilog("""
     is, and the same command resumes. A cache of schema version 1 becomes one of version 2.
 
     [bold]Examples[/bold]
-      geomcache update libero.zarr --dataset me/libero --root data/libero --dry-run
-      geomcache update libero.zarr --dataset me/libero --root data/libero
+      geomcache update libero.zarr --dataset me/libero --root data --dry-run
+      geomcache update libero.zarr --dataset me/libero --root data
 
     [bold]Videos[/bold] that mix kept and deleted episodes are encoded again by `lerobot-edit-dataset`, which changes
     every picture a little. These frames are encoded anew, or keep their geometry:

@@ -59,7 +59,7 @@ def test_help_shows_an_example_and_fits_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     command = commands()[name]
-    assert command.rich_help_panel in (cli_help.STAGES, cli_help.CACHES, cli_help.MODELS)
+    assert command.rich_help_panel in (cli_help.STAGES, cli_help.CACHES, cli_help.MODELS, cli_help.POLICIES)
     monkeypatch.setenv("COLUMNS", "80")
     assert call(monkeypatch, name, "--help") == 0
     shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
