@@ -3,6 +3,7 @@
 import multiprocessing
 import shlex
 import typing
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -136,11 +137,11 @@ def test_what_a_file_lacks_or_has_wrong_is_one_line(
     assert asked == []
 
 
-def test_the_command_has_the_options_of_the_dataclass_and_all_but_two_are_recorded() -> None:
+def test_the_command_has_the_options_of_the_dataclass_and_all_but_three_are_recorded() -> None:
     command = typing.cast("typing.Any", typer.main.get_command(cli.app)).commands["extract"]
     names = {field.name for field in fields(ExtractOptions)}
     assert {option.name for option in command.params} == names | {"config"}
-    assert names - set(KNOWN) == {"dry_run", "overwrite"}
+    assert names - set(KNOWN) == {"dry_run", "overwrite", "follow"}
 
 
 def test_the_commands_defaults_are_the_dataclasss(monkeypatch: pytest.MonkeyPatch, asked: list[ExtractOptions]) -> None:
@@ -203,7 +204,20 @@ def test_every_option_reaches_the_dataclass(monkeypatch: pytest.MonkeyPatch, ask
     defaults = ExtractOptions(model="", dataset="")
     assert [
         field.name for field in fields(options) if getattr(options, field.name) == getattr(defaults, field.name)
-    ] == []
+    ] == ["follow"]  # which some of these do not go with
+
+
+def test_following_prints_each_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def follow(options: ExtractOptions) -> Iterator[ExtractReport]:
+        assert options.follow
+        yield ExtractReport(path=tmp_path / "cache.zarr", frames_total=3)
+        yield ExtractReport(path=tmp_path / "cache.zarr", frames_total=5)
+
+    monkeypatch.setattr(extract, "follow", follow)
+    assert call(monkeypatch, "extract", "--model", "m", "--dataset", "d", "--root", tmp_path, "--follow") == 0
+    assert [line.split(", ")[1].split(" ")[0] for line in capsys.readouterr().out.splitlines()] == ["3", "5"]
 
 
 @pytest.mark.parametrize("text", ["", ",", " , "])
