@@ -5,6 +5,7 @@ calls the factory below for a policy made from scratch; a checkpoint's processor
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
@@ -46,6 +47,10 @@ class BytesTokenizerProcessorStep(TokenizerProcessorStep):  # type: ignore[misc]
     def __post_init__(self) -> None:
         self.tokenizer = make_bytes_tokenizer()
         super().__post_init__()
+
+    def save_artifacts(self, save_directory: Path) -> dict[str, str]:  # noqa: ARG002 - LeRobot's name
+        """Save no tokenizer next to the processors, as LeRobot after 0.6.1 does for others: it is made anew."""
+        return {}
 
 
 def make_pi05_geometry_pre_post_processors(

@@ -641,10 +641,12 @@ def names(function: Any) -> list[str]:
 
 def test_signatures_that_we_override_or_call() -> None:
     assert names(PI05Pytorch.__init__) == ["self", "config", "rtc_processor"]
-    assert names(PI05Pytorch.embed_prefix) == ["self", "images", "img_masks", "tokens", "masks"]
+    # What later versions add is passed on: tests/policy/test_upstream.py.
     prefix = ["self", "images", "img_masks", "tokens", "masks"]
-    assert names(PI05Pytorch.forward) == [*prefix, "actions", "noise", "time"]
-    assert names(PI05Pytorch.sample_actions) == [*prefix, "noise", "num_steps", "kwargs"]
+    assert names(PI05Pytorch.embed_prefix)[:5] == prefix
+    assert names(PI05Pytorch.forward)[:8] == [*prefix, "actions", "noise", "time"]
+    assert names(PI05Pytorch.sample_actions)[:5] == prefix
+    assert {"noise", "num_steps", "kwargs"} <= set(names(PI05Pytorch.sample_actions))
     assert names(PI05Policy.__init__) == ["self", "config", "kwargs"]
     assert names(PI05Policy.forward) == ["self", "batch", "reduction"]
     assert names(PI05Policy.predict_action_chunk) == ["self", "batch", "kwargs"]

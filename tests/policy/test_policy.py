@@ -790,7 +790,7 @@ def test_lerobot_still_passes_sampling_options_on(monkeypatch: pytest.MonkeyPatc
         policy.model, "sample_actions", lambda *args, **kwargs: seen.update(kwargs) or torch.zeros(2, CHUNK, 3)
     )
     policy.predict_action_chunk(make_batch(), extra_prefix_embs="a")
-    assert seen == {"extra_prefix_embs": "a"}
+    assert seen["extra_prefix_embs"] == "a"
 
 
 def test_lerobot_still_takes_the_prefix_from_embed_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
