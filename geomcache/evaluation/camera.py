@@ -99,6 +99,12 @@ class CameraMove:
 UNMOVED = CameraMove()
 
 
+def displacement(move: CameraMove, pose: Pose) -> tuple[float, float]:
+    """Return by how much a move displaces a camera: metres, to 4 digits, and degrees, to 2; without the rounding."""
+    moved, unmoved = move.apply(pose), UNMOVED.apply(pose)
+    return round(moved.distance_to(unmoved), 4), round(moved.angle_to(unmoved), 2)
+
+
 def _about_y(degrees: float) -> Any:
     from scipy.spatial.transform import Rotation
 
@@ -112,5 +118,4 @@ def _turned(rotation: Any, quaternion: NDArray[np.float64]) -> NDArray[np.float6
 
 
 def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    rounded: NDArray[np.float64] = np.round(np.asarray(values, np.float64), DIGITS)
-    return rounded
+    return np.asarray(values, np.float64).round(DIGITS)

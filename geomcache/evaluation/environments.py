@@ -17,7 +17,7 @@ from lerobot.utils.constants import OBS_IMAGES
 
 from geomcache.errors import UserInputError
 from geomcache.evaluation import libero, plus, pro
-from geomcache.evaluation.camera import UNMOVED, CameraMove
+from geomcache.evaluation.camera import UNMOVED, CameraMove, displacement
 from geomcache.evaluation.episodes import TaskFacts
 from geomcache.evaluation.oracle import OracleOptions
 from geomcache.evaluation.simulation import Variation, environment_class, scene_camera
@@ -85,15 +85,15 @@ class LiberoGeometry(LiberoConfig):  # type: ignore[misc]  # LeRobot is not type
         task = libero.task_files(suite, number)
         if not self.camera:
             return TaskFacts(variant=task.name, base_task=task.name, description=task.language)
-        move, unmoved = CameraMove.parse(self.camera), scene_camera(plus.read_problem(task.bddl))
-        place = move.apply(unmoved)
+        move = CameraMove.parse(self.camera)
+        moved, turned = displacement(move, scene_camera(plus.read_problem(task.bddl)))
         return TaskFacts(
             variant=f"{task.name}_view_{move}",
             base_task=task.name,
             axis="" if move == UNMOVED else "camera",
             camera=str(move),
-            camera_moved_m=round(place.distance_to(unmoved), 4),
-            camera_turned_deg=round(place.angle_to(unmoved), 2),
+            camera_moved_m=moved,
+            camera_turned_deg=turned,
             description=task.language,
         )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from geomcache.errors import SimulatorError, UserInputError, did_you_mean
-from geomcache.evaluation.camera import UNMOVED, CameraMove
+from geomcache.evaluation.camera import UNMOVED, CameraMove, displacement
 from geomcache.evaluation.episodes import TaskFacts
 from geomcache.evaluation.noise import can_be_made, kind_of
 from geomcache.evaluation.simulation import Variation, scene_camera
@@ -240,16 +240,15 @@ def facts(suite: str, number: int) -> TaskFacts:
     camera, moved, turned = "", 0.0, 0.0
     if variant.camera != UNMOVED:
         bddl = data_folder() / "bddl_files" / suite / f"{variant.name.split('_view_')[0]}.bddl"
-        unmoved = scene_camera(read_problem(bddl))
-        place = variant.camera.apply(unmoved)
-        camera, moved, turned = str(variant.camera), place.distance_to(unmoved), place.angle_to(unmoved)
+        camera = str(variant.camera)
+        moved, turned = displacement(variant.camera, scene_camera(read_problem(bddl)))
     return TaskFacts(
         variant=variant.name,
         base_task=variant.base_task,
         axis=variant.axis,
         camera=camera,
-        camera_moved_m=round(moved, 4),
-        camera_turned_deg=round(turned, 2),
+        camera_moved_m=moved,
+        camera_turned_deg=turned,
         description=variant.name,
     )
 

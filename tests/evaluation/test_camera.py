@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from geomcache.errors import UserInputError
-from geomcache.evaluation.camera import PIVOT, UNMOVED, CameraMove, Pose
+from geomcache.evaluation.camera import PIVOT, UNMOVED, CameraMove, Pose, displacement
 
 # hf-libero's camera over a table
 TABLE = Pose(
@@ -58,6 +58,13 @@ def test_scale_moves_along_the_line_to_the_pivot_without_turning() -> None:
     pose = CameraMove(scale=150).apply(TABLE)
     np.testing.assert_allclose(pose.position - PIVOT, 1.5 * (TABLE.position - PIVOT), atol=2e-4)
     assert pose.angle_to(TABLE) < 0.02
+
+
+def test_a_displacement_leaves_the_rounding_out() -> None:
+    assert displacement(UNMOVED, TABLE) == (0.0, 0.0)
+    assert displacement(CameraMove(turn_z=10), TABLE) == (0.0, pytest.approx(10, abs=0.02))
+    moved, turned = displacement(CameraMove(scale=150), TABLE)
+    assert (moved, turned) == (pytest.approx(0.5 * np.hypot(0.6586, 0.8104), abs=2e-4), 0.0)
 
 
 @pytest.mark.parametrize(("move", "angle"), [(CameraMove(turn_z=10), 10), (CameraMove(turn_y=5), 5)])

@@ -150,7 +150,7 @@ def test_a_moved_camera_is_where_its_numbers_say(moved: tuple[Any, dict[str, Any
     assert found.angle_to(expected) < 0.01  # MuJoCo normalises quaternions
     facts = environment.variation.facts
     assert facts.variant.endswith(f"_view_{MOVE}")
-    assert facts.camera_moved_m == pytest.approx(expected.distance_to(unmoved), abs=1e-4)
+    assert facts.camera_moved_m == pytest.approx(expected.distance_to(unmoved), abs=2e-4)
 
 
 @needs_simulator
@@ -180,9 +180,9 @@ def test_true_geometry_is_that_of_the_picture(moved: tuple[Any, dict[str, Any]])
     large = [
         metres(simulation, simulation.render(camera_name=name, width=256, height=256, depth=True)[1]) for name in VIEWS
     ]
-    for view in range(2):
-        cells = large[view].reshape(GRID, 16, GRID, 16).mean(axis=(1, 3))
-        assert np.median(np.abs(maps["depth"][view] / cells - 1)) < 0.01
+    for number in range(2):
+        cells = large[number].reshape(GRID, 16, GRID, 16).mean(axis=(1, 3))
+        assert np.median(np.abs(maps["depth"][number] / cells - 1)) < 0.01
     # What one view sees, the other one sees at the depth that its own picture says.
     rays = views[1].rays((256, 256))
     places, depths = views[0].project((rays[..., 3:] + large[1][..., None] * rays[..., :3]).reshape(-1, 3))

@@ -111,7 +111,7 @@ def test_a_killed_run_resumes_and_stock_lerobot_runs_the_same(
         variant = plus.VariantName.parse(plus.variant_names("libero_object")[row.task])
         assert (row.variant, row.camera, row.axis) == (variant.name, str(variant.camera), "camera")
         assert (row.seed, row.steps, row.success, row.encoder_calls) == (7, 6, False, 0)
-        assert row.camera_moved_m > 0
+        assert row.camera_moved_m > 0 or row.camera_turned_deg > 0
 
     # A process that is killed when its first row is there, and the same command again.
     command = [str(Path(sys.executable).parent / "geomcache"), "eval", "--policy", str(checkpoint), *OPTIONS]
