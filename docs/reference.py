@@ -106,7 +106,7 @@ def _examples(epilog: str) -> str:
 def _code_spans(text: str) -> str:
     """Mark the options in a sentence as code."""
     parts = text.split("`")  # every second one is code already
-    parts[::2] = [re.sub(r"(?<!\S)--[\w.=-]*\w", r"`\g<0>`", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"(?<!\S)--[\w.=:-]*\w", r"`\g<0>`", part) for part in parts[::2]]
     return "`".join(parts)
 
 

@@ -13,8 +13,8 @@ PROBE = epilog("""
     those that it is fitted to.
 
     [bold]Example[/bold]
-      geomcache probe-policy outputs/pi05_geometry/checkpoints/last/pretrained_model \\
-        --cache libero.zarr
+      geomcache probe-policy --cache libero.zarr \\
+        outputs/pi05_geometry/checkpoints/last/pretrained_model
 
     [bold]Before training[/bold], to compare with
       geomcache probe-policy lerobot/pi05_libero_base --cache libero.zarr

@@ -41,6 +41,8 @@ def test_every_command_and_option_is_in_the_reference() -> None:
         text = found[f"geomcache {name}"]
         assert command.help in text
         for param in command.params:
+            if param.hidden:
+                continue
             if param.param_type_name == "argument":
                 assert f"| `{(param.metavar or param.name).upper()}` | {param.help} |" in text
                 continue
