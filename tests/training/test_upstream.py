@@ -12,7 +12,8 @@ from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from tests.support.training import make_cache, make_dataset, make_spec, options, run_training
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(TrainPipelineConfig, "ema"), reason="LeRobot 0.6.1 has no averaged weights and no sharded checkpoints"
+    "ema" not in TrainPipelineConfig.__dataclass_fields__,
+    reason="LeRobot 0.6.1 has no averaged weights and no sharded checkpoints",
 )
 
 
