@@ -184,7 +184,7 @@ def has_grown(path: Path, dataset: FrameDataset, spec: GeometrySpec, codec: Code
     same = header.codec == codec and replace(header.spec, model_id=spec.model_id) == spec
     if not same or header.schema_version == 1:
         return False
-    with GeometryStore.open(path) as store:
+    with GeometryStore.open_by_journal(path) as store:  # `extract` makes a damaged manifest again
         assert store.episode_identity is not None
         episodes, current = len(store.episode_start), (dataset.reader.episode_length, dataset.identities)
         if len(current[0]) <= episodes or header.dataset.fps != dataset.spec.fps:

@@ -1,5 +1,6 @@
 """Evaluation: what it asks LeRobot for, what it refuses before the simulator starts, what it counts; an episode."""
 
+import csv
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.scripts import lerobot_eval
+from lerobot.utils.random_utils import set_seed
 from numpy.typing import NDArray
 
 from geomcache import waits
@@ -21,6 +23,7 @@ from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, ModelError, ModelNotFoundError, UserInputError
 from geomcache.evaluation.episodes import TaskFacts
 from geomcache.evaluation.latency import ChunkTime, ChunkTimer
+from geomcache.evaluation.rollouts import noise_seed
 from geomcache.evaluation.run import (
     SuccessRate,
     evaluate,
@@ -387,6 +390,16 @@ def test_an_episode_and_the_same_by_stock_lerobot_eval(
     sizes = [f"--env.observation_height={SIZE}", f"--env.observation_width={SIZE}"]
     stock = ["--discover_packages_path=geomcache.policy", f"--policy.path={acting}", "--env.type=libero", *sizes]
     monkeypatch.setattr(sys, "argv", ["lerobot-eval", *stock, *EPISODE, f"--output_dir={tmp_path / 'stock'}"])
+    with found.results.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    rollout = lerobot_eval.rollout
+
+    def with_our_noise(*args: Any, **options: Any) -> Any:
+        """Stock LeRobot draws the noise of all tasks from one stream; ours can be resumed at any episode."""
+        set_seed(noise_seed(row["suite"], row["variant"], int(row["seed"])))
+        return rollout(*args, **options)
+
+    monkeypatch.setattr(lerobot_eval, "rollout", with_our_noise)
     lerobot_eval.eval_main()
     infos = [json.loads((tmp_path / name / "eval_info.json").read_text()) for name in ("ours", "stock")]
     outcomes = [{**info["per_task"][0]["metrics"], "video_paths": None} for info in infos]

@@ -160,7 +160,7 @@ def test_any_other_change_is_refused_with_the_command_that_helps(
     assert call(monkeypatch, *words[1:], "--num-workers", "0", "--device", "cpu") == 0
     assert_follows(here / "cache.zarr", changed)
     with GeometryStore.open(here / "cache.zarr") as store:
-        assert check_sample(open_lerobot(root), store) == len(changed)
+        assert check_sample(open_lerobot(root), store) >= len(changed)
         assert len(with_geometry(open_lerobot(root), store)) == store.dataset.frames
     assert shop.extract(here / "cache.zarr", root).frames == 0
 

@@ -282,6 +282,8 @@ def test_one_value_that_differs_is_found_and_named(cache: Path, dataset: Path, m
 def _next_frame(patch: pytest.MonkeyPatch, _model: Path) -> None:
     read = FrameReader.read
     patch.setattr(FrameReader, "read", lambda self, start, _stop: read(self, (start + 1) % 5, (start + 1) % 5 + 1))
+    # The pictures' signatures tell it before; here the geometry has to.
+    patch.setattr("geomcache.frames.of_cache.check_pictures", lambda *_args, **_options: 0)
 
 
 def _changed_images(change: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[[pytest.MonkeyPatch, Path], None]:

@@ -169,7 +169,7 @@ def test_the_operations_that_are_made_to_fail_are_those_that_a_run_uses() -> Non
 
     tree = ast.parse(inspect.getsource(durable))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    changes = {"open", "write", "fsync", "ftruncate", "rename", "unlink", "rmtree", "replace", "link", "mkdir"}
+    changes = {"open", "write", "fsync", "ftruncate", "rename", "unlink", "rmtree", "replace", "hardlink_to", "mkdir"}
     changes |= {"renameat2"}
     direct = {
         name

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.common import Figure, few_or_many
+from tests.faults.common import Figure
 from tests.support.stores import output_of, run_python
 
 PROGRAM = "from tests.faults.killing_updates import main; main()"
@@ -18,7 +18,9 @@ def update(what: str, count: int, folder: Path) -> dict[str, Any]:
     return facts
 
 
-@few_or_many("kills", 3, 100)
+@pytest.mark.slow  # each kill is a process that imports torch
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kills", [100])
 def test_a_kill_at_a_random_moment_leaves_the_old_cache_or_the_new_one(
     tmp_path: Path, kills: int, figure: Figure
 ) -> None:
@@ -36,6 +38,8 @@ def test_a_kill_at_every_step_leaves_the_old_cache_or_the_new_one(tmp_path: Path
     figure(f"every {step}. file operation: {facts}")
 
 
-@few_or_many("rounds", 1, 20)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("rounds", [20])
 def test_two_updates_at_once_share_the_work(tmp_path: Path, rounds: int, figure: Figure) -> None:
     figure(f"{update('two_at_once', rounds, tmp_path)}")

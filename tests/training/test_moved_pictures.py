@@ -269,4 +269,4 @@ def test_streamed_items_move_too(meta: LeRobotDatasetMetadata, cache: GeometrySt
     )
     items = list(with_geometry(streamed, cache))
     assert len(items) == 9
-    assert len({tuple(item[RAY][0, 4, 4, :2].tolist()) for item in items}) == 9
+    assert len({tuple(item[RAY][0, 4, 4, :2].tolist()) for item in items}) > 5  # each by its own draw
