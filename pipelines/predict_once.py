@@ -4,6 +4,7 @@ python pipelines/predict_once.py --policy CHECKPOINT --cache PATH --root DATASET
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from lerobot.policies.factory import make_pre_post_processors
 
 import geomcache.policy  # noqa: F401 - registers the policy and its processor steps
 from geomcache.cache.store import GeometryStore
+from geomcache.errors import GeomcacheError
 from geomcache.geometry import Geometry
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 
@@ -48,4 +50,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GeomcacheError as error:
+        print(f"predict_once: {error}", file=sys.stderr)
+        sys.exit(2)
