@@ -117,11 +117,7 @@ def evaluate(
     environment.check_parallel_tasks(config)
     _log_policy(policy, config.policy, saved)
     if config.policy.has_tokens:
-        spec = config.policy.geometry_spec
-        environment.check_cameras(spec, config, allow_resize=allow_resize)
-        environment.check_source(spec, config)
-        if spec.source == DA3:
-            environment.find_da3(policy, spec, config.policy.geom_model_id)
+        _check_geometry(policy, config, allow_resize=allow_resize)
     _prepare_simulator(config.env)
 
     from lerobot.scripts import lerobot_eval
@@ -145,6 +141,17 @@ def evaluate(
             raise
     tasks, suites = read_rates(config.output_dir / "eval_info.json", facts)
     return Evaluation(tasks=tasks, suites=suites, output_dir=config.output_dir, results=file, timer=timers[0])
+
+
+def _check_geometry(policy: str, config: Any, *, allow_resize: bool) -> None:
+    """Require that the policy's geometry can be made, or read, of what the environment gives."""
+    from geomcache.policy import environment
+
+    spec = config.policy.geometry_spec
+    environment.check_cameras(spec, config, allow_resize=allow_resize)
+    environment.check_source(spec, config)
+    if spec.source == DA3:
+        environment.find_da3(policy, spec, config.policy.geom_model_id)
 
 
 def _prepare_simulator(config: Any) -> None:

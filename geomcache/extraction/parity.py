@@ -196,11 +196,7 @@ def parity(
     if frames < 1:
         raise UserInputError(f"parity: expected at least 1 frame, got {frames}")
     with GeometryStore.open(path) as store:
-        if store.spec.source != DA3:
-            raise UserInputError(
-                f"parity: expected a cache of DA3, which can be computed again, found one of {store.spec.source}:"
-                " record it again and compare the files"
-            )
+        _require_da3(store)
         rows = choose_rows(store, frames, seed)
         episodes = np.unique([store.locate(row)[0] for row in rows.tolist()])
         reader = open_pictures(store, episodes, dataset=dataset, root=root, revision=revision)
@@ -220,6 +216,14 @@ def parity(
                 for name in store.spec.outputs
             ),
             max_steps=max_steps,
+        )
+
+
+def _require_da3(store: GeometryStore) -> None:
+    if store.spec.source != DA3:
+        raise UserInputError(
+            f"parity: expected a cache of DA3, which can be computed again, found one of {store.spec.source}:"
+            " record it again and compare the files"
         )
 
 
