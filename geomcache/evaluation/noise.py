@@ -36,7 +36,7 @@ def noise_of(number: int) -> Noise:
     """Return a noise by its number in a variant's name.
 
     Raises:
-        UserInputError: its kind is not to be had.
+        UserInputError: its kind cannot be made here.
     """
     kind, strength = kind_of(number), (number - 1) % STRENGTHS
     makers: dict[str, Callable[[int], Noise]] = {

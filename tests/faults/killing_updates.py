@@ -78,7 +78,7 @@ class Bench:
 
 
 def random_moments(count: int, folder: Path) -> dict[str, Any]:
-    """Kill an update at a random moment, again and again; each goes on where the last one was killed."""
+    """Kill an update at a random moment, again and again; each resumes where the last one was killed."""
     generator, bench = random.Random(0), Bench(folder)
     began = time.perf_counter()
     cache = bench.copy()
