@@ -112,6 +112,16 @@ def test_checkpoints_in_shards_are_refused_by_name() -> None:
         check_options(config)
 
 
+def test_split_parameters_are_refused_by_name() -> None:
+    dataset = SimpleNamespace(streaming=False, episodes=None)
+    config = SimpleNamespace(steps=1, batch_size=1, num_workers=0, dataset=dataset)
+    config.parallelism = SimpleNamespace(is_sharded=False, dp_shard=1)
+    check_options(config)
+    config.parallelism = SimpleNamespace(is_sharded=True, dp_shard=-1)
+    with pytest.raises(UserInputError, match=r"parallelism: .*dp_shard=-1.*dp_replicate"):
+        check_options(config)
+
+
 needs_trained_rtc = pytest.mark.skipif(
     not hasattr(make_config(), "rtc_training_max_delay"), reason="LeRobot 0.6.1 has no trained real-time chunking"
 )
