@@ -14,8 +14,8 @@ from geomcache.cli import main as cli
 from geomcache.errors import CacheNotFoundError, UserInputError
 from geomcache.extraction import run as extraction
 from geomcache.extraction.options import DEFAULT_DATASET, ExtractOptions
-from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import write_run_config
+from geomcache.pipeline.report import ExtractReport
 from tests.support.cli import call
 from tests.support.datasets import ROOT
 from tests.support.logs import logged_lines
@@ -189,6 +189,8 @@ def test_what_is_given_is_kept(folder: Path) -> None:
         (["--policy.device=cpu"], (None, None)),
         (["--policy.model_size=small"], (None, None)),
         (["--policy.path=p"], (None, None)),  # the checkpoint's own
+        (["--policy.type=pi0_geometry"], ("bfloat16", "true")),
+        (["--policy.type=smolvla_geometry"], (None, None)),  # it has no such options
     ],
 )
 def test_the_full_model_fits_a_gpu(
