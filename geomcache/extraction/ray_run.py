@@ -115,6 +115,8 @@ class _Actor:
     """The generator of its shards; None while it is idle."""
     claims: dict[int, Claim] = field(default_factory=dict)
     """Given to it and not delivered, by shard."""
+    is_alone: bool = False
+    """Whether it was given a single shard."""
 
 
 class _Pool:
@@ -245,7 +247,7 @@ class _Pool:
     def give(self, actor: _Actor, claims: Sequence[Claim], frames: int) -> None:
         """Let an idle actor make shards."""
         method = actor.handle.make.options(num_returns="streaming", _generator_backpressure_num_objects=QUEUED_SHARDS)
-        actor.claims = {claim.shard: claim for claim in claims}
+        actor.claims, actor.is_alone = {claim.shard: claim for claim in claims}, len(claims) == 1
         actor.stream = method.remote(tuple(claims), frames)
 
     def next_shard(self, actor: _Actor) -> MadeShard | None:
@@ -373,11 +375,11 @@ class _Run:
         fair = (len(pending) - given) // (2 * len(self._pool.actors))
         count = max(1, min(fair, each_decoder * self._pool.decoders))
         claims = list[Claim]()
-        while len(claims) < count:
-            claim = self._returned.popleft() if self._returned else self._writer.claim()
-            if claim is None:
-                break
-            claims.append(claim)
+        if self._returned:  # alone: if it kills this actor, too, it is known which shard does
+            claims.append(self._returned.popleft())
+        else:
+            while len(claims) < count and (claim := self._writer.claim()) is not None:
+                claims.append(claim)
         if claims:
             frames = len(pending) * self._writer.shard_frames // len(self._pool.actors)
             self._pool.give(actor, sorted(claims, key=lambda claim: claim.shard), frames)
@@ -409,7 +411,8 @@ class _Run:
         node = "an actor that was starting" if actor.facts is None else f"an actor on {actor.facts.node}"
         again = format_ranges(np.array(shards)) if shards else "none"
         logger.warning("lost %s (%s); shards that are made again: %s", node, error, again)
-        self._losses.update(shards[:1])  # the others were not begun, or are not to blame
+        if actor.is_alone:
+            self._losses.update(shards)
         self._report.shards_again += len(shards)
         self._returned.extend(actor.claims[shard] for shard in shards)
         actor.claims = {}
