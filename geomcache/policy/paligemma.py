@@ -4,7 +4,7 @@ The alignment loss reads the image tokens' hidden states, through the seam in `i
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +34,9 @@ class PaliGemmaNetwork(ExtendedPrefix):
     small_class: ClassVar[type[SmallPaliGemmaWithExpert]]
     """LeRobot's pair of language model and action expert, in the small size."""
 
+    small_layers: ClassVar[Callable[[Any, int], dict[str, nn.Module]]]
+    """Makes the other layers whose shapes depend on the size, by name, of a configuration and the width."""
+
     def __init__(self, config: PaliGemmaOptions, rtc_processor: RTCProcessor | None = None) -> None:
         if config.model_size == "small":
             with torch.device("meta"):  # shapes without memory: what depends on the size is replaced at once
@@ -50,11 +53,6 @@ class PaliGemmaNetwork(ExtendedPrefix):
         if config.is_aligned:
             self.geometry_projector = GeometryProjector(statistics=config.geometry_statistics, width=width)
             self.hidden_states = HiddenStates(self.paligemma_with_expert, [config.align_layer])
-
-    @staticmethod
-    def small_layers(config: Any, width: int) -> dict[str, nn.Module]:
-        """Return the other layers whose shapes depend on the size, by name, for hidden states of this width."""
-        raise NotImplementedError
 
 
 class PaliGemmaPolicy(GeometryPolicy):
