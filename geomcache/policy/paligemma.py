@@ -4,13 +4,13 @@ The alignment loss reads the image tokens' hidden states, through the seam in `i
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from lerobot.policies.pi05.modeling_pi05 import get_gemma_config
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from geomcache.errors import UserInputError
 from geomcache.geometry import Geometry
@@ -34,8 +34,8 @@ class PaliGemmaNetwork(ExtendedPrefix):
     small_class: ClassVar[type[SmallPaliGemmaWithExpert]]
     """LeRobot's pair of language model and action expert, in the small size."""
 
-    small_layers: ClassVar[Callable[[Any, int], dict[str, nn.Module]]]
-    """Makes the other layers whose shapes depend on the size, by name, of a configuration and the width."""
+    small_layers: Any  # a static method: (configuration, width) -> dict[str, nn.Module]
+    """Makes the other layers whose shapes depend on the size, by name."""
 
     def __init__(self, config: PaliGemmaOptions, rtc_processor: RTCProcessor | None = None) -> None:
         if config.model_size == "small":
