@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from lerobot.policies.pi05.modeling_pi05 import get_gemma_config
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from geomcache.errors import UserInputError
 from geomcache.geometry import Geometry
@@ -34,9 +34,6 @@ class PaliGemmaNetwork(ExtendedPrefix):
     small_class: ClassVar[type[SmallPaliGemmaWithExpert]]
     """LeRobot's pair of language model and action expert, in the small size."""
 
-    small_layers: Any  # a static method: (configuration, width) -> dict[str, nn.Module]
-    """Makes the other layers whose shapes depend on the size, by name."""
-
     def __init__(self, config: PaliGemmaOptions, rtc_processor: RTCProcessor | None = None) -> None:
         if config.model_size == "small":
             with torch.device("meta"):  # shapes without memory: what depends on the size is replaced at once
@@ -53,6 +50,11 @@ class PaliGemmaNetwork(ExtendedPrefix):
         if config.is_aligned:
             self.geometry_projector = GeometryProjector(statistics=config.geometry_statistics, width=width)
             self.hidden_states = HiddenStates(self.paligemma_with_expert, [config.align_layer])
+
+    @staticmethod
+    def small_layers(config: Any, width: int) -> dict[str, nn.Module]:
+        """Return the other layers whose shapes depend on the size, by name, for hidden states of this width."""
+        raise NotImplementedError
 
 
 class PaliGemmaPolicy(GeometryPolicy):
