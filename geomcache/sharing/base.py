@@ -20,6 +20,8 @@ from geomcache.progress import TransferBar
 from geomcache.sharing.address import reason
 from geomcache.waits import waiting
 
+ATTEMPTS = 5  # at what a failing connection interrupts, on top of the driver's own
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # between them, doubled each time
 PARALLEL_TRANSFERS = 8  # shards are small, and a distant store answers slowly
 Content = Path | bytes
 """A file to be sent: its path, or what is in it."""
@@ -105,6 +107,23 @@ def errors_name(address: str, folder: Path) -> Iterator[None]:
     except CacheError as error:
         error.args = (str(error).replace(str(folder), address), *error.args[1:])
         raise
+
+
+def retried[T](operation: Callable[[], T]) -> T:
+    """Do it, again where the connection failed: five times at most. Only for what may be done twice.
+
+    Raises:
+        ConnectionFailedError: of the last attempt.
+    """
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+    attempts = Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential_jitter(initial=FIRST_PAUSE_S, max=LONGEST_PAUSE_S, jitter=FIRST_PAUSE_S),
+        retry=retry_if_exception_type(ConnectionFailedError),
+        reraise=True,
+    )
+    return attempts(operation)
 
 
 def in_parallel[T](operation: Callable[[T], object], items: Iterable[T]) -> None:

@@ -43,6 +43,7 @@ from geomcache.ranges import (
 from geomcache.sharing import draft as drafts
 from geomcache.sharing.address import is_remote
 from geomcache.sharing.base import damaged, file_size, in_parallel
+from geomcache.sharing.home import home
 from geomcache.sharing.limits import fetch_description
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.open import open_remote
@@ -144,13 +145,6 @@ def _one_rank_logs() -> Iterator[None]:
         yield
     finally:
         package.setLevel(level)
-
-
-def home() -> Path:
-    """Return the folder of the copies: GEOMCACHE_HOME, otherwise one next to the Hub's own cache."""
-    if given := os.environ.get("GEOMCACHE_HOME"):
-        return Path(given).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "geomcache"
 
 
 def _wanted_rows(address: str, inventory: Inventory, lengths: NDArray[np.int64], episodes: str | None) -> Ranges:
