@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -26,6 +26,10 @@ from geomcache.cli import serve as cli_serve
 from geomcache.cli import share as cli_share
 from geomcache.cli import update as cli_update
 from geomcache.errors import GeomcacheError, UserInputError
+from geomcache.sharing.address import is_remote
+
+if TYPE_CHECKING:
+    from geomcache.cache.verify import VerifyReport
 
 EXIT_DAMAGE = 1
 EXIT_USER_ERROR = 2
@@ -65,7 +69,7 @@ cli_extract.register(app)
 
 @app.command(epilog=cli_help.INFO, rich_help_panel=cli_help.CACHES)
 def info(
-    path: Annotated[Path, typer.Argument(help="A cache.")],
+    path: Annotated[str, typer.Argument(help="A cache, or its address.", metavar="PATH")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
     """Print what is in a cache: model, dataset, grid, bytes, episodes, statistics."""
@@ -148,7 +152,7 @@ cli_serve.register(app)
 
 @app.command(epilog=cli_help.VERIFY, rich_help_panel=cli_help.CACHES)
 def verify(
-    path: Annotated[Path, typer.Argument(help="A cache.")],
+    cache: Annotated[str, typer.Argument(help="A cache, or its address.", metavar="PATH")],
     repair: Annotated[
         bool, typer.Option("--repair", help="Drop damaged shards, so that extract makes just those again.")
     ] = False,
@@ -175,6 +179,12 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the choice of frames.")] = 0,
 ) -> None:
     """Check every byte of a cache; with --parity, compare cached frames with the online encoder."""
+    if is_remote(cache):
+        others = {"repair": repair or None, "parity": parity, "dataset": dataset, "root": root, "revision": revision}
+        _refuse("with an address", others | {"model": model, "device": device, "max-steps": max_steps})
+        _verify_address(cache, as_json=as_json)
+        return
+    path = Path(cache)
     if parity is None:
         _refuse("without --parity", {"model": model, "device": device, "max-steps": max_steps})
         _verify_files(path, repair=repair, as_json=as_json)
@@ -210,12 +220,21 @@ cli_share.register(app)
 cli_policies.register(app)
 
 
-def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
-    import json
+def _verify_address(address: str, *, as_json: bool) -> None:
+    from geomcache.sharing.remote_check import verify_address
 
+    _print_report(verify_address(address), as_json=as_json)
+
+
+def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
     from geomcache.cache.verify import verify as run
 
-    report = run(path, repair=repair)
+    _print_report(run(path, repair=repair), as_json=as_json)
+
+
+def _print_report(report: "VerifyReport", *, as_json: bool) -> None:
+    import json
+
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
     if report.problems:
         raise typer.Exit(EXIT_DAMAGE)

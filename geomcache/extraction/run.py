@@ -10,9 +10,11 @@ from geomcache.cache.codecs import Codec
 from geomcache.cache.create import is_cache, recover
 from geomcache.cache.header import Header
 from geomcache.cache.layout import SCHEMA_VERSION
+from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import DatasetError
+from geomcache.extraction.at_address import check_processes, open_at_address
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import describe_plan, describe_shards, require_space
@@ -101,6 +103,7 @@ class _Extraction:
     def run(self) -> ExtractReport:
         """Do it."""
         options, machinery, path = self._options, self._machinery, self._options.output_path
+        check_processes(options, machinery.process)
         dataset, episodes = self._open_dataset(options.episodes)
         rows = dataset.rows(episodes)
         if dataset.without_quantiles and machinery.process.is_main:
@@ -116,9 +119,9 @@ class _Extraction:
         encoder, codec = self.encoder, Codec.of(options.codec)
         machinery.batch_size = _choose_batch_size(options, encoder, machinery.process)
         if options.dry_run:
-            for line in describe_plan(path, dataset, encoder, rows, machinery.batch_size, codec):
+            for line in describe_plan(options.place, dataset, encoder, rows, machinery.batch_size, codec):
                 logger.info(line)
-            return ExtractReport(path=path)
+            return ExtractReport(path=options.place)
         recover(path.resolve())
         if not options.overwrite and has_grown(path, dataset, encoder.spec, codec):
             report = self._grow(dataset, rows)
@@ -131,7 +134,9 @@ class _Extraction:
             choose_engine(options.engine, encoder, frames, machinery.batch_size)
             on_demand = EncoderOnDemand(lambda: encoder)
             pipeline = Pipeline(dataset, encoder.preprocessor, on_demand, writer, machinery, config_of=writer.path)
-            return pipeline.until_sealed(total)
+            report = pipeline.until_sealed(total)
+            report.path = options.place
+            return report
 
     def _open_dataset(self, episodes: str | None) -> tuple[FrameDataset, list[tuple[int, int]]]:
         """Return the dataset, with the files of these episodes, and ranges of them."""
@@ -187,6 +192,8 @@ def _open_writer(
     process: Process,
 ) -> StoreWriter:
     """Create the cache, or open the one that exists; shards that lack a file count as missing."""
+    if options.address is not None:
+        return open_at_address(options.address, options, dataset, episodes, encoder.spec)
     codec, rows = Codec.of(options.codec), dataset.rows(episodes)
     if not options.output_path.exists():
         require_space(options.output_path, encoder.spec, count_rows(rows), codec)
@@ -218,7 +225,8 @@ def _open_writer(
             writer = open_writer(overwrite=False)  # now it wants the rows of those shards, too
         if process.is_main:
             try:
-                check_cached_pictures(writer.path, dataset, episodes)
+                with GeometryStore.open_by_journal(writer.path) as store:
+                    check_cached_pictures(store, dataset, episodes)
             except BaseException:
                 writer.close()
                 raise
@@ -231,8 +239,9 @@ def _announce(writer: StoreWriter, options: ExtractOptions, process: Process) ->
     if process.is_main:
         write_run_config(writer.path, resolve(options, writer.spec, writer.dataset), is_new=done == 0)
         if writer.removed_stale_files:
-            logger.info("%s: removed %d stale files of an interrupted run", writer.path, writer.removed_stale_files)
+            logger.info("%s: removed %d stale files of an interrupted run", options.place, writer.removed_stale_files)
         if 0 < done < total:
-            logger.info("%s: %d of %d frames exist; resuming with the rest", writer.path, done, total)
-    require_space(writer.path, writer.spec, total - done, Codec.of(options.codec))
+            logger.info("%s: %d of %d frames exist; resuming with the rest", options.place, done, total)
+    if options.address is None:
+        require_space(writer.path, writer.spec, total - done, Codec.of(options.codec))
     return total

@@ -10,7 +10,8 @@ from geomcache.progress import human_bytes, human_time
 class ExtractReport:
     """What this process did, except for `frames_total`, which counts all processes and runs."""
 
-    path: Path
+    path: Path | str
+    """Of the cache, or its address."""
     frames_total: int = 0
     """Frames that were asked for, and those of shards that had to be made again; all of them are in the cache now."""
     frames: int = 0
