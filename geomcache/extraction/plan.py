@@ -57,7 +57,8 @@ def describe_plan(
         yield f"output    {path}: {size}; free {human_bytes(_free_bytes(path))}"
     else:
         yield f"output    {path}: {size}"
-        yield f"requests  about {count_requests(spec, dataset.spec.frames)} writes: files of shards, lines of the journal"
+        requests = count_requests(spec, dataset.spec.frames)
+        yield f"requests  about {requests} writes: the files of shards, and lines of the journal"
     yield from describe_shards(spec, dataset.spec.frames)
     encode_s, decode_s = _time_batches(dataset, encoder, rows[0], batch_size)
     yield (

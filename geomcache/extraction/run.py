@@ -121,7 +121,7 @@ class _Extraction:
         if options.dry_run:
             for line in describe_plan(options.place, dataset, encoder, rows, machinery.batch_size, codec):
                 logger.info(line)
-            return ExtractReport(path=options.place)
+            return ExtractReport(path=path)
         recover(path.resolve())
         if not options.overwrite and has_grown(path, dataset, encoder.spec, codec):
             report = self._grow(dataset, rows)
@@ -135,7 +135,8 @@ class _Extraction:
             on_demand = EncoderOnDemand(lambda: encoder)
             pipeline = Pipeline(dataset, encoder.preprocessor, on_demand, writer, machinery, config_of=writer.path)
             report = pipeline.until_sealed(total)
-            report.path = options.place
+            if options.address is not None:
+                report.address = str(options.place)
             return report
 
     def _open_dataset(self, episodes: str | None) -> tuple[FrameDataset, list[tuple[int, int]]]:

@@ -10,8 +10,9 @@ from geomcache.progress import human_bytes, human_time
 class ExtractReport:
     """What this process did, except for `frames_total`, which counts all processes and runs."""
 
-    path: Path | str
-    """Of the cache, or its address."""
+    path: Path
+    address: str | None = None
+    """Of a cache that is not at the path; without credentials."""
     frames_total: int = 0
     """Frames that were asked for, and those of shards that had to be made again; all of them are in the cache now."""
     frames: int = 0
@@ -53,8 +54,9 @@ class ExtractReport:
 
     def lines(self) -> list[str]:
         """Return the report as text for the user."""
+        place = self.address or self.path
         if not self.frames:
-            return [f"{self.path}: complete, {self.frames_total} frames; nothing to do"]
+            return [f"{place}: complete, {self.frames_total} frames; nothing to do"]
         rate = self.views_per_s
         steady = (
             "one batch" if rate is None else f"then {human_time(self.steady_s)} at {rate:.1f} views/s, {self.engine}"
@@ -65,7 +67,7 @@ class ExtractReport:
             f" {self.frames_encoded} encoded"
         )
         return [
-            f"{self.path}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"
+            f"{place}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"
             f" shards; start-up {human_time(self.startup_s)}, {steady}",
             *([kept] if self.frames_carried else []),
             f"busy: encode {self.encode_s / self.seconds:.0%}, write {self.write_s / self.seconds:.0%},"

@@ -21,7 +21,7 @@ from geomcache.sharing.address import reason
 from geomcache.waits import waiting
 
 ATTEMPTS = 5  # at what a failing connection interrupts, on top of the driver's own
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # between them, doubled each time
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # between them, on average doubled each time
 PARALLEL_TRANSFERS = 8  # shards are small, and a distant store answers slowly
 Content = Path | bytes
 """A file to be sent: its path, or what is in it."""
@@ -115,11 +115,11 @@ def retried[T](operation: Callable[[], T]) -> T:
     Raises:
         ConnectionFailedError: of the last attempt.
     """
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
     attempts = Retrying(
         stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_exponential_jitter(initial=FIRST_PAUSE_S, max=LONGEST_PAUSE_S, jitter=FIRST_PAUSE_S),
+        wait=wait_random_exponential(multiplier=2 * FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         retry=retry_if_exception_type(ConnectionFailedError),
         reraise=True,
     )
