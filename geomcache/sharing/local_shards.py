@@ -126,10 +126,12 @@ class LocalShards:
         in_parallel(bring_one, [unit for unit in units if not self.is_here(unit)])
 
     def _locks(self) -> locks.LockFile:
-        """Return the locks of this process: a forked child has none of its parent's."""
-        with self._guard if self._pid == os.getpid() else contextlib.nullcontext():
-            if self._lock is None or self._pid != os.getpid():
-                self._pid, self._guard = os.getpid(), threading.Lock()
+        """Return the locks of this process. A forked child has none of its parent's, and its driver cannot be used."""
+        if self._pid != os.getpid():
+            self._pid, self._guard, self._lock = os.getpid(), threading.Lock(), None
+            self._remote = FsspecRemote(self._remote.url)
+        with self._guard:
+            if self._lock is None:
                 self._lock = locks.LockFile(self._folder / LOCK)
             return self._lock
 

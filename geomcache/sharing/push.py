@@ -120,8 +120,8 @@ class _Push:
         listing = self._remote.listing()
         if is_unfinished(listing) and not overwrite:
             raise CacheExistsError(
-                f"{self._remote.address}: expected nothing, or this cache, found one that `geomcache extract` makes there:"
-                " run that command again to finish it, choose another address, or replace it with --overwrite"
+                f"{self._remote.address}: expected nothing, or this cache, found one that `geomcache extract` makes"
+                " there: run that command again to finish it, choose another address, or replace it with --overwrite"
             )
         remote = self._remote_header(listing)
         manifests = self._manifests(listing, remote)
