@@ -6,7 +6,7 @@
 Two tables. An S3 server (moto) runs in a process of its own, behind a wire that delivers everything so much later and
 breaks each connection after a random number of bytes. Made-up maps of two cameras are written there shard by shard as
 `geomcache extract` writes them, and the objects are compared with the files of a cache in a folder. Then a DataLoader
-with that many processes draws every frame in a random order, as LeRobot does, from the local cache and from the address,
+with that many processes draws every frame in a random order, as LeRobot does, from the local cache and the address,
 with room for the whole cache and for half of it; the sampler looks ahead as in `geomcache train`. Every map of every
 item is compared with what was written, and the bytes on the disk are counted all the time.
 """
