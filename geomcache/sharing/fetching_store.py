@@ -28,7 +28,7 @@ from geomcache.cache.shard_reader import OpenShard, ShardReader
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheError
 from geomcache.progress import human_bytes
-from geomcache.sharing.address import is_remote
+from geomcache.sharing.address import is_remote, public_address
 from geomcache.sharing.base import PARALLEL_TRANSFERS
 from geomcache.sharing.home import home, one_rank_logs
 from geomcache.sharing.limits import fetch_description
@@ -83,7 +83,7 @@ class FetchingGeometryStore(GeometryStore):
             with contextlib.closing(locks.LockFile(folder / LOCK)) as lock, lock.exclusive():
                 if not (folder / MANIFEST).exists():
                     _move(description, folder)
-        store = cls._reopen(str(folder), remote.url, remote.address, disk_nbytes)
+        store = cls._reopen(str(folder), remote.url, public_address(remote.url), disk_nbytes)
         logger.info(
             "%s: shards are fetched when they are needed and kept in %s, at most %s; set GEOMCACHE_HOME for another"
             " folder",

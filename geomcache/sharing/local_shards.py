@@ -163,6 +163,7 @@ class LocalShards:
                     total -= self.size(each)
             if total > self._bound:
                 return False
+            self._remove(unit)  # what a fetch that was killed left
             (self._folder / _USED / unit.name).touch()
             return True
 
@@ -172,7 +173,7 @@ class LocalShards:
             for path in (self._folder / name, self._folder / _FETCHING / name):
                 with contextlib.suppress(FileNotFoundError):
                     durable.unlink(path)
-        durable.unlink(self._folder / _USED / unit.name)
+        (self._folder / _USED / unit.name).unlink(missing_ok=True)
 
     def _fetch(self, unit: Unit) -> None:
         files = self._files(unit)

@@ -1,4 +1,4 @@
-"""Stage one into a bucket on the other side of a long and bad line: the objects are the files of a run into a folder."""
+"""Stage one into a bucket at the end of a long and bad line: the objects are the files of a run into a folder."""
 
 from dataclasses import replace
 from pathlib import Path
