@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from geomcache.errors import UserInputError
-from geomcache.sharing.address import is_remote, public_address
+from geomcache.sharing.address import check_output, is_remote, public_address
 
 # The panels of `--help`.
 _dataset = partial(Option, rich_help_panel="Dataset: which part of it, and where it is")
@@ -146,6 +146,8 @@ class ExtractOptions:
             raise UserInputError(
                 "follow: expected neither --dry-run, --overwrite nor --episodes, got one: leave it out"
             )
+        if self.address is not None:
+            check_output(self.address)
         if self.follow and self.address is not None:
             raise UserInputError(
                 f"follow: expected a path in --output, got {public_address(self.address)}: extract to a path, then"

@@ -16,8 +16,8 @@ from typing import Any
 
 from geomcache.cache import durable
 from geomcache.cache.inventory import Stored
-from geomcache.errors import ConnectionFailedError, RemoteError, UserInputError
-from geomcache.sharing.address import HUB_SCHEME, check_address, public_address
+from geomcache.errors import ConnectionFailedError, RemoteError
+from geomcache.sharing.address import check_output
 from geomcache.sharing.base import Content, file_size, remote_errors, retried
 from geomcache.sharing.object_store import FsspecRemote
 
@@ -43,12 +43,7 @@ class ConditionalRemote(FsspecRemote):
             UserInputError: it cannot be used, or is one of the Hub, which has commits instead.
             RemoteError: the driver is not installed.
         """
-        check_address(address)
-        if address.startswith(HUB_SCHEME):
-            raise UserInputError(
-                f"output {public_address(address)}: expected a path, or the address of an object store, got one of the"
-                " Hub, which keeps a history of every change: extract to a path, then `geomcache push`"
-            )
+        check_output(address)
         super().__init__(address.rstrip("/"))
         self._scheme = address.partition("://")[0]
         self.is_atomic = self._scheme in _ATOMIC

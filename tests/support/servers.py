@@ -136,6 +136,15 @@ def s3_wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     s3fs = import_module("s3fs").S3FileSystem  # neither has types
     new_session = import_module("botocore.session").get_session
 
+    # moto looks whether an object exists, and then writes it: two requests at once could both find none. S3 does not.
+    responses, writes = import_module("moto.s3.responses").S3Response, threading.Lock()
+    put_object = responses.put_object
+
+    def put_one(self: object) -> object:
+        with writes:
+            return put_object(self)
+
+    monkeypatch.setattr(responses, "put_object", put_one)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     wire = Wire(server.get_host_and_port()[1])
