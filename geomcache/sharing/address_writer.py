@@ -34,9 +34,8 @@ from geomcache.geometry import DatasetSpec, GeometrySpec
 from geomcache.ranges import Ranges
 from geomcache.sharing import lease as leases
 from geomcache.sharing import remote_journal
-from geomcache.sharing.base import errors_name, in_parallel, retried
+from geomcache.sharing.base import errors_name, home, in_parallel, retried
 from geomcache.sharing.conditional import ConditionalRemote
-from geomcache.sharing.home import home
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What pushing and pulling share: transfers in parallel, checks of files, and errors as one line.
+"""What all that talks to a remote shares: parallel transfers, checks of files, errors as one line, a place for copies.
 
     hf://datasets/owner/name[@revision]   a dataset repository of the Hugging Face Hub: `hub`
     s3://  gs://  memory://  file://  ... any address that fsspec has a driver for: `object_store`
@@ -10,6 +10,8 @@ failures are tried again by the drivers themselves; what remains of them ends th
 
 import contextlib
 import errno
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -159,3 +161,23 @@ def file_size(content: Content) -> int | None:
         return content.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def home() -> Path:
+    """Return the folder of the copies: GEOMCACHE_HOME, otherwise one next to the Hub's own cache."""
+    if given := os.environ.get("GEOMCACHE_HOME"):
+        return Path(given).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "geomcache"
+
+
+@contextlib.contextmanager
+def one_rank_logs() -> Iterator[None]:
+    """Of many processes that use the same cache, let the first tell the user."""
+    package = logging.getLogger("geomcache")
+    level = package.level
+    if os.environ.get("RANK", "0") != "0":
+        package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(level)

@@ -29,8 +29,7 @@ from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheError
 from geomcache.progress import human_bytes
 from geomcache.sharing.address import is_remote, public_address
-from geomcache.sharing.base import PARALLEL_TRANSFERS
-from geomcache.sharing.home import home, one_rank_logs
+from geomcache.sharing.base import PARALLEL_TRANSFERS, home, one_rank_logs
 from geomcache.sharing.limits import fetch_description
 from geomcache.sharing.local_shards import LocalShards, Unit
 from geomcache.sharing.open import open_remote

@@ -40,8 +40,7 @@ from geomcache.ranges import (
 )
 from geomcache.sharing import draft as drafts
 from geomcache.sharing.address import is_remote
-from geomcache.sharing.base import damaged, file_size, in_parallel
-from geomcache.sharing.home import home, one_rank_logs
+from geomcache.sharing.base import damaged, file_size, home, in_parallel, one_rank_logs
 from geomcache.sharing.limits import fetch_description
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.open import open_remote

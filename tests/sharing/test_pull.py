@@ -28,7 +28,7 @@ from geomcache.errors import (
     UserInputError,
 )
 from geomcache.sharing import draft as drafts
-from geomcache.sharing.home import home
+from geomcache.sharing.base import home
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.pull import local_copy, pull
 from tests.support.sharing import (
