@@ -101,17 +101,18 @@ class AddressWriter(StoreWriter):
         folder = work_folder(remote.address)
         with errors_name(remote.address, folder):
             _require_cache(remote, {*remote.sizes()})
-            lease = leases.Lease(remote)
+            lease, sealed = leases.Lease(remote), False
             try:
                 opening = _Opening(remote, lease, folder, header)
+                sealed = MANIFEST in opening.names
                 if overwrite:
                     opening.remove_cache()
+                    sealed = False
                 opening.make_folder(lengths, table)
                 sent = opening.bring_journal()
-                sealed = MANIFEST in opening.names
                 return cls(folder, opening.header, lengths, rows, remote=remote, lease=lease, sent=sent, sealed=sealed)
             except BaseException:
-                lease.release()
+                lease.release(sealed=sealed)
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
 
@@ -141,7 +142,7 @@ class AddressWriter(StoreWriter):
     @override
     def close(self) -> None:
         super().close()
-        self._lease.release()
+        self._lease.release(sealed=self._sealed)
         shutil.rmtree(self.path, ignore_errors=True)  # the next driver makes it anew
 
     @override

@@ -78,13 +78,16 @@ class Lease:
                 f" {age:.0f} s: another driver may have taken over; run the same command again to resume"
             )
 
-    def release(self) -> None:
-        """Say that this driver has ended, so that the next one need not wait."""
+    def release(self, *, sealed: bool) -> None:
+        """Say that this driver has ended, so that the next one need not wait; of a sealed cache no lease stays."""
         if self._has_ended:
             return
-        self._stop()
-        if not self._lost:
-            with contextlib.suppress(RemoteError):  # what ended the driver is raised; the lease runs out by itself
+        with contextlib.suppress(RemoteError):  # what ended the driver is raised; the lease runs out by itself
+            if sealed and not self._lost:
+                self.finish()
+                return
+            self._stop()
+            if not self._lost:
                 self._content["released"] = True
                 self._write()
 

@@ -190,7 +190,7 @@ class LocalShards:
         try:
             is_there = self._remote.fetch_whole(name, expected.size, self._folder / _FETCHING)
         except ConnectionFailedError as error:
-            raise ConnectionFailedError(f"{where}: {error}") from error
+            raise ConnectionFailedError(str(error).replace(f"{self._remote.address}/{name}", where, 1)) from error
         if not is_there:
             raise CacheCorruptError(f"{where}: expected {expected}, found no such object: {_CHANGED}")
         found = Stored.of_file(copy)

@@ -121,6 +121,7 @@ def read_at_random(store: GeometryStore, local: Path, seed: int, errors: Any) ->
             errors.put(f"rows {rows}")
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_share_the_disk_and_its_bound_holds_at_every_moment(
     tmp_path: Path, s3_wire: Wire, method: str
@@ -200,6 +201,7 @@ def test_a_damaged_object_is_named_and_never_read(tmp_path: Path) -> None:
     assert_equal(store, local, ROWS)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_process_that_is_killed_while_it_fetches_leaves_nothing_wrong(tmp_path: Path, s3_wire: Wire) -> None:
     local = GeometryStore.open(make_small_store(tmp_path / "here.zarr"))
     push(local.path, S3)
