@@ -56,7 +56,10 @@ class ExtractReport:
         """Return the report as text for the user."""
         place = self.address or self.path
         if not self.frames:
-            return [f"{place}: complete, {self.frames_total} frames; nothing to do"]
+            return [
+                f"{place}: complete, {self.frames_total} frames; nothing to do (compared names and sizes of files:"
+                " `geomcache verify` reads their bytes)"
+            ]
         rate = self.views_per_s
         steady = (
             "one batch" if rate is None else f"then {human_time(self.steady_s)} at {rate:.1f} views/s, {self.engine}"

@@ -81,7 +81,8 @@ def test_extraction_over_a_bad_line_gives_the_same_cache(
     for place, picture in zip((ADDRESS, path), pictures, strict=True):
         view(ViewOptions(path=place, episode=1, frame=3, rgb=False, output=picture))
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
-    assert extract(options).lines() == [f"{ADDRESS}: complete, {sum(LENGTHS)} frames; nothing to do"]
+    (line,) = extract(options).lines()
+    assert line.startswith(f"{ADDRESS}: complete, {sum(LENGTHS)} frames; nothing to do")
 
 
 def test_a_dry_run_counts_the_requests(options: ExtractOptions) -> None:
