@@ -365,7 +365,7 @@ def test_damage_at_an_address_is_found_and_what_is_removed_is_made_again(tmp_pat
 
 
 def test_what_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserInputError, match=r"hf://datasets/me/cache: .*geomcache push"):
+    with pytest.raises(UserInputError, match=r"hf://datasets/me/cache .*geomcache push"):
         open_address("hf://datasets/me/cache")
     fsspec.filesystem("memory").pipe_file("/other/notes.txt", b"mine")
     with pytest.raises(CacheExistsError, match=r"memory://other: .*notes.txt"):
