@@ -33,7 +33,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from benchmarks.common import table
+from geomcache.cache.header import LOCK
 from geomcache.cache.layout import crc32c
+from geomcache.cache.locks import LockFile
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.geometry import OUTPUTS
@@ -222,15 +224,22 @@ class Disk:
     ended: bool = False
 
     def run(self) -> None:
-        while not self.ended:
-            total = 0
-            for parent, _, names in os.walk(self.folder):
-                if "observation" in parent or "frame_crc32c" in parent or "picture_" in parent:
-                    for name in names:
-                        with contextlib.suppress(FileNotFoundError):
-                            total += (Path(parent) / name).stat().st_size if name.startswith("c.") else 0
-            self.most = max(self.most, total)
-            time.sleep(0.02)
+        with contextlib.closing(LockFile(self.folder / LOCK)) as lock:
+            while not self.ended:
+                with lock.exclusive():  # nothing is removed meanwhile: what is there at one moment
+                    self.most = max(self.most, sum(self._sizes().values()))
+                time.sleep(0.05)
+
+    def _sizes(self) -> dict[int, int]:
+        """Return the bytes of each file of a shard, by its inode: one that gets its name meanwhile counts once."""
+        sizes: dict[int, int] = {}
+        for parent, _, names in os.walk(self.folder):
+            if "observation" in parent or "frame_crc32c" in parent or "picture_" in parent:
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        status = (Path(parent) / name).stat()
+                        sizes[status.st_ino] = status.st_size if name.startswith("c.") else 0
+        return sizes
 
 
 def train_all(path: Path, address: str, arguments: argparse.Namespace) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """Caches that are fetched shard by shard as they are needed: equal to the local one, within the disk's bound."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from geomcache.cache.header import LOCK
+from geomcache.cache.locks import LockFile
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheCorruptError, CacheError, ConnectionFailedError, UserInputError
 from geomcache.sharing import base
@@ -53,16 +56,20 @@ def assert_equal(store: GeometryStore, local: GeometryStore, rows: NDArray[np.in
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes of the shards' files, also of those that are being fetched."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if name.startswith("c.") and "episode" not in parent and "frame_index" not in parent:
-                try:
-                    total += (Path(parent) / name).stat().st_size
-                except FileNotFoundError:
-                    continue
-    return total
+    """Bytes of the shards' files, also of those that are being fetched.
+
+    Nothing is removed or begun meanwhile, so that it is what is there at one moment; a file that is given its name
+    meanwhile counts once.
+    """
+    sizes: dict[int, int] = {}
+    with contextlib.closing(LockFile(folder / LOCK)) as lock, lock.exclusive():
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                if name.startswith("c.") and "episode" not in parent and "frame_index" not in parent:
+                    with contextlib.suppress(FileNotFoundError):
+                        status = (Path(parent) / name).stat()
+                        sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd"])

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 
+import httpx
 import pytest
 
 
@@ -147,6 +148,7 @@ def s3_wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     monkeypatch.setattr(responses, "put_object", put_one)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    httpx.post(f"http://127.0.0.1:{server.get_host_and_port()[1]}/moto-api/reset")  # what other tests left
     wire = Wire(server.get_host_and_port()[1])
     url = f"http://127.0.0.1:{wire.port}"
     for name, value in {
