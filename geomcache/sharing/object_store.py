@@ -108,7 +108,7 @@ class FsspecRemote:
         Returns:
             False where the remote has none.
         """
-        if not self._takes_ranges or size > _BLOCK * 4:
+        if not self._takes_ranges or size > _BLOCK:
             return self.fetch(name, size, folder)
         where, target = f"{self.address}/{name}", folder / name
         with remote_errors(where, self.url):
