@@ -38,7 +38,7 @@ def open(path: "str | Path") -> "GeometryStore":  # noqa: A001 - as in zarr.open
         CacheCorruptError: a file is damaged or missing.
         RemoteError: the place refuses, or cannot be reached.
     """
-    from geomcache.sharing.open import open_store
+    from geomcache.sharing.remote_store import open_store
 
     return open_store(path)
 

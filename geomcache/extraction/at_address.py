@@ -11,7 +11,7 @@ from geomcache.geometry import GeometrySpec
 from geomcache.pipeline.process import Process
 from geomcache.sharing.address_writer import AddressWriter
 from geomcache.sharing.base import errors_name
-from geomcache.sharing.open import open_store
+from geomcache.sharing.remote_store import open_store
 
 
 def check_processes(options: ExtractOptions, process: Process) -> None:

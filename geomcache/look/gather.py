@@ -24,7 +24,7 @@ from geomcache.look.info import describe
 from geomcache.look.options import ReportOptions
 from geomcache.look.value_counts import ValueCounts
 from geomcache.ranges import RowSet
-from geomcache.sharing.open import open_store
+from geomcache.sharing.remote_store import open_store
 
 SAMPLES, OUTLIERS = 6, 12  # frames on the page
 

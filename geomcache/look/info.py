@@ -9,7 +9,7 @@ from geomcache.geometry import OUTPUTS
 from geomcache.progress import human_bytes
 from geomcache.ranges import format_ranges, rows_of
 from geomcache.sharing.address import public_address
-from geomcache.sharing.open import open_store
+from geomcache.sharing.remote_store import open_store
 
 
 def describe(path: Path | str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from geomcache.frames.reader import FrameReader
 from geomcache.look.episode import Episode, require_cached, require_frame, survey
 from geomcache.look.options import ViewOptions
 from geomcache.progress import human_bytes
-from geomcache.sharing.open import open_store
+from geomcache.sharing.remote_store import open_store
 
 PRINT_SCALE = 2  # a picture has twice a video's pixels a side
 

@@ -1,10 +1,7 @@
-"""Open the remote that an address names, or a cache wherever it is."""
+"""Open the remote that an address names."""
 
-from pathlib import Path
-
-from geomcache.cache.store import GeometryStore
 from geomcache.errors import UserInputError
-from geomcache.sharing.address import HUB_SCHEME, check_address, is_remote, public_address
+from geomcache.sharing.address import HUB_SCHEME, check_address, public_address
 from geomcache.sharing.object_store import FsspecRemote
 
 
@@ -23,12 +20,3 @@ def open_remote(address: str, revision: str | None = None) -> FsspecRemote:
     if revision is not None:
         raise UserInputError(f"--revision: expected none for {public_address(address)}, got {revision!r}: leave it out")
     return FsspecRemote(address.rstrip("/"))
-
-
-def open_store(cache: str | Path) -> GeometryStore:
-    """Open a cache for reading, by its path or its address. Raises what `geomcache.open` raises."""
-    if not is_remote(str(cache)):
-        return GeometryStore.open(cache)
-    from geomcache.sharing.remote_store import RemoteGeometryStore
-
-    return RemoteGeometryStore.open(cache)

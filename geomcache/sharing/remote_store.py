@@ -17,11 +17,16 @@ from geomcache.cache.layout import CHECKSUMS, Table, crc32c
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheCorruptError, GeomcacheError, MissingFrameError, RemoteError
 from geomcache.geometry import Geometry
-from geomcache.sharing.address import public_address, reason
+from geomcache.sharing.address import is_remote, public_address, reason
 from geomcache.sharing.base import errors_name
 from geomcache.sharing.limits import fetch_state
 from geomcache.sharing.open import open_remote
 from geomcache.waits import waiting
+
+
+def open_store(cache: str | Path) -> GeometryStore:
+    """Open a cache for reading, by its path or its address. Raises what `geomcache.open` raises."""
+    return RemoteGeometryStore.open(cache) if is_remote(str(cache)) else GeometryStore.open(cache)
 
 
 class RemoteGeometryStore(GeometryStore):
