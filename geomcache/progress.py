@@ -35,7 +35,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGT]?B)?", text.strip(), re.IGNORECASE)
     if match is None:
         raise ValueError(text)
-    return round(float(match[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper()))
+    return round(float(match[1]) * 1000.0 ** ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper()))
 
 
 def human_time(seconds: float) -> str:

@@ -78,7 +78,8 @@ def test_extraction_over_a_bad_line_gives_the_same_cache(
     facts = describe(ADDRESS)
     assert (facts["path"], facts["sealed"], facts["frames_present"]) == (ADDRESS, True, sum(LENGTHS))
     pictures = [tmp_path / f"{name}.png" for name in ("there", "here")]
-    for place, picture in zip((ADDRESS, path), pictures, strict=True):
+    places: list[Path | str] = [ADDRESS, path]
+    for place, picture in zip(places, pictures, strict=True):
         view(ViewOptions(path=place, episode=1, frame=3, rgb=False, output=picture))
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     (line,) = extract(options).lines()

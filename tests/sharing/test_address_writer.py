@@ -205,13 +205,14 @@ def two_drivers(address: str) -> list[object]:
     return outcomes
 
 
+@pytest.mark.parametrize("times", [pytest.param(10, marks=pytest.mark.slow), 2])
 def test_of_two_drivers_at_once_one_wins_and_the_other_says_so(
-    tmp_path: Path, s3_wire: Wire, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, s3_wire: Wire, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    """Both start at the same moment, ten times; the loser names the winner."""
+    """Both start at the same moment, several times; the loser names the winner."""
     monkeypatch.setattr(lease, "LEASE_S", 10.0)
     path = make_small_store(tmp_path / "here.zarr")
-    for number in range(10):
+    for number in range(times):
         address = f"s3://bucket/both-{number}.zarr"
         outcomes = two_drivers(address)
         assert outcomes.count(None) == 1
