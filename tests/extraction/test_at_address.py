@@ -49,6 +49,7 @@ def objects() -> dict[str, bytes]:
     return {path.removeprefix(f"{root}/"): driver.cat_file(path) for path in driver.find(root)}
 
 
+@pytest.mark.slow
 def test_extraction_over_a_bad_line_gives_the_same_cache(
     options: ExtractOptions, tmp_path: Path, patient_s3: Wire
 ) -> None:
