@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -59,12 +59,15 @@ class StoreWriter:
 
     Attributes:
         path: the cache's folder, absolute.
+        address: of a cache whose shards are only made in the folder; None for others.
         spec: what the geometry depends on.
         dataset: the dataset that it belongs to.
         shard_frames: K, rows of a shard.
         wanted: the rows that were asked for, and those of shards that were dropped.
         removed_stale_files: how many files of interrupted runs were removed when it was opened.
     """
+
+    address: str | None = None
 
     def __init__(self, path: Path, header: Header, episode_lengths: NDArray[np.int64], wanted: Ranges) -> None:
         """Open an existing cache.
@@ -142,10 +145,14 @@ class StoreWriter:
         with contextlib.closing(locks.LockFile(folder / LOCK)):  # nobody replaces the cache between its two readings
             return cls(folder, matching_header(folder, header), lengths, rows)
 
-    def claim(self) -> Claim | None:
-        """Claim the next shard that is wanted, not committed and not claimed; None if there is none now."""
+    def claim(self, among: Collection[int] | None = None) -> Claim | None:
+        """Claim the next shard that is wanted, not committed and not claimed; None if there is none now.
+
+        Args:
+            among: the shards to choose from; None for all.
+        """
         with self._current():
-            candidates = sorted(self._pending)
+            candidates = sorted(self._pending if among is None else self._pending.intersection(among))
         for shard in candidates:
             if not self._lock.claim(shard):
                 continue
@@ -275,6 +282,10 @@ class StoreWriter:
         """Return how many of the wanted rows are committed, by this process or another."""
         with self._current():
             return sum(self._done.values())
+
+    def shards_of(self, rows: Ranges) -> tuple[int, ...]:
+        """Return the shards that have these rows, in order."""
+        return tuple(self._layout.shards_of(rows))
 
     def pending(self) -> tuple[int, ...]:
         """Return the shards that have wanted rows and lack some of them."""

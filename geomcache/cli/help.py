@@ -30,6 +30,9 @@ EXTRACT = epilog("""
     [bold]Several GPUs[/bold]
       accelerate launch -m geomcache extract --model DA3-LARGE-1.1 --dataset ...
 
+    [bold]A Ray cluster[/bold], from its head node
+      geomcache extract --cluster ray --model DA3-LARGE-1.1 --dataset ...
+
     [bold]Into a bucket[/bold]: shards are sent as they are made; one driver at a time
       geomcache extract --model DA3-LARGE-1.1 --output s3://my-bucket/libero.zarr
 

@@ -8,22 +8,21 @@ from geomcache.extraction.options import ExtractOptions
 from geomcache.frames.of_cache import check_cached_pictures, compare_with_cache
 from geomcache.frames.source import FrameDataset
 from geomcache.geometry import GeometrySpec
-from geomcache.pipeline.process import Process
 from geomcache.sharing.address_writer import AddressWriter
 from geomcache.sharing.base import errors_name
 from geomcache.sharing.remote_store import open_store
 
 
-def check_processes(options: ExtractOptions, process: Process) -> None:
+def check_processes(options: ExtractOptions, count: int) -> None:
     """Refuse to let several processes write to an address.
 
     Raises:
-        UserInputError: several processes run, and the output is an address.
+        UserInputError: so many processes run, and the output is an address.
     """
-    if options.address is not None and process.count > 1:
+    if options.address is not None and count > 1:
         raise UserInputError(
-            f"output {options.place}: expected one process, which writes to the address, found {process.count}: start"
-            " the command without a launcher, or extract to a path that all share, then `geomcache push`"
+            f"output {options.place}: expected one process, which writes to the address, found {count}: use several GPUs"
+            " with --cluster ray, or extract to a path that all share, then `geomcache push`"
         )
 
 

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import re
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self, override
@@ -44,11 +45,9 @@ class AddressWriter(StoreWriter):
     """A cache at an address that is open for writing: a `StoreWriter`, by one process at a time.
 
     Attributes:
-        address: without credentials.
+        address: without credentials; never None.
         path: the folder on this machine. Errors of the methods name the address instead.
     """
-
-    address: str
 
     def __init__(
         self,
@@ -64,6 +63,7 @@ class AddressWriter(StoreWriter):
     ) -> None:
         """Continue with a folder that `create_or_open` has prepared: `sent` lines of its journal are at the address."""
         self._remote, self._lease, self._sent, self._sealed = remote, lease, sent, sealed
+        self._sending = threading.Lock()
         self.address = remote.address
         super().__init__(path, header, episode_lengths, wanted)
 
@@ -118,17 +118,19 @@ class AddressWriter(StoreWriter):
 
     @override
     def commit(self, claim: Claim, maps: ShardMaps, signatures: Signatures | None = None) -> int:
-        with errors_name(self.address, self.path):
+        with errors_name(self._remote.address, self.path):
             nbytes = super().commit(claim, maps, signatures)
-            self._send()
+            with self._sending:  # several threads may commit: lines are sent in their order
+                self._send()
         return nbytes
 
     @override
     def seal(self) -> bool:
-        with errors_name(self.address, self.path):
+        with errors_name(self._remote.address, self.path):
             if not super().seal():
                 return False
-            self._send()
+            with self._sending:
+                self._send()
             if not self._sealed:
                 self._check_objects()
                 self._lease.check()

@@ -13,7 +13,6 @@ from geomcache.extraction.run import extract
 from geomcache.look.info import describe
 from geomcache.look.options import ViewOptions
 from geomcache.look.view import view
-from geomcache.pipeline.process import Process
 from geomcache.sharing.remote_check import verify_address
 from tests.support.datasets import make_dataset
 from tests.support.logs import logged_lines
@@ -99,7 +98,7 @@ def test_what_needs_a_path_is_refused(options: ExtractOptions, s3_wire: Wire, tm
     with pytest.raises(UserInputError, match=rf"follow: .*{ADDRESS}"):
         replace(options, follow=True)
     with pytest.raises(UserInputError, match=rf"{ADDRESS}: .*2"):
-        check_processes(options, Process(count=2))
+        check_processes(options, 2)
     extract(replace(options, episodes="0"))
     make_dataset(tmp_path / "other", LENGTHS, seed=9)
     with pytest.raises(CacheMismatchError, match=ADDRESS):
