@@ -21,8 +21,8 @@ def check_processes(options: ExtractOptions, count: int) -> None:
     """
     if options.address is not None and count > 1:
         raise UserInputError(
-            f"output {options.place}: expected one process, which writes to the address, found {count}: use several GPUs"
-            " with --cluster ray, or extract to a path that all share, then `geomcache push`"
+            f"output {options.place}: expected one process, which writes to the address, found {count}: use several"
+            " GPUs with --cluster ray, or extract to a path that all share, then `geomcache push`"
         )
 
 

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -31,7 +32,17 @@ from geomcache.sharing.push import push
 from geomcache.sharing.remote_check import verify_address
 from tests.support.servers import Wire, patient_s3, s3_wire
 from tests.support.sharing import RAY, SPEC, assert_reads, contents, fill_shifted, make_small_store, said
-from tests.support.stores import LENGTHS, as_lengths, fill, make_dataset_spec, make_identities, make_spec
+from tests.support.stores import (
+    LENGTHS,
+    as_lengths,
+    claim_rows,
+    commit,
+    fill,
+    make_dataset_spec,
+    make_identities,
+    make_maps,
+    make_spec,
+)
 
 __all__ = ["patient_s3", "s3_wire", "said"]
 
@@ -110,6 +121,20 @@ def test_a_half_made_cache_is_recognised_and_resumed(tmp_path: Path, said: list[
         push(make_small_store(tmp_path / "here.zarr"), MEMORY)
     assert make_at(MEMORY) == [2, 3, 4, 5]
     assert objects(MEMORY) == contents(tmp_path / "here.zarr")
+
+
+def test_several_threads_may_commit_at_once(tmp_path: Path) -> None:
+    path = make_small_store(tmp_path / "here.zarr")
+    with open_address(MEMORY) as writer:
+        claims = [claim for _ in range(6) if (claim := writer.claim())]
+        with ThreadPoolExecutor(4) as threads:
+            for future in [threads.submit(commit, writer, each, make_maps(SPEC, claim_rows(each))) for each in claims]:
+                future.result()
+        assert writer.seal()
+    there, here = objects(MEMORY), contents(path)
+    assert there.keys() == here.keys()
+    assert [name for name in here if there[name] != here[name]] in ([], ["journal.jsonl"])  # in another order
+    assert verify_address(MEMORY).problems == ()
 
 
 def test_a_cache_at_an_address_is_extended(tmp_path: Path) -> None:
