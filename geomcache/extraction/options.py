@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from geomcache.errors import UserInputError
+from geomcache.sharing.address import check_output, is_remote, public_address
 
 # The panels of `--help`.
 _dataset = partial(Option, rich_help_panel="Dataset: which part of it, and where it is")
@@ -62,7 +63,14 @@ class ExtractOptions:
         Option(help="A LeRobotDataset on the Hub; with --root, the name of that folder.", show_default=DEFAULT_DATASET),
     ]
     output: Annotated[
-        Path | None, Option("--output", "-o", help="The cache.", show_default="the dataset's name + .zarr")
+        Path | str | None,
+        Option(
+            "--output",
+            "-o",
+            help="The cache: a path, or an address such as s3://bucket/name.zarr.",
+            metavar="PATH",
+            show_default="the dataset's name + .zarr",
+        ),
     ] = None
     dry_run: Annotated[bool, Option("--dry-run", help="Print frames, bytes and time; write nothing.")] = False
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing cache.")] = False
@@ -163,6 +171,13 @@ class ExtractOptions:
             raise UserInputError(
                 "follow: expected neither --dry-run, --overwrite nor --episodes, got one: leave it out"
             )
+        if self.address is not None:
+            check_output(self.address)
+        if self.follow and self.address is not None:
+            raise UserInputError(
+                f"follow: expected a path in --output, got {public_address(self.address)}: extract to a path, then"
+                " `geomcache push`"
+            )
         if self.cameras == ():
             raise UserInputError("cameras: expected at least one key, got none: leave the option out to use all")
         self._check_cluster()
@@ -191,9 +206,23 @@ class ExtractOptions:
             raise UserInputError("gpus-per-actor: expected no --device cpu with it, got both: leave one out")
 
     @property
+    def address(self) -> str | None:
+        """The cache's address, perhaps with credentials; None if it has a path."""
+        return str(self.output) if is_remote(str(self.output)) else None
+
+    @property
     def output_path(self) -> Path:
-        """The cache's path."""
-        return self.output or Path(self.dataset.rstrip("/").rpartition("/")[2] + ".zarr")
+        """The cache's path; of a cache at an address, the folder in which its shards are made."""
+        if self.address is not None:
+            from geomcache.sharing.address_writer import work_folder
+
+            return work_folder(public_address(self.address))
+        return Path(self.output or self.dataset.rstrip("/").rpartition("/")[2] + ".zarr")
+
+    @property
+    def place(self) -> Path | str:
+        """What messages call the cache: its path, or its address without credentials."""
+        return self.output_path if self.address is None else public_address(self.address).rstrip("/")
 
 
 @dataclass(frozen=True, kw_only=True)
