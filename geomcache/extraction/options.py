@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from geomcache.errors import UserInputError
+from geomcache.geometry import FEATURE
 
 # The panels of `--help`.
 _dataset = partial(Option, rich_help_panel="Dataset: which part of it, and where it is")
@@ -90,9 +91,17 @@ class ExtractOptions:
     grid: Annotated[str, _geometry(help="patch, native, or cells such as 14x14.")] = "patch"
     outputs: Annotated[
         tuple[str, ...],
-        _geometry(help="Any of ray, ray_conf, depth, depth_conf."),
+        _geometry(help="Any of ray, ray_conf, depth, depth_conf, feature."),
         FromText(_parse_names),
     ] = ("ray", "ray_conf")
+    feature_dim: Annotated[
+        int | None,
+        _geometry(
+            help="Numbers a patch of the output feature: a first pass over some frames fits a basis of so many.",
+            metavar="D",
+            show_default="128",
+        ),
+    ] = None
     codec: Annotated[
         Literal["raw", "zstd"],
         _geometry(help="How maps are stored. zstd: the same numbers in fewer bytes, slower to read."),
@@ -137,6 +146,11 @@ class ExtractOptions:
         if self.follow and (self.dry_run or self.overwrite or self.episodes):
             raise UserInputError(
                 "follow: expected neither --dry-run, --overwrite nor --episodes, got one: leave it out"
+            )
+        if self.feature_dim is not None and FEATURE not in self.outputs:
+            raise UserInputError(
+                f"feature-dim: expected the output {FEATURE!r}, got {','.join(self.outputs)}: add it to --outputs, or"
+                " leave the option out"
             )
         if self.cameras == ():
             raise UserInputError("cameras: expected at least one key, got none: leave the option out to use all")

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from geomcache.cache.codecs import Codec
@@ -12,10 +13,11 @@ from geomcache.cache.header import Header
 from geomcache.cache.layout import SCHEMA_VERSION
 from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
-from geomcache.errors import DatasetError
+from geomcache.errors import CacheMismatchError, DatasetError
 from geomcache.extraction.batch_size import default_batch_size, find_batch_size
 from geomcache.extraction.encoding import EncoderOnDemand
 from geomcache.extraction.engine_choice import choose_engine
+from geomcache.extraction.feature_pass import fit_feature, known_feature
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.pipeline import Machinery, Pipeline
@@ -26,7 +28,8 @@ from geomcache.extraction.run_config import resolve, write_run_config
 from geomcache.extraction.update import grow, has_grown
 from geomcache.frames.of_cache import check_cached_pictures, compare_with_cache
 from geomcache.frames.source import FrameDataset, describe_statistics_command, open_dataset
-from geomcache.ranges import count_rows
+from geomcache.geometry import FEATURE
+from geomcache.ranges import count_rows, merge_ranges
 
 __all__ = ["ExtractReport", "extract", "follow"]
 
@@ -113,7 +116,7 @@ class _Extraction:
             )
         if self.encoder is None:
             self.encoder = _load_encoder(options, dataset, machinery.process)
-        encoder, codec = self.encoder, Codec.of(options.codec)
+        encoder, codec = known_feature(options, self.encoder), Codec.of(options.codec)
         machinery.batch_size = _choose_batch_size(options, encoder, machinery.process)
         if options.dry_run:
             for line in describe_plan(path, dataset, encoder, rows, machinery.batch_size, codec):
@@ -121,11 +124,12 @@ class _Extraction:
             return ExtractReport(path=path)
         recover(path.resolve())
         if not options.overwrite and has_grown(path, dataset, encoder.spec, codec):
-            report = self._grow(dataset, rows)
+            report = self._grow(dataset, rows, encoder)
             if machinery.process.is_main:
                 write_run_config(path, resolve(options, encoder.spec, dataset.spec))
             return report
-        with _open_writer(options, dataset, episodes, encoder, machinery.process) as writer:
+        writer, encoder = _open_writer(options, dataset, episodes, encoder, machinery.process)
+        with writer:
             total = _announce(writer, options, machinery.process)
             frames = (total - writer.frames_done()) // machinery.process.count
             choose_engine(options.engine, encoder, frames, machinery.batch_size)
@@ -145,10 +149,9 @@ class _Extraction:
             tolerance_s=options.tolerance_s,
         )
 
-    def _grow(self, dataset: FrameDataset, rows: Sequence[tuple[int, int]]) -> ExtractReport:
+    def _grow(self, dataset: FrameDataset, rows: Sequence[tuple[int, int]], encoder: DA3Encoder) -> ExtractReport:
         """Add rows to a cache of the first episodes of the dataset."""
-        options, machinery, encoder = self._options, self._machinery, self.encoder
-        assert encoder is not None
+        options, machinery = self._options, self._machinery
         if options.episodes is not None:  # frames of old episodes may have to be read, too
             dataset, _ = self._open_dataset(None)
         logger.info("%s: dataset %s has grown; continuing", options.output_path, options.dataset)
@@ -164,7 +167,7 @@ def _load_encoder(options: ExtractOptions, dataset: FrameDataset, process: Proce
         views=options.views,
         process_res=options.process_res,
         grid=options.grid,
-        outputs=options.outputs,
+        outputs=tuple(name for name in options.outputs if name != FEATURE),
         device=options.device or process.device,
         dtype=options.dtype,
     )
@@ -185,8 +188,12 @@ def _open_writer(
     episodes: Sequence[tuple[int, int]],
     encoder: DA3Encoder,
     process: Process,
-) -> StoreWriter:
-    """Create the cache, or open the one that exists; shards that lack a file count as missing."""
+) -> tuple[StoreWriter, DA3Encoder]:
+    """Create the cache, or open the one that exists; shards that lack a file count as missing.
+
+    Returns:
+        The writer, and the encoder with the cache's basis of features.
+    """
     codec, rows = Codec.of(options.codec), dataset.rows(episodes)
     if not options.output_path.exists():
         require_space(options.output_path, encoder.spec, count_rows(rows), codec)
@@ -194,7 +201,7 @@ def _open_writer(
             for line in describe_shards(encoder.spec, dataset.spec.frames):
                 logger.warning(line)
 
-    def open_writer(*, overwrite: bool) -> StoreWriter:
+    def open_writer(encoder: DA3Encoder, *, overwrite: bool) -> StoreWriter:
         path = options.output_path
         version = SCHEMA_VERSION
         if is_cache(path) and not overwrite:
@@ -207,22 +214,34 @@ def _open_writer(
             dataset.reader.episode_length,
             rows,
             identities=dataset.identities,
+            feature_basis=encoder.feature_basis,
             codec=codec,
             overwrite=overwrite,
         )
 
     with process.main_first():  # the others open what the main process has created or replaced
-        writer = open_writer(overwrite=options.overwrite and process.is_main)
+        options = replace(options, overwrite=options.overwrite and process.is_main)
+        creates = options.overwrite or not is_cache(options.output_path)
+        encoder = (
+            fit_feature(options, encoder, dataset, merge_ranges(rows)) if creates else known_feature(options, encoder)
+        )
+        try:
+            writer = open_writer(encoder, overwrite=options.overwrite)
+        except CacheMismatchError as error:
+            if error.field != "spec.feature.basis_sha256":
+                raise
+            encoder = known_feature(options, encoder)  # another run created the cache while this one fitted its basis
+            writer = open_writer(encoder, overwrite=False)
         if process.is_main and drop_missing_shards(writer):
             writer.close()
-            writer = open_writer(overwrite=False)  # now it wants the rows of those shards, too
+            writer = open_writer(encoder, overwrite=False)  # now it wants the rows of those shards, too
         if process.is_main:
             try:
                 check_cached_pictures(writer.path, dataset, episodes)
             except BaseException:
                 writer.close()
                 raise
-        return writer
+        return writer, encoder
 
 
 def _announce(writer: StoreWriter, options: ExtractOptions, process: Process) -> int:

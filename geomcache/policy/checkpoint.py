@@ -23,11 +23,14 @@ from torch import Tensor
 from geomcache.errors import ModelError, ModelNotFoundError, UserInputError, one_line
 from geomcache.policy.configuration_pi05_geometry import (
     ADAPTER_NAME,
+    FEATURE_PROJECTOR_NAME,
     MODES,
     PARTS,
     PROJECTOR_NAME,
+    PROJECTORS,
     PI05GeometryConfig,
     check_same_spec,
+    parts_of,
 )
 from geomcache.waits import hub_call
 
@@ -39,6 +42,7 @@ LORA_WEIGHTS = "adapter_model.safetensors"
 PART_OPTIONS = {
     ADAPTER_NAME: ("geom_attention", "geom_target_hw", "geom_modality_embedding"),
     PROJECTOR_NAME: ("geom_align_layer",),
+    FEATURE_PROJECTOR_NAME: ("geom_align_layer",),
 }
 # Entries of a configuration that belong to one run, machine, dataset or upload, and not to the policy.
 RUN_OPTIONS = frozenset(
@@ -117,7 +121,8 @@ def trained_parts(saved: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the geometry's modules that a checkpoint with this ``config.json`` holds."""
     if saved["type"] != "pi05_geometry" or not saved.get("use_geom_prefix", True):
         return frozenset()
-    return MODES.get(saved.get("geom_mode", "prefix"), frozenset())
+    mode, target = saved.get("geom_mode", "prefix"), saved.get("geom_align_target", "geometry")
+    return parts_of(mode, target) if mode in MODES and target in PROJECTORS else frozenset()
 
 
 def has_adapter(saved: Mapping[str, Any]) -> bool:

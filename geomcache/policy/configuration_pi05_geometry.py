@@ -7,7 +7,7 @@ adapter, and a loss while training, with a projector.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lerobot.configs import PreTrainedConfig
@@ -15,20 +15,26 @@ from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
 from geomcache.adapter import GEOMETRY_ATTENTION
 from geomcache.errors import CacheMismatchError, UserInputError
-from geomcache.geometry import PATCH_SIZE, GeometrySpec, differences
+from geomcache.geometry import FEATURE, PATCH_SIZE, GeometrySpec, differences
 from geomcache.policy.lerobot_version import warn_if_untested
 from geomcache.statistics import Moments
 
 LEROBOT_MEMORY = ("use_visual_memory", "use_proprioceptive_memory")  # options of LeRobot after 0.6.1
 ADAPTER_NAME = "geometry_adapter"  # of the modules in the network
-PROJECTOR_NAME = "geometry_projector"
-PARTS = {ADAPTER_NAME: "geometry adapter", PROJECTOR_NAME: "geometry projector"}  # what messages call them
+PROJECTOR_NAME, FEATURE_PROJECTOR_NAME = "geometry_projector", "feature_projector"
+PROJECTORS = {"geometry": PROJECTOR_NAME, "feature": FEATURE_PROJECTOR_NAME}
+"""The projector of each `geom_align_target`."""
+PARTS = {  # what messages call them
+    ADAPTER_NAME: "geometry adapter",
+    PROJECTOR_NAME: "geometry projector",
+    FEATURE_PROJECTOR_NAME: "feature projector",
+}
 MODES = {
     "prefix": frozenset({ADAPTER_NAME}),
     "align": frozenset({PROJECTOR_NAME}),
     "both": frozenset({ADAPTER_NAME, PROJECTOR_NAME}),
 }
-"""The parts that each `geom_mode` has."""
+"""The parts that each `geom_mode` has, with the target ``geometry``."""
 LAYERS = {"full": 18, "small": 4}  # of PaliGemma's language model
 MODEL_SIZES = tuple(LAYERS)
 ENGINES = ("eager", "compiled")  # as geomcache.da3.engine.EngineName, which is not imported for training
@@ -47,6 +53,10 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     geom_mode: str = "prefix"
     """``prefix``: geometry is tokens of the prefix. ``align``: geometry is a loss while training, there are no tokens,
     and DA3 is not needed to act. ``both``: tokens and loss."""
+
+    geom_align_target: str = "geometry"
+    """What image tokens are aligned to. ``geometry``: cached rays, depths and confidences, by the squared error.
+    ``feature``: cached features of DA3, by the cosine; they need a cache with `--outputs ray,ray_conf,feature`."""
 
     geom_align_weight: float = 0.5
     """Factor of the alignment loss. 0: it is measured and changes nothing."""
@@ -166,7 +176,7 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     @property
     def parts(self) -> frozenset[str]:
         """Names of the modules that geometry adds to the network."""
-        return MODES[self.geom_mode] if self.use_geom_prefix else frozenset()
+        return parts_of(self.geom_mode, self.geom_align_target) if self.use_geom_prefix else frozenset()
 
     @property
     def has_tokens(self) -> bool:
@@ -176,7 +186,12 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
     @property
     def is_aligned(self) -> bool:
         """Whether training has the alignment loss."""
-        return PROJECTOR_NAME in self.parts
+        return not self.parts.isdisjoint(PROJECTORS.values())
+
+    @property
+    def aligns_features(self) -> bool:
+        """Whether the alignment loss has DA3's features as its target."""
+        return FEATURE_PROJECTOR_NAME in self.parts
 
     @property
     def align_layer(self) -> int:
@@ -194,7 +209,7 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
 
     @property
     def geometry_statistics(self) -> dict[str, Moments]:
-        """Moments of the spec's outputs, in their order.
+        """Moments of the spec's outputs of geometry, in their order.
 
         Raises:
             CacheFormatError: the checkpoint's statistics are malformed or missing.
@@ -202,11 +217,13 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
         spec = self.geometry_spec
         assert spec is not None
         statistics = self.geom_statistics or {}
-        return {name: Moments.from_dict(statistics.get(name), name) for name in spec.outputs}
+        outputs = spec.without_feature().outputs
+        return {name: Moments.from_dict(statistics.get(name), name) for name in outputs}
 
     def bind_cache(self, spec: GeometrySpec, statistics: Mapping[str, Moments], fingerprint: str) -> None:
         """Take over a cache's spec, statistics and fingerprint, before the policy is made.
 
+        Features are left out, unless they are what image tokens are aligned to.
         A configuration that has a spec already comes from a checkpoint: its adapter was trained with that geometry, so
         the cache must have been made in the same way, and the checkpoint's statistics stay.
 
@@ -220,11 +237,21 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
             UserInputError: an option cannot be used, or `geom_target_hw` is larger than the cached grid by more than
                 4 cells.
         """
+        if not self.aligns_features:
+            spec = spec.without_feature()
+        elif spec.feature is None:
+            raise UserInputError(
+                f"geom_align_target: expected geometry with a cache of {', '.join(spec.outputs)}, got feature: extract"
+                f" a cache with --outputs {','.join((*spec.outputs, FEATURE))}, or leave the option out"
+            )
         if self.geom_spec is None:
             self.geom_spec = spec.to_dict()
-            self.geom_statistics = {name: statistics[name].to_dict() for name in spec.outputs}
+            outputs = spec.without_feature().outputs
+            self.geom_statistics = {name: statistics[name].to_dict() for name in outputs}
         else:
             check_same_spec(cached=spec.to_dict(), checkpoint=self.geom_spec)
+            own = GeometrySpec.from_dict(self.geom_spec)
+            self.geom_spec = replace(own, outputs=spec.outputs, feature=spec.feature).to_dict()
         self.geom_fingerprint = fingerprint
         self.check_options()
 
@@ -233,6 +260,10 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
         self.geom_spec = self.geom_statistics = self.geom_fingerprint = None
 
     def _check_alignment(self) -> None:
+        if self.geom_align_target not in PROJECTORS:
+            raise UserInputError(
+                f"geom_align_target: expected {' or '.join(map(repr, PROJECTORS))}, got {self.geom_align_target!r}"
+            )
         if not 0 <= self.geom_align_weight < math.inf:
             raise UserInputError(f"geom_align_weight: expected a number of at least 0, got {self.geom_align_weight}")
         layers = LAYERS[self.model_size]
@@ -269,12 +300,21 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
                 )
 
 
+def parts_of(mode: str, target: str) -> frozenset[str]:
+    """Return the parts that a `geom_mode` has with a `geom_align_target`."""
+    return frozenset(PROJECTORS[target] if part == PROJECTOR_NAME else part for part in MODES[mode])
+
+
 def check_same_spec(*, cached: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
     """Compare the spec of a cache with the spec that a checkpoint was trained with. The model's name is a label.
+
+    Where one of them has no features, their geometry is compared.
 
     Raises:
         CacheMismatchError: a field differs.
     """
+    if (FEATURE in cached) != (FEATURE in checkpoint):
+        cached, checkpoint = (GeometrySpec.from_dict(spec).without_feature().to_dict() for spec in (cached, checkpoint))
     for field, cached_value, trained_value in differences(cached, checkpoint):
         if field != "model_id":
             advice = "extract a cache with the checkpoint's settings, or start from a checkpoint without geometry"

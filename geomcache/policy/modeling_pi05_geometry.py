@@ -23,9 +23,9 @@ from torch import Tensor
 from geomcache.adapter import GeometryTokenAdapter, GeometryTokens
 from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import Geometry, batch_key
-from geomcache.policy.alignment import Alignment, GeometryProjector
+from geomcache.policy.alignment import Alignment, FeatureProjector, GeometryProjector
 from geomcache.policy.checkpoint import adopt_geometry, checkpoint_file, load_weights, read_config, trained_parts
-from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+from geomcache.policy.configuration_pi05_geometry import PROJECTORS, PI05GeometryConfig
 from geomcache.policy.gradients import compare_gradients, shared_parameters
 from geomcache.policy.image_tokens import HiddenStates, picture_areas, tokens_of_views
 from geomcache.policy.online import OnlineEncoder
@@ -52,7 +52,7 @@ class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not 
 
     Attributes:
         geometry_adapter: only with geometry tokens.
-        geometry_projector: only with the alignment loss.
+        geometry_projector, feature_projector: one of them, only with the alignment loss.
         hidden_states: keeps the hidden states that are aligned; None without the alignment loss.
         image_token_norm: mean length of the image tokens in the last training step with extra tokens; logged.
     """
@@ -80,9 +80,21 @@ class PI05GeometryPytorch(PI05Pytorch):  # type: ignore[misc]  # LeRobot is not 
             )
         self.hidden_states: HiddenStates | None = None
         if config.is_aligned:
-            self.geometry_projector = GeometryProjector(statistics=config.geometry_statistics, width=width)
+            assert spec is not None
+            if config.aligns_features:
+                assert spec.feature is not None
+                self.feature_projector = FeatureProjector(width, spec.feature.dim)
+            else:
+                self.geometry_projector = GeometryProjector(statistics=config.geometry_statistics, width=width)
             self.hidden_states = HiddenStates(self.paligemma_with_expert, [config.align_layer])
         self.image_token_norm: Tensor | None = None
+
+    @property
+    def projector(self) -> GeometryProjector | FeatureProjector:
+        """Return the projector of the alignment loss, which the network must have."""
+        name = PROJECTORS[self.config.geom_align_target]
+        projector: GeometryProjector | FeatureProjector = getattr(self, name)
+        return projector
 
     def embed_prefix(
         self, images: list[Tensor] | PrefixInputs, img_masks: list[Tensor], tokens: Tensor, *args: Any, **kwargs: Any
@@ -194,7 +206,7 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         self.online: OnlineEncoder | None = None
         if config.has_tokens:
             assert self._spec is not None
-            self.online = OnlineEncoder(self._spec, config.geom_model_id, config.geom_engine)
+            self.online = OnlineEncoder(self._spec.without_feature(), config.geom_model_id, config.geom_engine)
         self._adapter_grad_norm: Tensor | None = None
 
     @classmethod
@@ -269,9 +281,9 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         Further arguments are LeRobot's. With geometry tokens, the numbers have ``geom_alpha``; ``geom_token_norm`` and
         ``image_token_norm``, mean lengths of the prefix's tokens; and ``geom_grad_norm``, the norm of the adapter's
         gradient in the step before, not clipped, of this process alone; it is missing in the first step. With the
-        alignment loss, they have ``geom_action_loss``, ``geom_align_loss`` and ``geom_align_r2``, and where
-        `measures_gradients` is set, what `compare_gradients` returns. Held-out batches, of a policy in evaluation mode,
-        have the action loss alone, which can be compared between modes.
+        alignment loss, they have ``geom_action_loss``, ``geom_align_loss``, and ``geom_align_r2`` or, of features,
+        ``geom_align_cosine``; where `measures_gradients` is set, also what `compare_gradients` returns. Held-out
+        batches, of a policy in evaluation mode, have the action loss alone, which can be compared between modes.
 
         Raises:
             GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for, or
@@ -301,6 +313,8 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
                 " casts each batch so with --policy.dtype=bfloat16: train with --policy.dtype=float32, or without FSDP"
             )
         assert self._spec is not None
+        if self._spec.feature is None:
+            geometry = geometry.without_feature()  # a cache may have more than the policy learns from
         geometry.check(self._spec)
         return geometry
 
@@ -320,7 +334,7 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
         measured = {
             "geom_action_loss": loss.detach().mean(),
             "geom_align_loss": alignment.losses.detach().mean(),
-            "geom_align_r2": alignment.r2,
+            self.model.projector.logged_as: alignment.learned,
         }
         if trains and weight and self.measures_gradients:
             names = ("geom_action_grad", "geom_align_grad", "geom_grad_angle")
@@ -336,9 +350,10 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
     def _align(self, hidden: Tensor, batch: Mapping[str, Any], geometry: Geometry) -> Alignment:
         assert self._spec is not None
         keys, side = self._spec.camera_keys, self.config.image_resolution[0]
-        target = self.model.geometry_projector.target(geometry, picture_areas(batch, keys, side))
+        projector = self.model.projector
+        target = projector.target(geometry, picture_areas(batch, keys, side))
         present = [key for key in self.config.image_features if key in batch]  # in LeRobot's order
-        alignment: Alignment = self.model.geometry_projector.align(tokens_of_views(hidden, keys, present, side), target)
+        alignment: Alignment = projector.align(tokens_of_views(hidden, keys, present, side), target)
         return alignment
 
     @torch.no_grad()
@@ -399,7 +414,8 @@ class PI05GeometryPolicy(PI05Policy):  # type: ignore[misc]  # LeRobot is not ty
 
     def _tokens(self, geometry: Geometry) -> GeometryTokens:
         assert self._spec is not None
-        geometry.check(self._spec)
+        geometry = geometry.without_feature()
+        geometry.check(self._spec.without_feature())
         tokens: GeometryTokens = self.model.geometry_adapter(geometry)
         return tokens
 

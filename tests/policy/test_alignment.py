@@ -145,12 +145,12 @@ def test_r2_by_hand() -> None:
     with torch.no_grad():
         projector.output.weight.zero_()
         projector.output.bias.copy_(torch.from_numpy(mean))
-    assert projector.align(torch.zeros(2, 2, 4, 8), target).r2.item() == pytest.approx(0, abs=1e-6)
+    assert projector.align(torch.zeros(2, 2, 4, 8), target).learned.item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         projector.output.bias.add_(1.0)
     spread = (weights * (values - mean) ** 2).sum()
     shifted = projector.align(torch.zeros(2, 2, 4, 8), target)
-    assert shifted.r2.item() == pytest.approx(1 - (weights * (values - mean - 1) ** 2).sum() / spread, rel=1e-5)
+    assert shifted.learned.item() == pytest.approx(1 - (weights * (values - mean - 1) ** 2).sum() / spread, rel=1e-5)
 
 
 def test_confidence_weighs_rays_and_depths_and_not_itself() -> None:

@@ -11,12 +11,12 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi05 import modeling_pi05
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
-from geomcache.geometry import Camera, Geometry, GeometrySpec
+from geomcache.geometry import FEATURE, Camera, Geometry, GeometrySpec
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.small_pi05 import SMALL_GEMMA, SmallPaliGemmaWithExpert
 from geomcache.statistics import Moments
-from tests.support.geometry import example_geometry
+from tests.support.geometry import example_feature_spec, example_geometry
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 SIZE = 16  # of the dataset's pictures
@@ -55,6 +55,7 @@ def make_spec(outputs: tuple[str, ...] = ("ray", "ray_conf"), size: int = SIZE) 
         grid_hw=GRID,
         outputs=outputs,
         compute_dtype="fp32",
+        feature=example_feature_spec() if FEATURE in outputs else None,
     )
 
 
