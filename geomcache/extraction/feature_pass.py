@@ -14,10 +14,10 @@ from geomcache.cache.create import is_cache
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.da3.feature_basis import DEFAULT_DIM, FeatureMoments, unfitted_basis
-from geomcache.extraction.decoding import BatchDecoder
 from geomcache.extraction.options import ExtractOptions
 from geomcache.frames.source import FrameDataset
 from geomcache.geometry import FEATURE
+from geomcache.pipeline.decoding import BatchDecoder
 from geomcache.progress import human_time
 from geomcache.ranges import Ranges, RowSet
 

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from geomcache.cache.writer import StoreWriter
 from geomcache.errors import DatasetError, UserInputError
-from geomcache.evaluation import libero
-from geomcache.evaluation.environments import LiberoGeometry, make_environment
-from geomcache.evaluation.oracle import oracle_spec
-from geomcache.evaluation.simulation import maps_of
 from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import open_dataset
 from geomcache.ranges import rows_of
+from geomcache.simulator import libero
+from geomcache.simulator.environments import LiberoGeometry, make_environment
+from geomcache.simulator.oracle import oracle_spec
+from geomcache.simulator.simulation import maps_of
 
 STATE, ACTION = "observation.state", "action"
 STATE_TOLERANCE = 1e-3  # metres and radians; a replay of the same initial state stays within 1e-5
