@@ -431,7 +431,7 @@ class Geometry:
         expected = (len(spec.cameras), *spec.grid_hw)
         if tuple(self.ray.shape[1:4]) != expected:
             raise GeometryError(f"geometry: expected [V, h, w] = {list(expected)}, got {list(self.ray.shape[1:4])}")
-        if spec.feature is not None and self.feature.shape[-1] != spec.feature.dim:
+        if spec.feature is not None and self.feature is not None and self.feature.shape[-1] != spec.feature.dim:
             raise GeometryError(f"{FEATURE}: expected {spec.feature.dim} numbers, got {self.feature.shape[-1]}")
 
 

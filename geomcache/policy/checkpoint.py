@@ -24,10 +24,8 @@ from geomcache.errors import ModelError, ModelNotFoundError, UserInputError, one
 from geomcache.policy.configuration_pi05_geometry import (
     ADAPTER_NAME,
     FEATURE_PROJECTOR_NAME,
-    MODES,
     PARTS,
     PROJECTOR_NAME,
-    PROJECTORS,
     PI05GeometryConfig,
     check_same_spec,
     parts_of,
@@ -121,8 +119,7 @@ def trained_parts(saved: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the geometry's modules that a checkpoint with this ``config.json`` holds."""
     if saved["type"] != "pi05_geometry" or not saved.get("use_geom_prefix", True):
         return frozenset()
-    mode, target = saved.get("geom_mode", "prefix"), saved.get("geom_align_target", "geometry")
-    return parts_of(mode, target) if mode in MODES and target in PROJECTORS else frozenset()
+    return parts_of(saved.get("geom_mode", "prefix"), saved.get("geom_align_target", "geometry"))
 
 
 def has_adapter(saved: Mapping[str, Any]) -> bool:

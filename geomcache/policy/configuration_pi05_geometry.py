@@ -301,8 +301,10 @@ class PI05GeometryConfig(PI05Config):  # type: ignore[misc]  # LeRobot is not ty
 
 
 def parts_of(mode: str, target: str) -> frozenset[str]:
-    """Return the parts that a `geom_mode` has with a `geom_align_target`."""
-    return frozenset(PROJECTORS[target] if part == PROJECTOR_NAME else part for part in MODES[mode])
+    """Return the parts that a `geom_mode` has with a `geom_align_target`; none if there is no such mode or target."""
+    if target not in PROJECTORS:
+        return frozenset()
+    return frozenset(PROJECTORS[target] if part == PROJECTOR_NAME else part for part in MODES.get(mode, ()))
 
 
 def check_same_spec(*, cached: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
