@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lerobot.policies.pi05 import modeling_pi05
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from numpy.typing import NDArray
 
 from geomcache.adapter import channel_statistics
@@ -397,6 +398,22 @@ def test_compiled_model_gives_the_same(monkeypatch: pytest.MonkeyPatch, gradient
     found, expected = gradients(compiled, make_batch()), gradients(eager, make_batch())
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_real_time_chunking_is_plain_pi05s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the rest of the last chunk; at inference there is no loss, and no DA3."""
+    options: dict[str, Any] = {"rtc_config": RTCConfig(enabled=True, execution_horizon=3)}
+    plain = make_plain_policy(monkeypatch, **options)
+    policy = with_weights(make_policy(geom_mode="align", **options), plain)
+    batch, rest = make_batch(geometry=False), torch.full((2, 3, 3), 0.5)
+    chunks = []
+    for each in (plain, policy):
+        for more in ({}, {"prev_chunk_left_over": rest, "inference_delay": 1, "execution_horizon": 3}):
+            torch.manual_seed(7)
+            chunks.append(each.predict_action_chunk(batch, **more))
+    assert torch.equal(chunks[0], chunks[2])
+    assert torch.equal(chunks[1], chunks[3])
+    assert not torch.equal(chunks[0], chunks[1])
 
 
 def test_bfloat16() -> None:
