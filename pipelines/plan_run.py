@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from geomcache.cache.layout import shards_nbytes
 from geomcache.errors import UserInputError
-from geomcache.geometry import DEFAULT_OUTPUTS, Camera, GeometrySpec
+from geomcache.geometry import DEFAULT_OUTPUTS, FEATURE, Camera, FeatureSpec, GeometrySpec
 from geomcache.progress import human_bytes
 
 RATES = (50.0, 100.0, 200.0)  # views/s of one GPU: round numbers; one H200 was measured at 174 with DA3-LARGE
 GRIDS = ((14, 14), (36, 36))
+FEATURE_DIM = 128  # of `geomcache extract`, where --feature-dim does not say otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ def cache_nbytes(frames: int, views: int, grid_hw: tuple[int, int], outputs: Seq
         grid_hw=grid_hw,
         outputs=tuple(outputs),
         compute_dtype="bf16",
+        feature=FeatureSpec(width=2048, dim=FEATURE_DIM, basis_sha256="0" * 64) if FEATURE in outputs else None,
     )
     return shards_nbytes(spec, frames)
 

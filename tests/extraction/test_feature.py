@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
+import geomcache
 from geomcache.cache.inventory import Inventory
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import verify
@@ -24,11 +26,14 @@ from geomcache.da3.encoder import DA3Encoder
 from geomcache.da3.feature_basis import FeatureMoments
 from geomcache.errors import CacheCorruptError, CacheMismatchError, GeometryError, UserInputError
 from geomcache.extraction import run as run_module
-from geomcache.extraction.options import ExtractOptions
+from geomcache.extraction.options import ExtractOptions, UpdateOptions
 from geomcache.extraction.parity import parity
 from geomcache.extraction.run import extract
+from geomcache.extraction.update import update
 from geomcache.frames.source import open_dataset
 from geomcache.geometry import GeometrySpec, fingerprint
+from geomcache.sharing.pull import pull
+from geomcache.sharing.push import push
 from tests.support.da3 import upstream_network
 from tests.support.datasets import make_dataset
 from tests.support.logs import logged_lines
@@ -273,3 +278,46 @@ def test_processes_under_accelerate_share_a_basis(options: ExtractOptions, tmp_p
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count("a first pass over") == 1
     assert not verify(path).problems
+
+
+def test_an_update_carries_features_over_in_the_numbers_of_the_same_basis(
+    options: ExtractOptions, reference: GeometryStore, tmp_path: Path
+) -> None:
+    from lerobot.datasets import LeRobotDataset
+    from lerobot.datasets.dataset_tools import delete_episodes
+
+    path = Path(shutil.copytree(reference.path, tmp_path / "cache.zarr"))
+    assert options.root is not None
+    edited = tmp_path / "edited"
+    delete_episodes(LeRobotDataset("geomcache/test", root=options.root), [0], output_dir=edited, repo_id="a/b")
+    report = update(
+        UpdateOptions(
+            cache=path, dataset="a/b", root=edited, model=options.model, device="cpu", num_workers=0, batch_size=8
+        )
+    )
+    assert (report.frames_carried, report.frames_encoded) == (FRAMES - LENGTHS[0], 0)
+    with GeometryStore.open(path) as store:
+        assert store.spec == reference.spec
+        np.testing.assert_array_equal(store.feature_basis, reference.feature_basis)
+        kept = reference.batch(ROWS[LENGTHS[0] :]).feature
+        np.testing.assert_array_equal(store.batch(np.arange(len(kept))).feature, kept)
+    assert not verify(path).problems
+    reread = parity(path, 2, dataset="a/b", root=edited, model=options.model, device="cpu")
+    reread.check()
+
+
+def test_copies_have_the_basis(options: ExtractOptions, reference: GeometryStore, tmp_path: Path) -> None:
+    address = f"file://{tmp_path}/there.zarr"
+    push(options.output_path, address)
+    pull(address, tmp_path / "whole.zarr")
+    pull(address, tmp_path / "part.zarr", episodes="2")
+    part = list(range(FRAMES - LENGTHS[2], FRAMES))
+    for path, rows in (("whole.zarr", ROWS.tolist()), ("part.zarr", part)):
+        with GeometryStore.open(tmp_path / path) as store:
+            assert store.fingerprint == reference.fingerprint
+            np.testing.assert_array_equal(store.feature_basis, reference.feature_basis)
+            np.testing.assert_array_equal(store.batch(rows).feature, reference.batch(rows).feature)
+        assert not verify(tmp_path / path).problems
+    remote = geomcache.open(address)
+    np.testing.assert_array_equal(remote.feature_basis, reference.feature_basis)
+    np.testing.assert_array_equal(remote.batch([3]).feature, reference.batch([3]).feature)
