@@ -12,8 +12,8 @@
 #   GPUS=16 MACHINES=2 MACHINE_RANK=0 MAIN_IP=10.0.0.1 pipelines/libero.sh
 #   GPUS=16 MACHINES=2 MACHINE_RANK=1 MAIN_IP=10.0.0.1 pipelines/libero.sh
 #
-# Start the script again to resume where it stopped. The cache needs about 10 GB of disk in addition to the dataset, 38 GB with features;
-# evaluation needs `geomcache[libero]`.
+# Start the script again to resume where it stopped. The cache needs about 10 GB of disk in addition to the dataset, with
+# TARGET=feature 38 GB; evaluation needs `geomcache[libero]`.
 set -euo pipefail
 
 # ---- settings; the environment overrides them ------------------------------------------------------------------------
@@ -24,9 +24,15 @@ BASE_POLICY="${BASE_POLICY:-lerobot/pi05_libero_base}"  # plain Pi0.5; what geom
 MODE="${MODE:-prefix}"                                  # or align, both: docs/alignment.md
 TARGET="${TARGET:-geometry}"                            # or feature: what align and both align to
 [[ "$MODE" == prefix ]] && name=geometry || name="$MODE"  # each mode resumes a run of its own
-[[ "$TARGET" == geometry ]] || name="${name}_$TARGET"
-[[ "$TARGET" == geometry ]] && what=(ray,ray_conf patch) || what=(ray,ray_conf,feature 16x16)
-CACHE="${CACHE:-libero${TARGET/#geometry/}.zarr}"
+case "$TARGET" in
+    geometry) cache=libero.zarr outputs=ray,ray_conf grid=patch ;;
+    feature) cache=libero_feature.zarr outputs=ray,ray_conf,feature grid=16x16 name="${name}_feature" ;;
+    *)
+        echo "libero.sh: expected TARGET=geometry or feature, got '$TARGET'" >&2
+        exit 2
+        ;;
+esac
+CACHE="${CACHE:-$cache}"
 OUTPUT="${OUTPUT:-outputs/pi05_$name}"
 STEPS="${STEPS:-2000}"
 BATCH_SIZE="${BATCH_SIZE:-8}"                           # for each GPU: with GPUS=8 a step sees 64 frames
@@ -56,7 +62,7 @@ run() {
 # of which take 128 numbers: 38 GB. The processes share the work shard by shard.
 extract() {
     run extract --model "$MODEL" --dataset "$DATASET" --output "$CACHE" --views joint --process-res 504 \
-        --outputs "${what[0]}" --grid "${what[1]}"
+        --outputs "$outputs" --grid "$grid"
 }
 
 # Stage two: LeRobot's trainer. Autocast follows --policy.dtype.
