@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 os.environ.setdefault("DA3_LOG_LEVEL", "ERROR")  # read when upstream is imported: its logger prints to standard output
 
@@ -207,7 +207,7 @@ class DA3Encoder:
     @property
     def feature_width(self) -> int:
         """Return how many numbers the backbone gives a patch."""
-        network = self._network["backbone"].pretrained
+        network: Any = self._network["backbone"].pretrained
         return int(network.embed_dim * (2 if network.cat_token else 1))
 
     @property

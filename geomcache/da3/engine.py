@@ -103,8 +103,9 @@ class NetworkForward:
             else:
                 maps = self._head([(feature,) for feature in features], height, width, patch_start_idx=0)
             if FEATURE in outputs:
+                last = features[-1].float()  # [N, S, patches, C]
                 patches = height // PATCH_SIZE, width // PATCH_SIZE
-                maps = {**maps, FEATURE: features[-1].float().unflatten(2, patches)}
+                maps = {**maps, FEATURE: last.reshape(*last.shape[:2], *patches, -1)}
             return maps
 
 

@@ -42,7 +42,8 @@ class FeatureMoments:
         check_dim(dim, len(self._sum))
         vectors = torch.linalg.eigh(self._sum).eigenvectors.flip(1)[:, :dim]
         signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-        return (vectors * signs).float().contiguous().numpy()
+        basis: NDArray[np.float32] = (vectors * signs).float().contiguous().numpy()
+        return basis
 
     def share_kept(self, basis: NDArray[np.float32]) -> float:
         """Return the share of the features' squared length that a basis keeps, 0 to 1."""

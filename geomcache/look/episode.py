@@ -143,7 +143,7 @@ def survey(store: GeometryStore, number: int, reader: FrameReader | None) -> Epi
     scalars = [name for name in SCALARS if name in store.spec.outputs]
     feature = store.spec.feature
     shown = range(FEATURE_SHOWN.stop)[FEATURE_SHOWN] if feature and feature.dim >= FEATURE_SHOWN.stop else ()
-    counts = {name: ValueCounts() for name in (*scalars, *"xyz", *(f"{FEATURE}{number}" for number in shown))}
+    counts = {name: ValueCounts() for name in (*scalars, *"xyz", *(f"{FEATURE}{part}" for part in shown))}
     origins, confidence = [], []
     size = block_frames(store)
     for start in range(first, first + length, size):
@@ -152,15 +152,15 @@ def survey(store: GeometryStore, number: int, reader: FrameReader | None) -> Epi
             counts[name].add(maps[name])
         for axis, name in enumerate("xyz"):
             counts[name].add(maps["ray"][..., axis])
-        for number in shown:
-            counts[f"{FEATURE}{number}"].add(maps[FEATURE][..., number])
+        for part in shown:
+            counts[f"{FEATURE}{part}"].add(maps[FEATURE][..., part])
         origins.append(mean_origin(maps["ray"], maps.get("ray_conf")))
         if "ray_conf" in maps:
             confidence.append(maps["ray_conf"].mean(axis=(-2, -1), dtype=np.float64))
     limits = {name: counted.limits() for name, counted in counts.items()}
     limits["direction"] = np.stack([limits.pop(axis) for axis in "xyz"], axis=1)
     if shown:
-        limits[FEATURE] = np.stack([limits.pop(f"{FEATURE}{number}") for number in shown], axis=1)
+        limits[FEATURE] = np.stack([limits.pop(f"{FEATURE}{part}") for part in shown], axis=1)
     return Episode(
         store=store,
         reader=reader,

@@ -144,6 +144,7 @@ def feature_target(geometry: Geometry, areas: Sequence[PictureArea | None]) -> T
         geometry: torch, with features.
         areas: as in `geometry_target`.
     """
+    assert geometry.feature is not None
     maps = geometry.feature.float()  # [B, V, h, w, C]
     return _target(maps, maps.new_ones(*maps.shape[:4], 1), geometry.valid, areas)
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from geomcache.cache.verify import verify
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.da3.feature_basis import FeatureMoments
 from geomcache.errors import CacheCorruptError, CacheMismatchError, GeometryError, UserInputError
-from geomcache.extraction import run as run_module
+from geomcache.extraction.feature_pass import fit_feature
 from geomcache.extraction.options import ExtractOptions, UpdateOptions
 from geomcache.extraction.parity import parity
 from geomcache.extraction.run import extract
@@ -43,6 +43,7 @@ FRAMES = sum(LENGTHS)
 CAMERAS = ("observation.images.image", "observation.images.image2")
 WIDTH, DIM = 768, 24  # DA3-SMALL gives 384 numbers of each view alone, and 384 of the scene
 ROWS = np.arange(FRAMES)
+FIT = "geomcache.extraction.run.fit_feature"
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,13 @@ def upstream_features(options: ExtractOptions, images: list[NDArray[np.uint8]]) 
 _network = functools.cache(upstream_network)
 
 
+def features_at(store: GeometryStore, rows: Iterable[int]) -> NDArray[np.float16]:
+    """Cached features [n, V, h, w, D] of rows."""
+    features: NDArray[np.float16] | None = store.batch([*rows]).feature
+    assert features is not None
+    return features
+
+
 def images_of(options: ExtractOptions, row: int) -> list[NDArray[np.uint8]]:
     dataset, _ = open_dataset("test", root=options.root)
     return [camera[0] for camera in dataset.reader.read(row, row + 1).images]
@@ -118,10 +126,10 @@ def test_cached_features_are_upstreams_in_the_numbers_of_the_basis(
 
 def test_the_basis_loses_least_of_the_squared_length(options: ExtractOptions, reference: GeometryStore) -> None:
     """Against the singular values of all features of the dataset: every frame is in the sample here."""
-    features = np.concatenate([upstream_features(options, images_of(options, row)) for row in ROWS])
+    features = np.concatenate([upstream_features(options, images_of(options, row)) for row in ROWS.tolist()])
     matrix = features.reshape(-1, WIDTH).astype(np.float64)
     values = np.linalg.svd(matrix, compute_uv=False)
-    kept = np.square(reference.batch(ROWS).feature.astype(np.float64)).sum() / np.square(matrix).sum()
+    kept = np.square(features_at(reference, ROWS).astype(np.float64)).sum() / np.square(matrix).sum()
     assert kept == pytest.approx(np.square(values[:DIM]).sum() / np.square(values).sum(), rel=1e-3)
 
 
@@ -135,7 +143,7 @@ def test_a_grid_coarser_than_the_patches_averages_features(
         assert own is not None
         features = upstream_features(options, images_of(options, 3)).astype(np.float64) @ basis
         expected = features.reshape(2, 3, 2, 2, DIM).mean(axis=(1, 3))[:, None]  # [V, 1, 2, D]
-        np.testing.assert_allclose(store.batch([3]).feature[0], expected, rtol=2.0**-10, atol=2e-3)
+        np.testing.assert_allclose(features_at(store, [3])[0], expected, rtol=2.0**-10, atol=2e-3)
     for grid in ("native", "4x4"):
         with pytest.raises(UserInputError, match="grid: expected at most 3x4 .*'feature'"):
             extract(replace(options, output=tmp_path / "fine.zarr", grid=grid))
@@ -162,7 +170,7 @@ def test_whoever_goes_on_takes_the_caches_basis(
     extract(replace(options, output=path, episodes="0"))  # another sample than that of all episodes
     with GeometryStore.open(path) as store:
         begun = store.spec
-    monkeypatch.setattr(run_module, "fit_feature", None)
+    monkeypatch.setattr(FIT, None)
     extract(replace(options, output=path))
     with GeometryStore.open(path) as store:
         assert store.spec == begun != reference.spec
@@ -171,7 +179,7 @@ def test_whoever_goes_on_takes_the_caches_basis(
         assert others is not None
         row = FRAMES - 1
         features = upstream_features(options, images_of(options, row)).reshape(2, 3, 4, WIDTH).astype(np.float64)
-        np.testing.assert_allclose(store.batch([row]).feature[0], features @ basis, rtol=2.0**-10, atol=2e-3)
+        np.testing.assert_allclose(features_at(store, [row])[0], features @ basis, rtol=2.0**-10, atol=2e-3)
     assert not verify(path).problems
     with pytest.raises(CacheMismatchError) as caught:
         extract(replace(options, output=path, feature_dim=DIM + 1))
@@ -184,26 +192,26 @@ def test_two_runs_that_begin_at_once_agree_on_the_basis(
     options: ExtractOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one fits its basis, another one, with fewer episodes, creates the cache."""
-    path, fit = tmp_path / "cache.zarr", run_module.fit_feature
+    path = tmp_path / "cache.zarr"
     created: list[GeometrySpec] = []
 
     def slow(*args: Any) -> DA3Encoder:
-        fitted = fit(*args)
-        monkeypatch.setattr(run_module, "fit_feature", fit)
+        fitted = fit_feature(*args)
+        monkeypatch.setattr(FIT, fit_feature)
         extract(replace(options, output=path, episodes="0"))
         created.append(GeometryStore.open(path).spec)
         assert fitted.spec != created[0]
         return fitted
 
-    monkeypatch.setattr(run_module, "fit_feature", slow)
+    monkeypatch.setattr(FIT, slow)
     extract(replace(options, output=path))
     with GeometryStore.open(path) as store:
         assert [store.spec] == created
-        basis, geometry = store.feature_basis, store.batch(ROWS)
+        basis, geometry = store.feature_basis, features_at(store, ROWS)
     assert basis is not None
     for row in (0, FRAMES - 1):
         features = upstream_features(options, images_of(options, row)).reshape(2, 3, 4, WIDTH).astype(np.float64)
-        np.testing.assert_allclose(geometry.feature[row], features @ basis, rtol=2.0**-10, atol=2e-3)
+        np.testing.assert_allclose(geometry[row], features @ basis, rtol=2.0**-10, atol=2e-3)
 
 
 def test_features_are_encoded_again_to_the_same(options: ExtractOptions, reference: GeometryStore) -> None:
@@ -299,8 +307,8 @@ def test_an_update_carries_features_over_in_the_numbers_of_the_same_basis(
     with GeometryStore.open(path) as store:
         assert store.spec == reference.spec
         np.testing.assert_array_equal(store.feature_basis, reference.feature_basis)
-        kept = reference.batch(ROWS[LENGTHS[0] :]).feature
-        np.testing.assert_array_equal(store.batch(np.arange(len(kept))).feature, kept)
+        kept = features_at(reference, ROWS[LENGTHS[0] :])
+        np.testing.assert_array_equal(features_at(store, range(len(kept))), kept)
     assert not verify(path).problems
     reread = parity(path, 2, dataset="a/b", root=edited, model=options.model, device="cpu")
     reread.check()
@@ -316,8 +324,8 @@ def test_copies_have_the_basis(options: ExtractOptions, reference: GeometryStore
         with GeometryStore.open(tmp_path / path) as store:
             assert store.fingerprint == reference.fingerprint
             np.testing.assert_array_equal(store.feature_basis, reference.feature_basis)
-            np.testing.assert_array_equal(store.batch(rows).feature, reference.batch(rows).feature)
+            np.testing.assert_array_equal(features_at(store, rows), features_at(reference, rows))
         assert not verify(tmp_path / path).problems
     remote = geomcache.open(address)
     np.testing.assert_array_equal(remote.feature_basis, reference.feature_basis)
-    np.testing.assert_array_equal(remote.batch([3]).feature, reference.batch([3]).feature)
+    np.testing.assert_array_equal(features_at(remote, [3]), features_at(reference, [3]))

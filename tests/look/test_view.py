@@ -16,10 +16,11 @@ from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, DatasetNotFoundError, MissingFrameError, UserInputError
 from geomcache.geometry import Camera
 from geomcache.look import video
-from geomcache.look.drawing import CLIP, HEADING, MARGIN, NAME, PANEL, TITLE, scalar_colours, vector_colours
+from geomcache.look.drawing import HEADING, MARGIN, NAME, PANEL, TITLE, scalar_colours, vector_colours
 from geomcache.look.episode import Frame, survey
 from geomcache.look.options import ViewOptions
 from geomcache.look.sheet import EpisodeSheet, map_colours, pinhole_caption
+from geomcache.look.value_counts import CLIP
 from geomcache.look.view import PRINT_SCALE, view
 from tests.support.datasets import make_dataset
 from tests.support.scene import KEYS, LENGTHS, SIZE, WALL, Scene, make_scene, scene_maps
@@ -62,7 +63,8 @@ def test_features_are_shown_by_three_of_their_numbers(tmp_path: Path) -> None:
     path = make_store(tmp_path / "cache.zarr", spec=make_spec(outputs=("ray", "feature")))
     with GeometryStore.open(path) as store:
         episode, rows = survey(store, 1, None), range(20, 50)
-        values = store.batch(rows).feature[..., 1:4].astype(np.float64)  # [n, V, h, w, 3]
+        features: Any = store.batch(rows).feature
+        values = features[..., 1:4].astype(np.float64)  # [n, V, h, w, 3]
         frame = next(episode.frames(3))
         low, high = np.percentile(values.reshape(-1, 3), CLIP, axis=0)
         np.testing.assert_allclose(episode.limits["feature"], [low, high], rtol=0.02)

@@ -39,7 +39,8 @@ FEATURE = "observation.geometry.feature"
 
 
 def aligned(**options: Any) -> Any:
-    return make_policy(**({"geom_mode": "align", "geom_align_target": "feature", "spec": SPEC} | options)).train()
+    defaults: dict[str, Any] = {"geom_mode": "align", "geom_align_target": "feature", "spec": SPEC}
+    return make_policy(**(defaults | options)).train()
 
 
 def batch_of(count: int = 2) -> dict[str, Any]:
