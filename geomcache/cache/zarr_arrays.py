@@ -145,15 +145,10 @@ def _create_metadata(store: Any, header: Header) -> "dict[str, zarr.Array[Any]]"
     for name in header.episode_table:
         of_array = of_identities if name == EPISODE_IDENTITY else options
         create(name, (episodes,), shape=(episodes,), compressors=[Crc32cCodec()], **of_array)
-    if header.spec.feature is not None:
-        size = header.spec.feature.width, header.spec.feature.dim
-        of_basis = {
-            "dtype": "float32",
-            "fill_value": 0,
-            "serializer": little,
-            "dimension_names": ("feature", "channel"),
-        }
-        create(FEATURE_BASIS, size, shape=size, compressors=[Crc32cCodec()], **of_basis)
+    if (feature := header.spec.feature) is not None:
+        size, names = (feature.width, feature.dim), ("feature", "channel")
+        of_basis = {"dtype": "float32", "fill_value": 0, "serializer": little, "compressors": [Crc32cCodec()]}
+        create(FEATURE_BASIS, size, shape=size, dimension_names=names, **of_basis)
     compressors = [ZstdCodec(level=3), Crc32cCodec()]
     shape, chunks = (layout.frames,), (min(layout.frames, COORDINATE_CHUNK),)
     for name in COORDINATES:

@@ -26,6 +26,14 @@ logger = logging.getLogger(__name__)
 SAMPLED_FRAMES = 128
 
 
+def choose_feature(options: ExtractOptions, encoder: DA3Encoder, dataset: FrameDataset, rows: Ranges) -> DA3Encoder:
+    """Return what `fit_feature` does for a cache that will be created, and what `known_feature` does for another one."""
+    path = options.output_path
+    # Something else at the path is refused later; no first pass is made for that.
+    creates = not path.exists() or (options.overwrite and is_cache(path))
+    return fit_feature(options, encoder, dataset, rows) if creates else known_feature(options, encoder)
+
+
 def known_feature(options: ExtractOptions, encoder: DA3Encoder) -> DA3Encoder:
     """Return the encoder with the output ``feature``, if that is asked for, by the basis of the cache that is there.
 

@@ -14,7 +14,7 @@ from geomcache.cache.layout import SCHEMA_VERSION
 from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import CacheMismatchError, DatasetError
-from geomcache.extraction.feature_pass import fit_feature, known_feature
+from geomcache.extraction.feature_pass import choose_feature, known_feature
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import describe_plan, describe_shards, require_space
@@ -221,10 +221,7 @@ def _open_writer(
 
     with process.main_first():  # the others open what the main process has created or replaced
         options = replace(options, overwrite=options.overwrite and process.is_main)
-        creates = options.overwrite or not is_cache(options.output_path)
-        encoder = (
-            fit_feature(options, encoder, dataset, merge_ranges(rows)) if creates else known_feature(options, encoder)
-        )
+        encoder = choose_feature(options, encoder, dataset, merge_ranges(rows))
         try:
             writer = open_writer(encoder, overwrite=options.overwrite)
         except CacheMismatchError as error:

@@ -43,7 +43,7 @@ FRAMES = sum(LENGTHS)
 CAMERAS = ("observation.images.image", "observation.images.image2")
 WIDTH, DIM = 768, 24  # DA3-SMALL gives 384 numbers of each view alone, and 384 of the scene
 ROWS = np.arange(FRAMES)
-FIT = "geomcache.extraction.run.fit_feature"
+FIT = "geomcache.extraction.feature_pass.fit_feature"
 
 
 @pytest.fixture(scope="module")
