@@ -27,7 +27,7 @@ SAMPLED_FRAMES = 128
 
 
 def choose_feature(options: ExtractOptions, encoder: DA3Encoder, dataset: FrameDataset, rows: Ranges) -> DA3Encoder:
-    """Return what `fit_feature` does for a cache that will be created, and what `known_feature` does for another one."""
+    """Return what `fit_feature` does for a cache that will be created, and what `known_feature` does for others."""
     path = options.output_path
     # Something else at the path is refused later; no first pass is made for that.
     creates = not path.exists() or (options.overwrite and is_cache(path))

@@ -53,7 +53,10 @@ class ExtractReport:
     def lines(self) -> list[str]:
         """Return the report as text for the user."""
         if not self.frames:
-            return [f"{self.path}: complete, {self.frames_total} frames; nothing to do"]
+            return [
+                f"{self.path}: complete, {self.frames_total} frames; nothing to do (compared names and sizes of files:"
+                " `geomcache verify` reads their bytes)"
+            ]
         rate = self.views_per_s
         steady = (
             "one batch" if rate is None else f"then {human_time(self.steady_s)} at {rate:.1f} views/s, {self.engine}"
