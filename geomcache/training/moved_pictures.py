@@ -125,7 +125,7 @@ def move_maps(maps: Mapping[str, Tensor], homographies: Sequence[Tensor]) -> dic
     flat = [values[moving].float().reshape(len(moving), height, width, -1) for values in maps.values()]
     channels = torch.cat(flat, dim=-1).permute(0, 3, 1, 2)
     sampled = F.grid_sample(channels, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    parts = sampled.permute(0, 2, 3, 1).split([part.shape[-1] for part in flat], dim=-1)
+    parts = torch.split(sampled.permute(0, 2, 3, 1), [part.shape[-1] for part in flat], dim=-1)
     for values, part in zip(moved.values(), parts, strict=True):
         values[moving] = part.reshape(len(moving), *values.shape[1:]).to(values.dtype)
     return moved | {batch_key(VALID): valid}
