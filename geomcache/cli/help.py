@@ -30,6 +30,9 @@ EXTRACT = epilog("""
     [bold]Several GPUs[/bold]
       accelerate launch -m geomcache extract --model DA3-LARGE-1.1 --dataset ...
 
+    [bold]A Ray cluster[/bold], from its head node
+      geomcache extract --cluster ray --model DA3-LARGE-1.1 --dataset ...
+
     [bold]Repeat the run that made libero.zarr[/bold]: its options are kept next to it
       geomcache extract --config libero.run.yaml --output again.zarr
 """)

@@ -7,6 +7,7 @@ takes it from there.
 
 import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,14 +25,39 @@ from geomcache.ranges import Ranges, RowSet
 logger = logging.getLogger(__name__)
 
 SAMPLED_FRAMES = 128
+BASIS_FIELD = "spec.feature.basis_sha256"  # what a CacheMismatchError says of two runs that each fitted a basis
 
 
-def choose_feature(options: ExtractOptions, encoder: DA3Encoder, dataset: FrameDataset, rows: Ranges) -> DA3Encoder:
-    """Return what `fit_feature` does for a cache that will be created, and what `known_feature` does for others."""
-    path = options.output_path
-    # Something else at the path is refused later; no first pass is made for that.
-    creates = not path.exists() or (options.overwrite and is_cache(path))
-    return fit_feature(options, encoder, dataset, rows) if creates else known_feature(options, encoder)
+class FeatureEncoder:
+    """The encoder of a run, whose basis of features is the cache's.
+
+    Attributes:
+        encoder: without features where none are asked for. Before `choose` has seen that a cache is to be created, a
+            basis of the right size stands for the one that will be fitted.
+    """
+
+    def __init__(self, options: ExtractOptions, encoder: DA3Encoder) -> None:
+        self._options = options
+        self.encoder = known_feature(options, encoder)
+
+    def choose(self, dataset: FrameDataset, rows: Ranges, *, overwrite: bool) -> None:
+        """Fit a basis if this process is about to create the cache; adopt that of one that exists.
+
+        Args:
+            dataset: whose frames are sampled.
+            rows: merged ranges of those that the cache is to have.
+            overwrite: this process replaces a cache that exists.
+        """
+        path = self._options.output_path
+        # Something else at the path is refused later; no first pass is made for that.
+        if not path.exists() or (overwrite and is_cache(path)):
+            self.encoder = fit_feature(self._options, self.encoder, dataset, rows)
+        else:
+            self.encoder = known_feature(replace(self._options, overwrite=overwrite), self.encoder)
+
+    def adopt(self) -> None:
+        """Take the basis of the cache that exists by now."""
+        self.encoder = known_feature(replace(self._options, overwrite=False), self.encoder)
 
 
 def known_feature(options: ExtractOptions, encoder: DA3Encoder) -> DA3Encoder:

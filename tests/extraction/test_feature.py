@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -240,6 +241,9 @@ def test_a_dry_run_plans_with_the_size_of_features(options: ExtractOptions, tmp_
         extract(replace(options, output=tmp_path / "cache.zarr", feature_dim=769))
     with pytest.raises(UserInputError, match="feature-dim: expected the output 'feature'"):
         replace(options, outputs=("ray",))
+    if importlib.util.find_spec("ray") is not None:
+        with pytest.raises(UserInputError, match="outputs: .*--cluster.*'feature'"):
+            replace(options, cluster="ray")
 
 
 def test_a_damaged_basis_is_told(options: ExtractOptions, tmp_path: Path) -> None:
