@@ -195,7 +195,7 @@ class ExtractOptions:
             raise UserInputError("cluster: expected neither --dry-run nor --follow with it, got one: leave it out")
         if FEATURE in self.outputs:
             raise UserInputError(
-                f"outputs: expected none but DA3's heads' with --cluster, got {FEATURE!r}, whose basis one process fits:"
+                f"outputs: expected those of DA3's heads with --cluster, got {FEATURE!r}, whose basis one process fits:"
                 " leave --cluster out; any number of `geomcache extract` on a shared file system share the work"
             )
         if self.num_workers == 0:
