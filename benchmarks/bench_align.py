@@ -1,12 +1,17 @@
 """Does the alignment loss teach a policy where its camera is, and does it learn to act faster by it?
 
-    python benchmarks/bench_align.py [--seeds 5] [--steps 150] [--weight 0.5]
+    python benchmarks/bench_align.py [--seeds 5] [--steps 600] [--weight 0.5]
 
-A made-up world, for the small Pi0.5: a camera is somewhere, its geometry says exactly where, and the actions are that
+Made-up worlds, for the small Pi0.5: a camera is somewhere, its geometry says exactly where, and the actions are that
 place. Its pictures hardly show it: they are redder the farther right the camera is, and greener the farther down, by at
-most 2 percent of the brightest, in noise and changing light. A policy that is trained on actions alone has to find that
-out by them; one that is aligned is told in each token. Both see the same frames in the same order, from the same
-weights, and both act by pictures alone. Held-out frames are from the same world.
+most 2 percent of the brightest, in noise and changing light. In the world ``shifted`` the camera moves and never turns:
+the origins of its rays tell the place, their directions never change. In ``turned`` it always looks at one point, so
+that the directions change, too, as those of a camera on an arm do.
+
+A policy that is trained on actions alone has to find that out by them; one that is aligned is told in each token. Both
+see the same frames in the same order, from the same weights, with the rates of `geomcache train` in proportion (the
+projector's is `geom_lr_scale` times the policy's), and both act by pictures alone. Every frame is an episode of its
+own; those that are measured by are held out.
 """
 
 import argparse
@@ -21,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 from benchmarks.common import table
@@ -37,8 +44,11 @@ from geomcache.training.linear_probe import LinearProbe
 KEY = "observation.images.wrist"
 SIDE, GRID, CHUNK, TEXT = 28, 4, 1, 2
 TINT, LIGHT, NOISE = 0.02, 0.3, 0.1  # shares of the brightest: what tells the place, and what hides it
-TRAINED, HELD_OUT, BATCH = 512, 128, 16
+TRAINED, HELD_OUT, BATCH = 512, 256, 16
+LEARNING_RATE = 5e-4
 ALONE, ALIGNED = WAYS = ("actions alone", "aligned")
+SHIFTED, TURNED = WORLDS = ("shifted", "turned")
+LOOKED_AT = (0.0, 0.0, 1.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +60,21 @@ class World:
     pictures: Tensor  # [N, 3, SIDE, SIDE] from 0 to 1
 
     @classmethod
-    def make(cls, frames: int, seed: int) -> "World":
+    def make(cls, kind: str, frames: int, seed: int) -> "World":
         generator = torch.Generator().manual_seed(seed)
         places = 2 * torch.rand(frames, 2, generator=generator) - 1
         light = LIGHT * (2 * torch.rand(frames, 1, generator=generator) - 1)
         colour = 0.5 + light + TINT * torch.cat([places, torch.zeros(frames, 1)], dim=1)  # red, green, blue
         noise = NOISE * torch.randn(frames, 3, SIDE, SIDE, generator=generator)
         pictures = (colour[..., None, None] + noise).clamp(0, 1)
+        origins = torch.cat([places, torch.zeros(frames, 1)], dim=1)
         cells = (torch.arange(GRID) + 0.5) / GRID * 2 - 1
         v, u = torch.meshgrid(cells, cells, indexing="ij")
-        ray = torch.zeros(frames, 1, GRID, GRID, 6)
-        ray[..., 0], ray[..., 1], ray[..., 2] = u, v, 1.0
-        ray[..., 3:5] = places[:, None, None, None]
+        through = torch.stack([u, v, torch.ones_like(u)], dim=-1)  # [GRID, GRID, 3] in the camera's axes
+        axes = torch.eye(3).expand(frames, 3, 3) if kind == SHIFTED else looking_at(origins)
+        ray = torch.empty(frames, 1, GRID, GRID, 6)
+        ray[:, 0, ..., :3] = torch.einsum("nac,hwc->nhwa", axes, through)
+        ray[..., 3:] = origins[:, None, None, None]
         return cls(
             places=places,
             geometry=Geometry(ray=ray.half(), ray_conf=torch.full((frames, 1, GRID, GRID), 5.0).half()),
@@ -77,6 +90,13 @@ class World:
             "observation.language.attention_mask": torch.ones(len(rows), TEXT, dtype=torch.bool),
             "action": self.places[rows][:, None].expand(-1, CHUNK, -1).contiguous(),
         }
+
+
+def looking_at(origins: Tensor) -> Tensor:
+    """Return the axes of cameras that look at `LOOKED_AT` without rolling: x, y, z in columns, [N, 3, 3]."""
+    z = torch.nn.functional.normalize(torch.tensor(LOOKED_AT) - origins, dim=-1)
+    x = torch.nn.functional.normalize(torch.linalg.cross(torch.tensor([[0.0, 1.0, 0.0]]).expand_as(z), z), dim=-1)
+    return torch.stack([x, torch.linalg.cross(z, x), z], dim=-1)
 
 
 def make_policy(world: World, weight: float, seed: int) -> Any:
@@ -100,6 +120,7 @@ def make_policy(world: World, weight: float, seed: int) -> Any:
         model_size="small",
         geom_mode="align",
         geom_align_weight=weight,
+        optimizer_lr=LEARNING_RATE,
         image_resolution=(SIDE, SIDE),
         tokenizer_max_length=TEXT,
         chunk_size=CHUNK,
@@ -148,43 +169,82 @@ def probe(policy: Any, world: World, held_out: World) -> list[float]:
     return [each.r2(slice(3, 6)) or 0.0 for each in probes]
 
 
-def learn(weight: float, seed: int, steps: int, every: int) -> tuple[list[float], list[float]]:
-    """Train; return the held-out action loss each so many steps, and the probe of each layer at the end."""
-    world, held_out = World.make(TRAINED, 1000 + seed), World.make(HELD_OUT, 2000 + seed)
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How a policy learned: measured after the same numbers of steps."""
+
+    losses: list[float]
+    """Action loss of held-out frames."""
+    probes: list[list[float]]
+    """R² of the camera's place, by layer."""
+
+
+def learn(kind: str, weight: float, seed: int, steps: int, every: int) -> Course:
+    """Train a policy, and measure it each so many steps."""
+    world, held_out = World.make(kind, TRAINED, 1000 + seed), World.make(kind, HELD_OUT, 2000 + seed)
     policy = make_policy(world, weight, seed).train()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-4)
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=LEARNING_RATE)
     order = torch.Generator().manual_seed(seed)
-    losses = []
-    for step in range(steps):
+    course = Course(losses=[], probes=[])
+    for step in range(steps + 1):
         if step % every == 0:
-            losses.append(action_loss(policy, held_out))
+            course.losses.append(action_loss(policy, held_out))
+            course.probes.append(probe(policy, world, held_out))
+            policy.train()
         torch.manual_seed(10_000 * seed + step)  # of noise and time
         loss, _ = policy.forward(world.batch(torch.randint(TRAINED, (BATCH,), generator=order)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return [*losses, action_loss(policy, held_out)], probe(policy, world, held_out)
+    return course
 
 
-def report(curves: dict[str, list[list[float]]], probes: dict[str, list[list[float]]], steps: int, every: int) -> None:
-    seeds = len(curves[ALONE])
-    rows = [[way, str(seed), *(f"{loss:.3f}" for loss in curves[way][seed])] for seed in range(seeds) for way in WAYS]
-    rows += [[way, "mean", *(f"{loss:.3f}" for loss in np.mean(curves[way], axis=0))] for way in WAYS]
+def paired(alone: NDArray[np.float64], aligned: NDArray[np.float64]) -> str:
+    """Return the mean of aligned minus alone over the seeds [n], with its 95 % interval by Student's t."""
+    differences = aligned - alone
+    if len(differences) < 2:
+        return f"{differences.mean():+.3f}"
+    half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+    return f"{differences.mean():+.3f} ± {half:.3f}"
+
+
+def report(kind: str, courses: dict[str, list[Course]], steps: int, every: int) -> None:
+    seeds = len(courses[ALONE])
+    losses = {way: np.array([course.losses for course in courses[way]]) for way in WAYS}  # [seeds, points]
+    probes = {way: np.array([course.probes for course in courses[way]]) for way in WAYS}  # [seeds, points, layers]
+    best = {way: values.max(axis=2) for way, values in probes.items()}
+    points = range(0, steps + 1, every)
+    for title, method, values in (
+        (
+            "Held-out action loss while training",
+            f"{HELD_OUT} frames held out, with fixed noise. After so many steps; less is better.",
+            losses,
+        ),
+        (
+            "What a linear probe reads off the image tokens while training",
+            "R² of the camera's place (ray origin) on held-out frames, in the layer where it is highest. After so many"
+            " steps; more is better.",
+            best,
+        ),
+    ):
+        rows = [[way, str(seed), *(f"{v:.3f}" for v in values[way][seed])] for seed in range(seeds) for way in WAYS]
+        rows += [[way, "mean", *(f"{v:.3f}" for v in values[way].mean(axis=0))] for way in WAYS]
+        differences = [paired(values[ALONE][:, n], values[ALIGNED][:, n]) for n in range(len(points))]
+        rows.append(["difference", "95 %", *differences])
+        table(
+            f"{title}: the world {kind}",
+            f"The small Pi0.5 on {TRAINED} made-up frames, batches of {BATCH}. {method}",
+            ["", "seed", *map(str, points)],
+            rows,
+        )
+    rows = [[way, *(f"{v:.3f}" for v in probes[way][:, -1].mean(axis=0))] for way in WAYS]
+    layers = range(SMALL_GEMMA.depth + 1)
+    rows.append(["difference, 95 %", *(paired(probes[ALONE][:, -1, n], probes[ALIGNED][:, -1, n]) for n in layers)])
     table(
-        "Held-out action loss while training",
-        f"The small Pi0.5 on {TRAINED} made-up frames, batches of {BATCH}; {HELD_OUT} frames held out, with fixed"
-        " noise. After so many steps.",
-        ["", "seed", *(str(step) for step in range(0, steps + 1, every))],
-        rows,
-    )
-    rows = [[way, str(seed), *(f"{r2:.3f}" for r2 in probes[way][seed])] for seed in range(seeds) for way in WAYS]
-    rows += [[way, "mean", *(f"{r2:.3f}" for r2 in np.mean(probes[way], axis=0))] for way in WAYS]
-    table(
-        "What a linear probe reads off the image tokens",
-        "R² of the camera's place (ray origin) on held-out frames, after training. Layer 0 is what enters the language"
-        " model; the loss is at layer 3.",
-        ["", "seed", *(f"layer {layer}" for layer in range(SMALL_GEMMA.depth + 1))],
+        f"The probe by layer, at the end: the world {kind}",
+        f"Means of {seeds} seeds after {steps} steps. Layer 0 enters the language model; the loss is at layer 3.",
+        ["", *(f"layer {layer}" for layer in layers)],
         rows,
     )
 
@@ -192,21 +252,22 @@ def report(curves: dict[str, list[list[float]]], probes: dict[str, list[list[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--every", type=int, default=25, help="steps between two measurements")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--every", type=int, default=100, help="steps between two measurements")
     parser.add_argument("--weight", type=float, default=0.5, help="of the alignment loss")
+    parser.add_argument("--worlds", default=",".join(WORLDS), metavar="NAME,NAME")
     arguments = parser.parse_args()
-    curves: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    probes: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    for seed in range(arguments.seeds):
-        for way, weight in ((ALONE, 0.0), (ALIGNED, arguments.weight)):
-            began = time.perf_counter()
-            curve, layers = learn(weight, seed, arguments.steps, arguments.every)
-            curves[way].append(curve)
-            probes[way].append(layers)
-            shown = [f"{value:.3f}" for value in (*curve, *layers)]
-            print(f"seed {seed}, {way}: {time.perf_counter() - began:.0f} s: {' '.join(shown)}", file=sys.stderr)
-    report(curves, probes, arguments.steps, arguments.every)
+    for kind in arguments.worlds.split(","):
+        courses: dict[str, list[Course]] = {way: [] for way in WAYS}
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+            for way, weight in ((ALONE, 0.0), (ALIGNED, arguments.weight)):
+                began = time.perf_counter()
+                course = learn(kind, weight, seed, arguments.steps, arguments.every)
+                courses[way].append(course)
+                shown = " ".join(f"{value:.3f}" for value in (*course.losses, *map(max, course.probes)))
+                print(f"{kind}, seed {seed}, {way}: {time.perf_counter() - began:.0f} s: {shown}", file=sys.stderr)
+        report(kind, courses, arguments.steps, arguments.every)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ if [ -n "${SMALL:-}" ]; then
   bench infer 120 bench_infer --da3 "$da3" --process-res $res --cameras 2 --target-hw 4,2 --repeats 1
   bench train-8 180 bench_train --da3 "$da3" --process-res 70 --batch-size 2 --steps 2 --rounds 1 --target-hw 4,2 \
     --no-memory
-  bench modes 180 bench_train --modes --da3 "$da3" --process-res 70 --batch-size 2 --steps 2 --rounds 1 --target-hw 14,7 \
+  bench modes 400 bench_train --modes --da3 "$da3" --process-res 70 --batch-size 2 --steps 2 --rounds 1 --target-hw 14,7 \
     --no-memory
 else
   preset=da3-large res=504
@@ -72,7 +72,7 @@ else
   bench infer 100 bench_infer --da3 "$da3" --cameras 2 --engines eager,compiled --target-hw 14,10,7,4 --repeats 8
   bench train-8 140 bench_train --da3 "$da3" --batch-size 8 --steps 4 --rounds 2 --target-hw 14,10,7,4
   bench train-32 140 bench_train --da3 "$da3" --batch-size 32 --steps 2 --rounds 1 --target-hw 14,7
-  bench modes 160 bench_train --modes --da3 "$da3" --batch-size 32 --steps 2 --rounds 2 --target-hw 14,7
+  bench modes 240 bench_train --modes --da3 "$da3" --batch-size 32 --steps 2 --rounds 2 --target-hw 14,7
 fi
 cache=$work/verify.zarr
 step verify-extract 90 "$python" -m geomcache extract --model "$da3" --dataset demo --root "$demo" --episodes 0 \

@@ -8,6 +8,7 @@ Legend of shapes, here and everywhere:  B batch   V views   h, w grid   C channe
     observation.geometry.ray_conf   float16  [B, V, h, w]      >= 1
     observation.geometry.depth      float16  [B, V, h, w]      > 0, from the main head; optional
     observation.geometry.depth_conf float16  [B, V, h, w]      >= 1; optional
+    observation.geometry.feature    float16  [B, V, h, w, D]   of the backbone, in D numbers; optional, for alignment
     observation.geometry.valid      bool     [B, V, h, w]      false for cells that augmentation moved in from outside
                                                                of the picture; only with such augmentation
 
@@ -23,6 +24,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal, Protocol, Self, get_args
 
 import msgspec
@@ -32,10 +34,13 @@ from geomcache.errors import CacheFormatError, GeometryError, UserInputError
 
 BATCH_KEY_PREFIX = "observation.geometry."
 VALID = "valid"  # the mask's name in a batch
+FEATURE = "feature"  # the output that is no geometry: the backbone's, for alignment alone
 PATCH_SIZE = 14  # pixels, of DINOv2; DA3 has no other
 RAYS_PER_PATCH = 8  # native grid cells per patch side: DualDPT's auxiliary pyramid ends at 8 cells per patch
 FLOAT16_MAX = 65504.0
 DA3, ORACLE = "da3", "oracle:mujoco"  # sources of geometry
+MAX_FEATURE_DIM = 1024  # so that a basis has at most 64 MiB, whoever made the cache
+_MAX_FEATURE_WIDTH = 16384  # that of DA3-GIANT is 3072
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
 
 Views = Literal["joint", "independent"]
@@ -44,7 +49,7 @@ ComputeDtype = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """One output of DA3's heads, and the channels that the adapter sees of it."""
+    """One output of DA3, and its channels in the statistics, of which the adapter sees those of the heads."""
 
     name: str
     channels: tuple[str, ...]
@@ -54,7 +59,10 @@ class Output:
 
     @property
     def trailing(self) -> tuple[int, ...]:
-        """Return the shape after the grid: (6,) for rays, () for maps with one number per cell."""
+        """Return the shape after the grid: (6,) for rays, () for maps with one number per cell.
+
+        That of ``feature`` is in the spec.
+        """
         return (len(self.channels),) if len(self.channels) > 1 else ()
 
 
@@ -65,9 +73,11 @@ OUTPUTS: dict[str, Output] = {
         Output(name="ray_conf", channels=("log_ray_conf",), log=True),
         Output(name="depth", channels=("depth",), log=False),
         Output(name="depth_conf", channels=("log_depth_conf",), log=True),
+        Output(name=FEATURE, channels=(FEATURE,), log=False),  # statistics of all its numbers together
     )
 }
 DEFAULT_OUTPUTS = ("ray", "ray_conf")
+HEAD_OUTPUTS = tuple(name for name in OUTPUTS if name != FEATURE)
 
 
 def batch_key(output: str) -> str:
@@ -97,6 +107,18 @@ class Camera:
     """LeRobot's feature name, such as ``observation.images.image``."""
     height: int
     width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """How the backbone's features became the numbers that are cached: by a basis, which the cache holds."""
+
+    width: int
+    """Numbers of a patch, as the backbone gives them."""
+    dim: int
+    """D, columns of the basis: numbers that are cached."""
+    basis_sha256: str
+    """sha256 of the basis, little-endian float32 [width, D]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +155,8 @@ class GeometrySpec:
     """``fp32``, or ``bf16`` for the backbone under autocast."""
     storage_dtype: str = "float16"
     """The encoder rounds maps to this dtype and saturates values outside its range."""
+    feature: FeatureSpec | None = None
+    """Of the output ``feature``; None, and no member of the JSON, without it."""
 
     def __post_init__(self) -> None:
         if not self.cameras:
@@ -158,6 +182,24 @@ class GeometrySpec:
         if len(self.grid_hw) != 2 or not all(1 <= cells <= 9999 for cells in self.grid_hw):
             raise UserInputError(f"grid: expected 1 to 9999 cells a side, got {self.grid_hw}")
         object.__setattr__(self, "outputs", parse_outputs(self.outputs))
+        self._check_feature()
+
+    def _check_feature(self) -> None:
+        if (self.feature is None) == (FEATURE in self.outputs):
+            raise UserInputError(
+                f"feature: expected its width, dim and basis with the output {FEATURE!r}, and only then, got"
+                f" {self.feature} with outputs {','.join(self.outputs)}"
+            )
+        if self.feature is None:
+            return
+        width, dim = self.feature.width, self.feature.dim
+        if not (1 <= dim <= width <= _MAX_FEATURE_WIDTH and dim <= MAX_FEATURE_DIM):
+            raise UserInputError(
+                f"feature-dim: expected 1 to {min(width, MAX_FEATURE_DIM)}, of the {width} numbers that the backbone"
+                f" gives a patch, got {dim}"
+            )
+        if not re.fullmatch("[0-9a-f]{64}", self.feature.basis_sha256):
+            raise UserInputError(f"feature: expected a sha256, got {self.feature.basis_sha256!r:.80}")
 
     @property
     def camera_keys(self) -> tuple[str, ...]:
@@ -172,21 +214,32 @@ class GeometrySpec:
     @property
     def channels(self) -> tuple[str, ...]:
         """Return the names of the channels that the adapter sees, in order."""
-        return tuple(channel for name in self.outputs for channel in OUTPUTS[name].channels)
+        return tuple(channel for name in self.outputs if name != FEATURE for channel in OUTPUTS[name].channels)
+
+    def without_feature(self) -> Self:
+        """Return the spec of the geometry alone."""
+        geometry = tuple(name for name in self.outputs if name != FEATURE)
+        return dataclasses.replace(self, outputs=geometry, feature=None)
 
     def map_shape(self, output: str) -> tuple[int, ...]:
-        """Return the shape of one map: [h, w, 6] for ``ray``, [h, w] for the other outputs."""
+        """Return the shape of one map: [h, w, 6] for ``ray``, [h, w, D] for ``feature``, [h, w] for the others."""
+        if output == FEATURE:
+            assert self.feature is not None
+            return (*self.grid_hw, self.feature.dim)
         return (*self.grid_hw, *OUTPUTS[output].trailing)
 
     @property
     def frame_nbytes(self) -> int:
         """Return the bytes of one frame's maps over all views and outputs, without checksums."""
-        cells = self.grid_hw[0] * self.grid_hw[1]
-        return len(self.cameras) * cells * len(self.channels) * np.dtype(self.storage_dtype).itemsize
+        numbers = sum(prod(self.map_shape(name)) for name in self.outputs)
+        return len(self.cameras) * numbers * np.dtype(self.storage_dtype).itemsize
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as JSON types."""
-        return _to_json(self)
+        data = _to_json(self)
+        if self.feature is None:
+            del data["feature"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -316,13 +369,14 @@ class Geometry:
     ray_conf: Any | None = None  # [B, V, h, w]
     depth: Any | None = None  # [B, V, h, w]
     depth_conf: Any | None = None  # [B, V, h, w]
+    feature: Any | None = None  # [B, V, h, w, D]
     valid: Any | None = None  # [B, V, h, w] bool: cells that hold a value; None: all of them
 
     def __post_init__(self) -> None:
         if self.ray.ndim != 5 or self.ray.shape[-1] != 6:
             raise GeometryError(f"ray: expected shape [B, V, h, w, 6], got {list(self.ray.shape)}")
         for name, array in self.items():
-            expected = (*self.ray.shape[:4], *OUTPUTS[name].trailing)
+            expected = (*self.ray.shape[:4], *(array.shape[-1:] if name == FEATURE else OUTPUTS[name].trailing))
             if tuple(array.shape) != expected:
                 raise GeometryError(f"{name}: expected shape {list(expected)}, as ray has, got {list(array.shape)}")
             if array.dtype != self.ray.dtype:
@@ -341,6 +395,10 @@ class Geometry:
     def batch_size(self) -> int:
         """Return B."""
         return int(self.ray.shape[0])
+
+    def without_feature(self) -> Self:
+        """Return the geometry alone."""
+        return dataclasses.replace(self, feature=None)
 
     def to_batch(self) -> dict[str, Any]:
         """Return the arrays as entries of a LeRobot batch."""
@@ -373,6 +431,8 @@ class Geometry:
         expected = (len(spec.cameras), *spec.grid_hw)
         if tuple(self.ray.shape[1:4]) != expected:
             raise GeometryError(f"geometry: expected [V, h, w] = {list(expected)}, got {list(self.ray.shape[1:4])}")
+        if spec.feature is not None and self.feature is not None and self.feature.shape[-1] != spec.feature.dim:
+            raise GeometryError(f"{FEATURE}: expected {spec.feature.dim} numbers, got {self.feature.shape[-1]}")
 
 
 def _to_json(spec: Any) -> dict[str, Any]:

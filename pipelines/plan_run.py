@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from geomcache.cache.layout import Layout, choose_shard_frames, shards_nbytes
 from geomcache.errors import UserInputError
-from geomcache.geometry import DEFAULT_OUTPUTS, Camera, GeometrySpec
+from geomcache.geometry import DEFAULT_OUTPUTS, FEATURE, Camera, FeatureSpec, GeometrySpec
 from geomcache.progress import human_bytes
 
 # Views/s: DA3-LARGE at 504 px, two joint views, compiled, on one H200. benchmarks/RESULTS.md, "On a GPU".
@@ -28,6 +28,7 @@ PUT_PRICE, GET_PRICE = 0.005, 0.0004
 WHOLE_NBYTES, PART_NBYTES, BLOCK_NBYTES = 64 << 20, 50 << 20, 16 << 20
 GPUS = 8
 GRIDS = ((14, 14), (36, 36))
+FEATURE_DIM = 128  # of `geomcache extract`, where --feature-dim does not say otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ def _spec(views: int, grid_hw: tuple[int, int], outputs: Sequence[str]) -> Geome
         grid_hw=grid_hw,
         outputs=tuple(outputs),
         compute_dtype="bf16",
+        feature=FeatureSpec(width=2048, dim=FEATURE_DIM, basis_sha256="0" * 64) if FEATURE in outputs else None,
     )
 
 

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, GROUP, Header
-from geomcache.cache.inventory import EpisodeTable, damaged_files, read_episodes, small_files
+from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, FEATURE_BASIS, GROUP, Header
+from geomcache.cache.inventory import EpisodeTable, damaged_files, read_episodes, read_feature_basis, small_files
 from geomcache.cache.journal import Journal
 from geomcache.cache.layout import CRC_NBYTES, Column, Layout, ShardFiles, crc32c, without_crc
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
@@ -160,6 +160,11 @@ class CacheCheck:
         for name, expected_shape in _array_shapes(header).items():
             if f"{name}/{GROUP}" in contents.files.keys() - damaged:
                 self._check_shape(f"{name}/{GROUP}", expected_shape)
+        if header.small_chunks[-1] not in damaged:
+            try:
+                read_feature_basis(self.folder, header)
+            except CacheCorruptError as error:
+                self._add(FEATURE_BASIS, str(error))
         if damaged & {f"{name}/c.0" for name in header.episode_table}:
             return
         try:
@@ -244,6 +249,7 @@ def _array_shapes(header: Header) -> dict[str, tuple[int, ...]]:
         **{table.key: (frames, *table.shape) for table in header.layout.tables},
         **dict.fromkeys(COORDINATES, (frames,)),
         **dict.fromkeys(header.episode_table, (header.dataset.episodes,)),
+        **({FEATURE_BASIS: (feature.width, feature.dim)} if (feature := header.spec.feature) else {}),
     }
 
 

@@ -61,6 +61,7 @@ def extract_settings(spec: GeometrySpec, dataset: DatasetSpec, codec: str) -> di
         "process_res": spec.process_res,
         "grid": spec.grid,
         "outputs": spec.outputs,
+        "feature_dim": None if spec.feature is None else spec.feature.dim,
         "codec": codec,
         "dtype": spec.compute_dtype,
     }

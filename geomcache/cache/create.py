@@ -20,7 +20,7 @@ from geomcache.cache.manifest import JOURNAL, MANIFEST
 from geomcache.cache.records import Files
 from geomcache.cache.zarr_arrays import create_arrays
 from geomcache.errors import CacheExistsError, CacheLockedError, CacheMismatchError, UserInputError
-from geomcache.geometry import DatasetSpec, differences
+from geomcache.geometry import DatasetSpec, GeometrySpec, differences
 from geomcache.ranges import Ranges, merge_ranges
 
 _SUCCESSOR = ".update"
@@ -35,11 +35,13 @@ def create(
     episode_lengths: NDArray[np.int64],
     identities: NDArray[np.uint64] | None,
     *,
+    feature_basis: NDArray[np.float32] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Create an empty cache at `target`, unless another process does so first.
 
-    `episode_lengths` is int64 [E]; `identities`, uint64 [E], are those of the episodes, None for schema version 1.
+    `episode_lengths` is int64 [E]; `identities`, uint64 [E], are those of the episodes, None for schema version 1;
+    `feature_basis`, float32 [width, D], is None for a cache without features.
 
     Raises:
         CacheExistsError: something that is no cache is there, and is to be replaced.
@@ -58,7 +60,7 @@ def create(
         _remove_abandoned(target)
         draft = _make_draft(target, stack)
         try:
-            _fill(draft, header, episode_lengths, identities)
+            _fill(draft, header, episode_lengths, identities, feature_basis)
             if replaced:
                 _swap(target, draft)
             elif not _place(target, draft):
@@ -184,10 +186,14 @@ def _make_draft(target: Path, stack: contextlib.ExitStack) -> Path:
 
 
 def _fill(
-    draft: Path, header: Header, episode_lengths: NDArray[np.int64], identities: NDArray[np.uint64] | None
+    draft: Path,
+    header: Header,
+    episode_lengths: NDArray[np.int64],
+    identities: NDArray[np.uint64] | None,
+    feature_basis: NDArray[np.float32] | None,
 ) -> None:
     with durable.file_errors(draft):
-        create_arrays(draft, header, episode_lengths, identities)
+        create_arrays(draft, header, episode_lengths, identities, feature_basis)
     names = (*header.metadata(), *header.chunks())
     files: Files = {name: Stored.of((draft / name).read_bytes()) for name in names}
     durable.write_file(draft / JOURNAL, [begin_line(header.layout, header.fingerprint, files)])
@@ -357,6 +363,24 @@ def check_identities(dataset: DatasetSpec, identities: NDArray[np.uint64] | None
         raise UserInputError(
             f"episode identities of {dataset.repo_id}: expected {dataset.episodes} with sha256"
             f" {dataset.identities_sha256}, got {values.size} with {digest}"
+        )
+    return values
+
+
+def check_feature_basis(spec: GeometrySpec, basis: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    """Return the basis of the features, [width, D], as little-endian float32; None for a cache without features.
+
+    Raises:
+        UserInputError: it is not the spec's.
+    """
+    if spec.feature is None:
+        return None
+    values = np.ascontiguousarray(() if basis is None else basis, dtype="<f4")
+    digest = sha256(values.tobytes()).hexdigest()
+    if values.shape != (spec.feature.width, spec.feature.dim) or digest != spec.feature.basis_sha256:
+        raise UserInputError(
+            f"feature basis: expected {[spec.feature.width, spec.feature.dim]} with sha256 {spec.feature.basis_sha256},"
+            f" got {[*values.shape]} with {digest}"
         )
     return values
 

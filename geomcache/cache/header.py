@@ -25,6 +25,7 @@ COORDINATES = ("episode_index", "frame_index")
 COORDINATE_CHUNK = 1 << 20  # rows
 EPISODES = "episodes"  # the group of the episode table
 EPISODE_IDENTITY = f"{EPISODES}/identity"
+FEATURE_BASIS = "feature_basis"  # the array of the basis, in a cache with features
 _MAX_SHARD_FRAMES_V1 = 4096
 _MAX_FRAMES = 1 << 40  # ten million hours at 30 Hz; sums of so many stay far from int64's end
 
@@ -59,6 +60,12 @@ class Header:
         """Return the paths of the arrays with a number for each episode: start, length, and from version 2 identity."""
         table = (f"{EPISODES}/start", f"{EPISODES}/length")
         return table if self.schema_version == 1 else (*table, EPISODE_IDENTITY)
+
+    @property
+    def small_chunks(self) -> tuple[str, ...]:
+        """Return the paths of the chunks that everybody compares who opens the cache: episode table and basis."""
+        basis = () if self.spec.feature is None else (f"{FEATURE_BASIS}/c.0.0",)
+        return (*(f"{name}/c.0" for name in self.episode_table), *basis)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -135,6 +142,8 @@ class Header:
             spec, dataset = GeometrySpec.from_dict(data.get("spec", {})), DatasetSpec.from_dict(data.get("dataset", {}))
             if dataset.schema_version != version:
                 raise UserInputError(f"dataset: expected the fields of schema version {version}, got others")
+            if version == 1 and spec.feature is not None:
+                raise UserInputError("outputs: expected no features in schema version 1, got some")
             header = cls(spec=spec, dataset=dataset, shard_frames=frames, codec=codec)
             header.layout  # noqa: B018 - checks the cameras' keys
             if (most := max(dataset.frames, dataset.episodes, dataset.fps)) > _MAX_FRAMES:
@@ -152,9 +161,10 @@ class Header:
         """Yield the paths of the chunks that are written when the cache is created."""
         for name in COORDINATES:
             yield from (f"{name}/c.{chunk}" for chunk in range(-(-self.dataset.frames // COORDINATE_CHUNK)))
-        yield from (f"{name}/c.0" for name in self.episode_table)
+        yield from self.small_chunks
 
     def metadata(self) -> tuple[str, ...]:
         """Return the paths of the metadata except the root group's."""
-        arrays = (*self.layout.keys, *COORDINATES, *self.episode_table)
+        basis = () if self.spec.feature is None else (FEATURE_BASIS,)
+        arrays = (*self.layout.keys, *COORDINATES, *self.episode_table, *basis)
         return tuple(f"{node}/{GROUP}" for node in (*self.spec.camera_keys, EPISODES, *arrays))

@@ -1,7 +1,7 @@
 """The files of a cache with their sizes and hashes: what readers check first, push sends, and pull compares.
 
     zarr.json, journal.jsonl, manifest.json     control files: they describe the cache, and have the other files' hashes
-    metadata, coordinates, episode table        named in the manifest, with bytes and sha256
+    metadata, coordinates, tables, basis        named in the manifest, with bytes and sha256
     shards                                      named by the layout; the manifest has bytes and sha256
     lock                                        empty, for writers on this machine: it is never transferred
 
@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.cache.header import EPISODES, GROUP, Header
+from geomcache.cache.header import EPISODES, FEATURE_BASIS, GROUP, Header
 from geomcache.cache.journal import Journal
 from geomcache.cache.layout import Layout, without_crc
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
@@ -147,12 +147,12 @@ def small_files(header: Header, contents: Manifest | Journal) -> Iterator[str]:
 
 
 def check_files(folder: Path, header: Header, contents: Manifest | Journal) -> None:
-    """Compare metadata and episode table with their hashes. `verify` also compares the coordinates, which are large.
+    """Compare metadata, episode table and basis with their hashes. `verify` also compares the large coordinates.
 
     Raises:
         CacheCorruptError: a file is missing or differs.
     """
-    small = [*header.metadata(), *(f"{name}/c.0" for name in header.episode_table)]
+    small = [*header.metadata(), *header.small_chunks]
     if isinstance(contents, Manifest):
         small.append(GROUP)
     for _, error in damaged_files(folder, small, contents.files):
@@ -211,3 +211,23 @@ def read_episodes(folder: Path, header: Header) -> EpisodeTable:
             f" {header.dataset.episodes_sha256}, found others: restore the folder from a copy"
         )
     return EpisodeTable(start, length, identity)
+
+
+def read_feature_basis(folder: Path, header: Header) -> NDArray[np.float32] | None:
+    """Return the basis of a cache's features, float32 [width, D]; None without features. Check the file's hash first.
+
+    Raises:
+        CacheCorruptError: it is not the spec's.
+    """
+    feature = header.spec.feature
+    if feature is None:
+        return None
+    path = folder / FEATURE_BASIS / "c.0.0"
+    content = without_crc(path.read_bytes()) or b""
+    digest = sha256(content).hexdigest()
+    if len(content) != 4 * feature.width * feature.dim or digest != feature.basis_sha256:
+        raise CacheCorruptError(
+            f"{path}: expected the basis with sha256 {feature.basis_sha256}, found {digest}: restore the file from a"
+            " copy"
+        )
+    return np.frombuffer(content, "<f4").reshape(feature.width, feature.dim)

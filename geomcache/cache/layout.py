@@ -32,7 +32,7 @@ HUB_FOLDER_ENTRIES = 10_000  # the Hub takes no more in one folder
 _MAX_SHARDS = 8192  # so that no folder has more than these
 _MAX_SHARD_NBYTES = 4 << 30  # of all columns, which a writer holds in memory
 _BLOCK_NBYTES = 64 << 20  # of a column that are copied at a time
-_SHARD_NBYTES = 32 << 20  # of one camera's rays, about
+_SHARD_NBYTES = 32 << 20  # of one camera's largest maps, about
 _USUAL_SHARD_FRAMES = 4096
 _SHARDS_AT_LEAST = 64  # per dataset, so that many processes find work
 _OUTGROWN = 8  # times K: from here on a cache that has grown is cut anew
@@ -40,6 +40,7 @@ _RESERVED = {
     "episode_index",
     "frame_index",
     "episodes",
+    "feature_basis",
     "zarr.json",
     "journal.jsonl",
     "manifest.json",
@@ -138,11 +139,11 @@ class ShardFiles:
 def choose_shard_frames(spec: GeometrySpec, frames: int) -> int:
     """Return K, 16 to 65,536, a power of two.
 
-    It is about 32 MiB of one camera's rays, at most 4096, and small enough for 64 shards. It is larger where otherwise
-    there would be more than 8192 shards, as long as a shard's maps take at most 4 GiB together.
+    It is about 32 MiB of one camera's largest maps, at most 4096, and small enough for 64 shards. It is larger where
+    otherwise there would be more than 8192 shards, as long as a shard's maps take at most 4 GiB together.
     """
-    ray_nbytes = 2 * prod(spec.map_shape("ray")) + CRC_NBYTES
-    fitting = min(_SHARD_NBYTES // ray_nbytes, frames // _SHARDS_AT_LEAST, _USUAL_SHARD_FRAMES)
+    map_nbytes = 2 * max(prod(spec.map_shape(name)) for name in spec.outputs) + CRC_NBYTES
+    fitting = min(_SHARD_NBYTES // map_nbytes, frames // _SHARDS_AT_LEAST, _USUAL_SHARD_FRAMES)
     needed = 1 << (-(-frames // _MAX_SHARDS) - 1).bit_length()
     held = 1 << max(_MAX_SHARD_NBYTES // spec.frame_nbytes, MIN_SHARD_FRAMES).bit_length() - 1
     return min(max(MIN_SHARD_FRAMES, 1 << max(fitting, 1).bit_length() - 1, needed), held, MAX_SHARD_FRAMES)
@@ -302,7 +303,7 @@ class Layout:
         Args:
             column: the file's column.
             local: the maps' rows, counted from the shard's first, int64 [n].
-            maps: float16 [n, h, w, 6] or [n, h, w].
+            maps: float16 [n, h, w, 6], [n, h, w, D] or [n, h, w].
 
         Returns:
             The file's bytes, in parts that are made when they are asked for, and uint32 [n].

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from geomcache.cache.commands import extract_command
 from geomcache.cache.header import Header
-from geomcache.cache.inventory import check_files, read_episodes
+from geomcache.cache.inventory import check_files, read_episodes, read_feature_basis
 from geomcache.cache.journal import Journal
 from geomcache.cache.layout import PICTURE_HASH, PICTURE_MEANS, Table
 from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
@@ -124,6 +124,11 @@ class GeometryStore:
         sizes = np.array([files.sizes for files in self._contents.shards.values()], np.int64).reshape(-1, len(keys))
         return dict(zip(keys, sizes.sum(axis=0).tolist(), strict=True))
 
+    @functools.cached_property
+    def feature_basis(self) -> NDArray[np.float32] | None:
+        """The basis by which features became the cached numbers, float32 [width, D]; None without features."""
+        return read_feature_basis(self.path, self._header)
+
     def episodes(self) -> Ranges:
         """Return the ranges of the episodes that the cache has completely."""
         return _true_ranges(self._complete_episodes())
@@ -169,7 +174,7 @@ class GeometryStore:
         """Read the geometry of B rows, in the order given, duplicates included.
 
         Returns:
-            C-contiguous float16 arrays: rays [B, V, h, w, 6], other outputs [B, V, h, w].
+            C-contiguous float16 arrays: rays [B, V, h, w, 6], features [B, V, h, w, D], other outputs [B, V, h, w].
 
         Raises:
             UserInputError: the dataset has no such row.

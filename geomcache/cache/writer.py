@@ -25,7 +25,15 @@ from numpy.typing import NDArray
 
 from geomcache.cache import durable, locks
 from geomcache.cache.codecs import RAW, Codec
-from geomcache.cache.create import check_episodes, check_identities, check_rows, create, matching_header, require_cache
+from geomcache.cache.create import (
+    check_episodes,
+    check_feature_basis,
+    check_identities,
+    check_rows,
+    create,
+    matching_header,
+    require_cache,
+)
 from geomcache.cache.header import GROUP, LOCK, Header
 from geomcache.cache.inventory import Stored, check_files
 from geomcache.cache.journal import Commit, Drop, Journal
@@ -38,7 +46,7 @@ from geomcache.ranges import Ranges, clip_ranges, common_ranges, count_rows, mer
 from geomcache.statistics import Moments
 
 ShardMaps = Mapping[str, Mapping[str, NDArray[np.float16]]]
-"""Camera -> output -> maps of n rows: [n, h, w, 6] or [n, h, w]."""
+"""Camera -> output -> maps of n rows: [n, h, w, 6], [n, h, w, D] of features, or [n, h, w]."""
 
 DROPPED = ".dropped"  # ends the names of a dropped shard's files, which are kept until the shard is made again
 _SHARD_FILE = re.compile(rf"c\.(0|[1-9][0-9]*)(?:\.0)+({re.escape(durable.TEMPORARY)}|{re.escape(DROPPED)})?")
@@ -109,6 +117,7 @@ class StoreWriter:
         wanted: Iterable[tuple[int, int]],
         *,
         identities: NDArray[np.uint64] | None = None,
+        feature_basis: NDArray[np.float32] | None = None,
         codec: Codec = RAW,
         shard_frames: int | None = None,
         overwrite: bool = False,
@@ -122,12 +131,13 @@ class StoreWriter:
             episode_lengths: frames of every episode, int64 [E].
             wanted: ranges of rows that the cache is to have, in addition to those it has.
             identities: what tells each episode from others, uint64 [E]; None for a dataset of schema version 1.
+            feature_basis: the spec's, float32 [width, D]; None without features.
             codec: how maps are stored.
             shard_frames: K of a cache that is created; None for one that suits it.
             overwrite: replace a cache that is there. At most one process may ask for that.
 
         Raises:
-            UserInputError: episodes or rows do not fit the dataset.
+            UserInputError: episodes or rows do not fit the dataset, or the basis does not fit the spec.
             CacheExistsError: something else is at the path.
             CacheMismatchError: a cache of other settings is there.
             CacheFormatError, CacheCorruptError: the cache that is there cannot be used.
@@ -139,8 +149,9 @@ class StoreWriter:
         rows = check_rows(dataset, wanted)
         header = Header.new(spec, dataset, codec, shard_frames)
         table = check_identities(dataset, identities)
+        basis = check_feature_basis(spec, feature_basis)
         if overwrite or not folder.exists():
-            create(folder, header, lengths, table, overwrite=overwrite)
+            create(folder, header, lengths, table, feature_basis=basis, overwrite=overwrite)
         require_cache(folder, "a cache or nothing", "choose another --output")
         with contextlib.closing(locks.LockFile(folder / LOCK)):  # nobody replaces the cache between its two readings
             return cls(folder, matching_header(folder, header), lengths, rows)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.codecs import Codec
-from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_IDENTITY, Header
+from geomcache.cache.header import COORDINATE_CHUNK, COORDINATES, EPISODE_IDENTITY, FEATURE_BASIS, Header
 from geomcache.cache.layout import CHECKSUMS, PICTURE_HASH, PICTURE_MEANS
 
 if TYPE_CHECKING:
@@ -25,10 +25,16 @@ TABLE_DIMENSIONS = {
 
 
 def create_arrays(
-    folder: Path, header: Header, episode_lengths: NDArray[np.int64], identities: NDArray[np.uint64] | None
+    folder: Path,
+    header: Header,
+    episode_lengths: NDArray[np.int64],
+    identities: NDArray[np.uint64] | None,
+    feature_basis: NDArray[np.float32] | None = None,
 ) -> None:
-    """Create the Zarr group of a cache, with coordinates and episode table, and no frame."""
+    """Create the Zarr group of a cache, with coordinates, episode table and basis, and no frame."""
     arrays = _create_metadata(folder, header)
+    if feature_basis is not None:
+        arrays[FEATURE_BASIS][:] = feature_basis
     starts = np.cumsum(episode_lengths) - episode_lengths
     columns = [starts, episode_lengths] if identities is None else [starts, episode_lengths, identities]
     for name, values in zip(header.episode_table, columns, strict=True):
@@ -139,6 +145,10 @@ def _create_metadata(store: Any, header: Header) -> "dict[str, zarr.Array[Any]]"
     for name in header.episode_table:
         of_array = of_identities if name == EPISODE_IDENTITY else options
         create(name, (episodes,), shape=(episodes,), compressors=[Crc32cCodec()], **of_array)
+    if (feature := header.spec.feature) is not None:
+        size, names = (feature.width, feature.dim), ("feature", "channel")
+        of_basis = {"dtype": "float32", "fill_value": 0, "serializer": little, "compressors": [Crc32cCodec()]}
+        create(FEATURE_BASIS, size, shape=size, dimension_names=names, **of_basis)
     compressors = [ZstdCodec(level=3), Crc32cCodec()]
     shape, chunks = (layout.frames,), (min(layout.frames, COORDINATE_CHUNK),)
     for name in COORDINATES:

@@ -66,7 +66,8 @@ TRAIN = epilog("""
     norm of its gradient, and the norms of geometry and image tokens.
 
     --policy.geom_mode=align trains without geometry tokens: a loss aligns image tokens with the cached geometry, and
-    the policy acts without DA3. Each logged step has both losses, and how their gradients agree.
+    the policy acts without DA3. Each logged step has both losses, and how their gradients agree. The target is
+    geometry, or with --policy.geom_align_target=feature what `extract --outputs ray,ray_conf,feature` has cached.
 
     [bold]Examples[/bold]
       geomcache train

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geomcache.errors import CacheMismatchError, GeometryError, NonFiniteGeometryError, UserInputError
-from geomcache.geometry import PATCH_SIZE, RAYS_PER_PATCH, Camera, GeometrySpec, parse_grid
+from geomcache.geometry import FEATURE, PATCH_SIZE, RAYS_PER_PATCH, Camera, GeometrySpec, parse_grid
 
 Images = NDArray[np.uint8] | Tensor | Sequence[NDArray[np.uint8] | Tensor]
 """uint8 [B, V, H, W, 3], or V of [B, H_v, W_v, 3] for cameras of different sizes."""
@@ -76,6 +76,8 @@ def choose_grid_hw(spec: GeometrySpec, sizes: tuple[tuple[int, int], ...]) -> tu
             " choose --cameras of one shape, or --views independent --grid HxW"
         )
     wanted = parse_grid(spec.grid)
+    if FEATURE in spec.outputs:
+        check_feature_grid(spec.grid, sizes)
     cells = RAYS_PER_PATCH if wanted or spec.grid == "native" else 1
     grids = [(height // PATCH_SIZE * cells, width // PATCH_SIZE * cells) for height, width in sizes]
     if wanted is None:
@@ -92,6 +94,22 @@ def choose_grid_hw(spec: GeometrySpec, sizes: tuple[tuple[int, int], ...]) -> tu
                 f" {spec.process_res}, got {spec.grid}: choose a smaller grid or raise --process-res"
             )
     return wanted
+
+
+def check_feature_grid(grid: str, sizes: tuple[tuple[int, int], ...]) -> None:
+    """Refuse a grid that is finer than the patches, each of which has one feature.
+
+    Raises:
+        UserInputError: it is.
+    """
+    wanted = parse_grid(grid)
+    patches = [(height // PATCH_SIZE, width // PATCH_SIZE) for height, width in sizes]
+    if grid == "native" or (wanted and any(wanted[0] > rows or wanted[1] > columns for rows, columns in patches)):
+        most = "x".join(map(str, min(patches)))
+        raise UserInputError(
+            f"grid: expected at most {most} with the output {FEATURE!r}, which has one value a patch, got {grid}:"
+            " choose a coarser grid, or raise --process-res"
+        )
 
 
 def check_same(spec: GeometrySpec, **installed: object) -> None:

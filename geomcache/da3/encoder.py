@@ -8,18 +8,22 @@ reference. ``independent``: every image is a scene of its own (N = B*V, S = 1). 
 
 The head's maps are averaged over the cells of the spec's grid, in float32, as they are: directions are not normalised
 before or after, confidences are not taken as logarithms. Then they are rounded to float16, saturating.
+
+The output ``feature`` is what the head sees of the backbone's last layer, projected by a basis (`feature_basis`) and
+averaged in the same way: 2,048 numbers a patch of DA3-LARGE are too many to be cached.
 """
 
 import copy
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 os.environ.setdefault("DA3_LOG_LEVEL", "ERROR")  # read when upstream is imported: its logger prints to standard output
 
@@ -35,16 +39,26 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from geomcache.da3.catalog import find_model
-from geomcache.da3.checks import Images, check_device, check_images, check_same, choose_grid_hw, raise_nan
+from geomcache.da3.checks import (
+    Images,
+    check_device,
+    check_feature_grid,
+    check_images,
+    check_same,
+    choose_grid_hw,
+    raise_nan,
+)
 from geomcache.da3.engine import EngineName, NetworkForward, is_out_of_memory
 from geomcache.da3.weights import load_weights, sha256
 from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import (
     DEFAULT_OUTPUTS,
+    FEATURE,
     FLOAT16_MAX,
     PATCH_SIZE,
     Camera,
     ComputeDtype,
+    FeatureSpec,
     Geometry,
     GeometrySpec,
     Views,
@@ -175,6 +189,8 @@ class DA3Encoder:
     It is not an ``nn.Module``, which keeps it out of the parameters and checkpoints of a policy that holds it.
     """
 
+    _basis: Tensor | None = None  # of the features, float32 [width, D] on the device
+
     def __init__(
         self, spec: GeometrySpec, preprocessor: DA3Preprocessor, network: nn.ModuleDict, device: torch.device
     ) -> None:
@@ -187,6 +203,17 @@ class DA3Encoder:
         self._forward = NetworkForward(network, device, spec.compute_dtype)
         self._batch_frames = 0  # of every call of a compiled network; fewer are padded
         self._copies: torch.cuda.Stream | None = None
+
+    @property
+    def feature_width(self) -> int:
+        """Return how many numbers the backbone gives a patch."""
+        network: Any = self._network["backbone"].pretrained
+        return int(network.embed_dim * (2 if network.cat_token else 1))
+
+    @property
+    def feature_basis(self) -> NDArray[np.float32] | None:
+        """Return the basis of the output ``feature``, [width, D]; None without this output."""
+        return None if self._basis is None else self._basis.cpu().numpy()
 
     @property
     def engine(self) -> EngineName:
@@ -242,7 +269,8 @@ class DA3Encoder:
             views: ``joint`` or ``independent``.
             process_res: longest side, in pixels, of what the network sees.
             grid: ``patch``, ``native``, or ``HxW``: an area average to so many cells, at most the native ones.
-            outputs: ``ray`` and any other of `OUTPUTS`. The head takes about half the time without depth.
+            outputs: ``ray`` and any other of `OUTPUTS` but ``feature``, which `with_feature` adds. The head takes about
+                half the time without depth.
             device: None for CUDA if there is one, otherwise the CPU.
             dtype: of the backbone; None for ``bf16`` on CUDA and ``fp32`` on the CPU. The head is always float32.
 
@@ -281,7 +309,12 @@ class DA3Encoder:
 
     @classmethod
     def from_spec(
-        cls, spec: GeometrySpec, *, model: str | None = None, device: str | torch.device | None = None
+        cls,
+        spec: GeometrySpec,
+        *,
+        model: str | None = None,
+        device: str | torch.device | None = None,
+        feature_basis: NDArray[np.float32] | None = None,
     ) -> Self:
         """Build the encoder of a cache.
 
@@ -289,9 +322,11 @@ class DA3Encoder:
             spec: the cache's.
             model: where to look for the weights, instead of the spec's model and revision.
             device: as in `from_pretrained`.
+            feature_basis: the cache's, where the spec has features.
 
         Raises:
             ModelError: the weights are missing, or not those of the spec.
+            GeometryError: the basis is not the spec's.
             CacheMismatchError: this encoder would not compute what the spec says.
         """
         where = check_device(device)
@@ -306,7 +341,16 @@ class DA3Encoder:
                 f" sha256 {spec.weights_sha256}, found {found} in {files.weights}: name the right model or folder"
             )
         check_same(spec, model_name=files.preset)
-        return cls(spec, preprocessor, _load_network(files.preset, files.weights, where), where)
+        geometry = spec.without_feature()
+        encoder = cls(geometry, preprocessor, _load_network(files.preset, files.weights, where), where)
+        if feature_basis is not None:
+            encoder = encoder.with_feature(feature_basis)
+        if encoder.spec.feature != spec.feature:
+            raise GeometryError(
+                f"feature basis: expected that of the cache, {spec.feature}, got {encoder.spec.feature}: give"
+                " GeometryStore.feature_basis"
+            )
+        return encoder
 
     def with_grid(self, grid: str) -> Self:
         """Return an encoder with the same network and settings and another output grid. It counts its own calls.
@@ -319,6 +363,40 @@ class DA3Encoder:
         other = copy.copy(self)
         other.spec, other.calls = spec, 0
         return other
+
+    def with_feature(self, basis: NDArray[np.float32]) -> Self:
+        """Return an encoder with the same network and settings and the output ``feature``. It counts its own calls.
+
+        Args:
+            basis: float32 [width, D], orthonormal columns: see `feature_basis.FeatureMoments`.
+
+        Raises:
+            UserInputError: the basis has more columns than can be, or the grid is finer than the patches.
+        """
+        values = np.ascontiguousarray(basis, "<f4")
+        if values.ndim != 2 or len(values) != self.feature_width:
+            raise UserInputError(f"feature basis: expected [{self.feature_width}, D], got {[*values.shape]}")
+        check_feature_grid(self.spec.grid, self.preprocessor.sizes)
+        digest = hashlib.sha256(values.tobytes()).hexdigest()
+        feature = FeatureSpec(width=len(values), dim=values.shape[1], basis_sha256=digest)
+        outputs = self.spec.without_feature().outputs
+        other = copy.copy(self)
+        other.spec = dataclasses.replace(self.spec, outputs=(*outputs, FEATURE), feature=feature)
+        other._basis, other.calls = torch.tensor(values, device=self.device), 0
+        return other
+
+    def raw_features(self, inputs: NetworkInput) -> Tensor:
+        """Return the backbone's features of B preprocessed frames, float32 [cells of all frames and views, width].
+
+        They are averaged over the cells of the spec's grid, and not projected.
+
+        Raises:
+            GeometryError: shapes are not those of `preprocess`.
+        """
+        self._check_inputs(inputs)
+        parts = [view[:, None] for view in inputs] if isinstance(inputs, list) else [inputs]
+        features = [self._averaged(part, (FEATURE,), basis=None)[FEATURE].flatten(0, -2) for part in parts]
+        return torch.cat(features)
 
     def preprocess(self, images: Images) -> NetworkInput:
         """Resize images to the network's input, as `DA3Preprocessor` does."""
@@ -384,6 +462,10 @@ class DA3Encoder:
 
     def _maps(self, pictures: Tensor) -> dict[str, Tensor]:
         """Compute uint8 [B, V, H, W, 3] -> float32 [B, V, h, w, ...] of each output, on the spec's grid."""
+        return self._averaged(pictures, self.spec.outputs, self._basis)
+
+    def _averaged(self, pictures: Tensor, outputs: Sequence[str], basis: Tensor | None) -> dict[str, Tensor]:
+        """Return these outputs on the spec's grid; features in the numbers of a basis, or as they are without one."""
         batch, views = pictures.shape[:2]
         images = normalise(self._upload(pictures))  # [B, V, 3, H, W]
         if self.engine == "compiled":
@@ -392,12 +474,14 @@ class DA3Encoder:
             images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1, -1)]) if missing else images
         scenes = images if self.spec.views == "joint" else images.flatten(0, 1)[:, None]
         try:
-            maps = self._forward(scenes, self.spec.outputs)
+            maps = self._forward(scenes, outputs)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 self._batch_frames = 0  # the next batch, a smaller one, sets the shape anew
             raise
-        averaged = {name: _average(maps[name], self.spec.grid_hw) for name in self.spec.outputs}  # [N, S, h, w, ...]
+        if FEATURE in outputs and basis is not None:
+            maps[FEATURE] = maps[FEATURE] @ basis
+        averaged = {name: _average(maps[name], self.spec.grid_hw) for name in outputs}  # [N, S, h, w, ...]
         return {name: values.reshape(-1, views, *values.shape[2:])[:batch] for name, values in averaged.items()}
 
     def _check_inputs(self, inputs: NetworkInput) -> None:

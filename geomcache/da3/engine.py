@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from geomcache.da3.backbone import BlockForward, RotaryTables, backbone_forward, block_forward
 from geomcache.da3.ray_head import ray_forward
 from geomcache.errors import one_line
-from geomcache.geometry import ComputeDtype
+from geomcache.geometry import FEATURE, PATCH_SIZE, ComputeDtype
 
 EngineName = Literal["eager", "compiled"]
 HeadForward = Callable[[Any, list[Tensor], int, int], dict[str, Tensor]]
@@ -59,10 +59,12 @@ class NetworkForward:
 
         Args:
             images: float32 [N, S, 3, H, W] on the device: N scenes of S views.
-            outputs: which of `OUTPUTS` are needed; without depth, its chain is not run.
+            outputs: which of `OUTPUTS` are needed; without depth, its chain is not run. ``feature`` is what the head
+                sees of the last layer: upstream concatenates the features of each view alone and of the whole scene.
 
         Returns:
-            float32 [N, S, h, w, ...] of each output, on the head's native grid; others of its outputs may come along.
+            float32 [N, S, h, w, ...] of each output, on the head's native grid, ``feature`` [N, S, H/14, W/14, C] on
+            that of the patches; others of the head's outputs may come along.
 
         Raises:
             RuntimeError: the device is out of memory.
@@ -93,9 +95,17 @@ class NetworkForward:
                 self._tables[height, width] = RotaryTables.make(self._backbone, height, width, images.device)
             features = backbone_forward(self._backbone, images, self._tables[height, width], self._run_block)
         with torch.autocast(self._device.type, enabled=False):
-            if set(outputs) <= {"ray", "ray_conf"}:
-                return self._run_head(self._head, features, height, width)
-            maps: dict[str, Tensor] = self._head([(feature,) for feature in features], height, width, patch_start_idx=0)
+            maps: dict[str, Tensor]
+            if not (of_head := set(outputs) - {FEATURE}):
+                maps = {}
+            elif of_head <= {"ray", "ray_conf"}:
+                maps = self._run_head(self._head, features, height, width)
+            else:
+                maps = self._head([(feature,) for feature in features], height, width, patch_start_idx=0)
+            if FEATURE in outputs:
+                last = features[-1].float()  # [N, S, patches, C]
+                patches = height // PATCH_SIZE, width // PATCH_SIZE
+                maps = {**maps, FEATURE: last.reshape(*last.shape[:2], *patches, -1)}
             return maps
 
 

@@ -3,6 +3,7 @@
     ray direction    the angle between the directions, degrees
     ray origin       the distance between the origins, over the spread of the origins
     ray_conf, depth, depth_conf    the difference over the larger of both values
+    feature          the angle between the features, degrees
 
 Float16 steps are distances in units of the gap between neighbouring float16 numbers, at the larger of two values. They
 tell rounding from anything else, but exaggerate near zero: there, where float16's gaps become finer than float32's own
@@ -14,17 +15,18 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from geomcache.geometry import FEATURE
 from geomcache.statistics import Moments
 
 SMALLEST_STEP_AT = 2.0**-8
 DIRECTION, ORIGIN = "ray direction", "ray origin"
-UNITS = {DIRECTION: "degrees", ORIGIN: "of the spread"}
+UNITS = {DIRECTION: "degrees", ORIGIN: "of the spread", FEATURE: "degrees"}
 RELATIVE = "relative"
 # One camera alone is the origin of its own rays: their spread is then noise, and no length to measure by.
 LEAST_SPREAD = 0.02  # over the mean length of the directions
 
 GeometryArrays = Mapping[str, NDArray[np.float16]]
-"""Output -> [n, V, h, w, 6] of ``ray``, [n, V, h, w] of others."""
+"""Output -> [n, V, h, w, 6] of ``ray``, [n, V, h, w, D] of ``feature``, [n, V, h, w] of others."""
 
 
 def measure(stored: GeometryArrays, computed: GeometryArrays, spread: float) -> dict[str, NDArray[np.float64]]:
@@ -44,6 +46,8 @@ def measure(stored: GeometryArrays, computed: GeometryArrays, spread: float) -> 
         if name == "ray":
             measures[DIRECTION] = _angles(a[..., :3], b[..., :3])
             measures[ORIGIN] = np.linalg.norm(a[..., 3:] - b[..., 3:], axis=-1) / spread
+        elif name == FEATURE:
+            measures[name] = _angles(a, b)
         else:
             largest = np.maximum(np.abs(a), np.abs(b))
             measures[name] = np.abs(a - b) / np.where(largest == 0, 1.0, largest)
@@ -74,8 +78,14 @@ def float16_steps(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
 
 
 def _angles(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the angles between vectors [..., 3], degrees: exact for small ones, which arccos is not."""
-    angles: NDArray[np.float64] = np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1)))
+    """Return the angles between vectors [..., n], degrees: exact for small ones, which arccos is not.
+
+    W. Kahan, "How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?" (2006), section 12.
+    """
     lengths = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
+    scaled = a * lengths[1][..., None], b * lengths[0][..., None]
+    angles: NDArray[np.float64] = 2 * np.degrees(
+        np.arctan2(np.linalg.norm(scaled[0] - scaled[1], axis=-1), np.linalg.norm(scaled[0] + scaled[1], axis=-1))
+    )
     only_one_is_zero = (lengths[0] == 0) != (lengths[1] == 0)
     return np.where(only_one_is_zero, 180.0, angles)

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from geomcache.errors import UserInputError
+from geomcache.geometry import FEATURE
 from geomcache.sharing.address import check_output, is_remote, public_address
 
 # The panels of `--help`.
@@ -101,9 +102,17 @@ class ExtractOptions:
     grid: Annotated[str, _geometry(help="patch, native, or cells such as 14x14.")] = "patch"
     outputs: Annotated[
         tuple[str, ...],
-        _geometry(help="Any of ray, ray_conf, depth, depth_conf."),
+        _geometry(help="Any of ray, ray_conf, depth, depth_conf, feature."),
         FromText(_parse_names),
     ] = ("ray", "ray_conf")
+    feature_dim: Annotated[
+        int | None,
+        _geometry(
+            help="Numbers a patch of the output feature: a first pass over some frames fits a basis of so many.",
+            metavar="D",
+            show_default="128",
+        ),
+    ] = None
     codec: Annotated[
         Literal["raw", "zstd"],
         _geometry(help="How maps are stored. zstd: the same numbers in fewer bytes, slower to read."),
@@ -171,16 +180,26 @@ class ExtractOptions:
             raise UserInputError(
                 "follow: expected neither --dry-run, --overwrite nor --episodes, got one: leave it out"
             )
-        if self.address is not None:
-            check_output(self.address)
-        if self.follow and self.address is not None:
+        self._check_address()
+        if self.feature_dim is not None and FEATURE not in self.outputs:
             raise UserInputError(
-                f"follow: expected a path in --output, got {public_address(self.address)}: extract to a path, then"
-                " `geomcache push`"
+                f"feature-dim: expected the output {FEATURE!r}, got {','.join(self.outputs)}: add it to --outputs, or"
+                " leave the option out"
             )
         if self.cameras == ():
             raise UserInputError("cameras: expected at least one key, got none: leave the option out to use all")
         self._check_cluster()
+
+    def _check_address(self) -> None:
+        if self.address is None:
+            return
+        check_output(self.address)
+        for unfit, is_asked in (("--follow", self.follow), (f"the output {FEATURE!r}", FEATURE in self.outputs)):
+            if is_asked:
+                raise UserInputError(
+                    f"output: expected a path with {unfit}, got {public_address(self.address)}: extract to a path, then"
+                    " `geomcache push`"
+                )
 
     def _check_cluster(self) -> None:
         if self.cluster is None:
@@ -194,6 +213,11 @@ class ExtractOptions:
             )
         if self.dry_run or self.follow:
             raise UserInputError("cluster: expected neither --dry-run nor --follow with it, got one: leave it out")
+        if FEATURE in self.outputs:
+            raise UserInputError(
+                f"outputs: expected those of DA3's heads with --cluster, got {FEATURE!r}, whose basis one process fits:"
+                " leave --cluster out; any number of `geomcache extract` on a shared file system share the work"
+            )
         if self.num_workers == 0:
             raise UserInputError("num-workers: expected at least 1 with --cluster, got 0")
         if self.actors is not None and self.actors < 1:

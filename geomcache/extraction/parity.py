@@ -200,7 +200,7 @@ def parity(
         rows = choose_rows(store, frames, seed)
         episodes = np.unique([store.locate(row)[0] for row in rows.tolist()])
         reader = open_pictures(store, episodes, dataset=dataset, root=root, revision=revision)
-        encoder = DA3Encoder.from_spec(store.spec, model=model, device=device)
+        encoder = DA3Encoder.from_spec(store.spec, model=model, device=device, feature_basis=store.feature_basis)
         stored, computed = dict(store.batch(rows).items()), _encode(encoder, reader, rows.tolist())
         cached_on = tuple(dict.fromkeys(machine.device for machine in recorded_machines(store.path)))
         alike = set(cached_on) == {encoder.device_name}

@@ -51,6 +51,8 @@ def describe_plan(
     yield f"model     {spec.model_id} ({spec.model_name}) on {encoder.device}, {spec.compute_dtype}"
     cells = "x".join(map(str, spec.grid_hw))
     yield f"grid      {cells} ({spec.grid} at {spec.process_res} px), {', '.join(spec.outputs)}, {spec.storage_dtype}"
+    if spec.feature is not None:
+        yield f"feature   {spec.feature.dim} of {spec.feature.width} numbers a patch; a first pass fits the basis"
     yield from _enlarged(spec)
     size = human_bytes(shards_nbytes(spec, frames)) + (f", less what {codec.name} saves" if codec.compresses else "")
     if isinstance(path, Path):

@@ -12,17 +12,19 @@ from geomcache.cache.layout import SCHEMA_VERSION
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
+from geomcache.errors import CacheMismatchError
 from geomcache.extraction.at_address import open_at_address
+from geomcache.extraction.feature_pass import BASIS_FIELD, FeatureEncoder
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import describe_shards, require_space
 from geomcache.extraction.run_config import resolve, write_run_config
 from geomcache.frames.of_cache import check_cached_pictures, compare_with_cache
 from geomcache.frames.source import FrameDataset, describe_statistics_command, open_dataset
-from geomcache.geometry import Camera, GeometrySpec
+from geomcache.geometry import FEATURE, Camera, GeometrySpec
 from geomcache.pipeline.batch_size import default_batch_size, find_batch_size
 from geomcache.pipeline.process import Process
-from geomcache.ranges import count_rows
+from geomcache.ranges import count_rows, merge_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def warn_of_missing_quantiles(options: ExtractOptions, dataset: FrameDataset) ->
 
 
 def load_encoder(options: ExtractOptions, cameras: Sequence[Camera], device: str | torch.device | None) -> DA3Encoder:
-    """Load the encoder that the options ask for."""
+    """Load the encoder that the options ask for, without features: see `FeatureEncoder`."""
     return DA3Encoder.from_pretrained(
         options.model,
         cameras=cameras,
@@ -60,7 +62,7 @@ def load_encoder(options: ExtractOptions, cameras: Sequence[Camera], device: str
         views=options.views,
         process_res=options.process_res,
         grid=options.grid,
-        outputs=options.outputs,
+        outputs=tuple(name for name in options.outputs if name != FEATURE),
         device=device,
         dtype=options.dtype,
     )
@@ -82,8 +84,18 @@ def open_writer(
     episodes: Sequence[tuple[int, int]],
     spec: GeometrySpec,
     process: Process,
+    features: FeatureEncoder | None = None,
 ) -> StoreWriter:
-    """Create the cache, or open the one that exists; shards that lack a file count as missing."""
+    """Create the cache, or open the one that exists; shards that lack a file count as missing.
+
+    Args:
+        options: of the run.
+        dataset: that the cache belongs to.
+        episodes: ranges of those that it is to have.
+        spec: what the geometry depends on; without `features`, that of the cache.
+        process: the others wait until the main one has created the cache.
+        features: fits the basis of a cache that is created, and adopts that of one that exists.
+    """
     if options.address is not None:
         return open_at_address(options.address, options, dataset, episodes, spec)
     codec, rows = Codec.of(options.codec), dataset.rows(episodes)
@@ -101,17 +113,27 @@ def open_writer(
             compare_with_cache(path, dataset)
         return StoreWriter.create_or_open(
             path,
-            spec,
+            spec if features is None else features.encoder.spec,
             dataset.describe(version),  # a cache of an earlier version is continued as it was begun
             dataset.reader.episode_length,
             rows,
             identities=dataset.identities,
+            feature_basis=None if features is None else features.encoder.feature_basis,
             codec=codec,
             overwrite=overwrite,
         )
 
     with process.main_first():  # the others open what the main process has created or replaced
-        writer = open_or_create(overwrite=options.overwrite and process.is_main)
+        overwrite = options.overwrite and process.is_main
+        if features is not None:
+            features.choose(dataset, merge_ranges(rows), overwrite=overwrite)
+        try:
+            writer = open_or_create(overwrite=overwrite)
+        except CacheMismatchError as error:
+            if features is None or error.field != BASIS_FIELD:
+                raise
+            features.adopt()  # another run created the cache while this one fitted its basis
+            writer = open_or_create(overwrite=False)
         if process.is_main and drop_missing_shards(writer):
             writer.close()
             writer = open_or_create(overwrite=False)  # now it wants the rows of those shards, too

@@ -14,6 +14,7 @@ from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import DatasetError, UserInputError
 from geomcache.extraction.at_address import check_processes
+from geomcache.extraction.feature_pass import FeatureEncoder
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import describe_plan
 from geomcache.extraction.prepare import (
@@ -145,7 +146,8 @@ class _Extraction:
             warn_of_missing_quantiles(options, dataset)
         if self.encoder is None:
             self.encoder = load_encoder(options, dataset.cameras, options.device or machinery.process.device)
-        encoder, codec = self.encoder, Codec.of(options.codec)
+        features, codec = FeatureEncoder(options, self.encoder), Codec.of(options.codec)
+        encoder = features.encoder
         machinery.batch_size = choose_batch_size(options, encoder, machinery.process)
         if options.dry_run:
             for line in describe_plan(options.place, dataset, encoder, rows, machinery.batch_size, codec):
@@ -158,11 +160,12 @@ class _Extraction:
                     f"{path}: expected a cache of all {dataset.spec.episodes} episodes, found one of fewer: run"
                     " `geomcache update`, which adds the new ones"
                 )
-            report = self._grow(dataset, rows)
+            report = self._grow(dataset, rows, encoder)
             if machinery.process.is_main:
                 write_run_config(path, resolve(options, encoder.spec, dataset.spec))
             return report
-        with open_writer(options, dataset, episodes, encoder.spec, machinery.process) as writer:
+        with open_writer(options, dataset, episodes, encoder.spec, machinery.process, features) as writer:
+            encoder = features.encoder
             total = announce(writer, options, machinery.process)
             processes = machinery.process.count if self._share is None else self._share.count
             frames = (total - writer.frames_done()) // processes
@@ -174,10 +177,9 @@ class _Extraction:
             )
             return pipeline.until_sealed(total)
 
-    def _grow(self, dataset: FrameDataset, rows: Sequence[tuple[int, int]]) -> ExtractReport:
+    def _grow(self, dataset: FrameDataset, rows: Sequence[tuple[int, int]], encoder: DA3Encoder) -> ExtractReport:
         """Add rows to a cache of the first episodes of the dataset."""
-        options, machinery, encoder = self._options, self._machinery, self.encoder
-        assert encoder is not None
+        options, machinery = self._options, self._machinery
         if options.episodes is not None:  # frames of old episodes may have to be read, too
             dataset, _ = find_dataset(options, None)
         logger.info("%s: dataset %s has grown; continuing", options.output_path, options.dataset)

@@ -203,6 +203,7 @@ def _make(change: Change, encoder: EncoderOnDemand, machinery: Machinery, *, uns
             dataset.reader.episode_length,
             change.wanted,
             identities=dataset.identities,
+            feature_basis=change.store.feature_basis,
             codec=change.header.codec,
             shard_frames=change.new_header.shard_frames,
         )
@@ -302,7 +303,8 @@ def _load_encoder(options: UpdateOptions, change: Change, machinery: Machinery) 
     model = options.model
     if model is None and spec.model_revision is None:
         model = recorded_run(change.path).get("model")
-    encoder = DA3Encoder.from_spec(spec, model=model, device=options.device or machinery.process.device)
+    device, basis = options.device or machinery.process.device, change.store.feature_basis
+    encoder = DA3Encoder.from_spec(spec, model=model, device=device, feature_basis=basis)
     lengths, episodes = change.dataset.reader.episode_length, change.wanted_episodes()
     unknown = int(lengths[episodes[change.guesses[episodes] < 0]].sum())
     choose_engine(None, encoder, unknown // machinery.process.count, machinery.batch_size)
@@ -342,6 +344,7 @@ def _record(options: UpdateOptions, change: Change) -> None:
         views=spec.views,
         process_res=spec.process_res,
         grid=spec.grid,
+        outputs=spec.outputs,
         codec=change.header.codec.name,
         device=options.device,
         batch_size=options.batch_size,

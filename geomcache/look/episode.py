@@ -13,6 +13,7 @@ from geomcache.cache.commands import extract_command
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import GeometryError, MissingFrameError, UserInputError
 from geomcache.frames.reader import FrameReader
+from geomcache.geometry import FEATURE
 from geomcache.look.pinhole import Pinhole, fit_pinhole, mean_origin
 from geomcache.look.value_counts import ValueCounts
 from geomcache.ranges import format_ranges, rows_of
@@ -21,6 +22,7 @@ MAX_VIEWS = 32  # no robot has more cameras, and a header may claim any number
 BLOCK_NBYTES = 32 << 20  # of maps in memory at a time
 BLOCK_PICTURES = 16  # frames decoded together
 SCALARS = ("ray_conf", "depth", "depth_conf")
+FEATURE_SHOWN = slice(1, 4)  # numbers of a feature, as red, green and blue: the first is hardly more than their mean
 
 FrameMaps = dict[str, NDArray[np.float16]]  # by output, [V, h, w(, 6)]
 
@@ -58,7 +60,8 @@ class Episode:
     """Reads its pictures; None to leave them out."""
     number: int
     limits: dict[str, NDArray[np.float64]]
-    """The range that colours span in all frames: [2] for each of `SCALARS` that is cached, [2, 3] for ``direction``."""
+    """The range that colours span in all frames: [2] for each of `SCALARS` that is cached, [2, 3] for ``direction``
+    and for ``feature`` where it has enough numbers."""
     origins: NDArray[np.float64]  # [n, V, 3] mean origin of the rays, weighted by their confidence
     confidence: NDArray[np.float64] | None  # [n, V] mean ray_conf, where it is cached
 
@@ -138,7 +141,9 @@ def survey(store: GeometryStore, number: int, reader: FrameReader | None) -> Epi
     require_few_views(store)
     first, length = int(store.episode_start[number]), int(store.episode_length[number])
     scalars = [name for name in SCALARS if name in store.spec.outputs]
-    counts = {name: ValueCounts() for name in (*scalars, *"xyz")}
+    feature = store.spec.feature
+    shown = range(FEATURE_SHOWN.stop)[FEATURE_SHOWN] if feature and feature.dim >= FEATURE_SHOWN.stop else ()
+    counts = {name: ValueCounts() for name in (*scalars, *"xyz", *(f"{FEATURE}{part}" for part in shown))}
     origins, confidence = [], []
     size = block_frames(store)
     for start in range(first, first + length, size):
@@ -147,11 +152,15 @@ def survey(store: GeometryStore, number: int, reader: FrameReader | None) -> Epi
             counts[name].add(maps[name])
         for axis, name in enumerate("xyz"):
             counts[name].add(maps["ray"][..., axis])
+        for part in shown:
+            counts[f"{FEATURE}{part}"].add(maps[FEATURE][..., part])
         origins.append(mean_origin(maps["ray"], maps.get("ray_conf")))
         if "ray_conf" in maps:
             confidence.append(maps["ray_conf"].mean(axis=(-2, -1), dtype=np.float64))
     limits = {name: counted.limits() for name, counted in counts.items()}
     limits["direction"] = np.stack([limits.pop(axis) for axis in "xyz"], axis=1)
+    if shown:
+        limits[FEATURE] = np.stack([limits.pop(f"{FEATURE}{part}") for part in shown], axis=1)
     return Episode(
         store=store,
         reader=reader,

@@ -69,6 +69,8 @@ def describe_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     height, width = spec["grid_hw"]
     yield "grid", f"{height}x{width} ({spec['grid']} at {spec['process_res']} px)"
     yield "outputs", f"{', '.join(spec['outputs'])} as {spec['storage_dtype']}"
+    if "feature" in spec:
+        yield "  feature", f"{spec['feature']['dim']} of {spec['feature']['width']} numbers a patch"
     yield "frames", f"{facts['frames_present']} present, in shards of {facts['shard_frames']}"
     present, missing = (
         format_ranges(rows_of(facts[name])) or "none" for name in ("episodes_present", "episodes_missing")

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import UserInputError, one_line
-from geomcache.geometry import OUTPUTS, Camera, Geometry
+from geomcache.geometry import HEAD_OUTPUTS, Camera, Geometry
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def probe(
         for view, (path, picture) in enumerate(zip(images, pictures, strict=True))
     ]
     encoder = DA3Encoder.from_pretrained(
-        model, cameras=cameras, process_res=process_res, grid="native", outputs=tuple(OUTPUTS), device=device
+        model, cameras=cameras, process_res=process_res, grid="native", outputs=HEAD_OUTPUTS, device=device
     )
     tokens_encoder = encoder.with_grid(grid)
     inputs = encoder.preprocess([picture[None] for picture in pictures])

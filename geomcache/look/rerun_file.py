@@ -22,6 +22,7 @@ import rerun.blueprint as rrb
 from numpy.typing import NDArray
 from PIL import Image
 
+from geomcache.geometry import FEATURE
 from geomcache.look.drawing import AXIS_COLOURS
 from geomcache.look.episode import SCALARS, Episode, Frame
 from geomcache.look.pinhole import Pinhole
@@ -131,7 +132,7 @@ def _blueprint(episode: Episode) -> rrb.Blueprint:
     worlds = dict.fromkeys(world_of(episode, view) for view in range(len(episode.views)))
     spaces = [rrb.Spatial3DView(origin=world, name=world) for world in worlds]
     kinds = [RGB] if episode.reader is not None else []
-    kinds += ["direction", *(kind for kind in SCALARS if kind in episode.limits)]
+    kinds += ["direction", *(kind for kind in (*SCALARS, FEATURE) if kind in episode.limits)]
     strips = [
         rrb.Horizontal(
             *(rrb.Spatial2DView(origin=f"maps/{name}/{kind}", name=f"{name}: {kind}") for kind in kinds),

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from geomcache.geometry import FEATURE
 from geomcache.look.drawing import (
     Column,
     Panel,
@@ -14,7 +15,7 @@ from geomcache.look.drawing import (
     vector_caption,
     vector_colours,
 )
-from geomcache.look.episode import SCALARS, Episode, Frame
+from geomcache.look.episode import FEATURE_SHOWN, SCALARS, Episode, Frame
 
 COORDINATES = {"joint": "the first view's", "independent": "each view's own"}
 
@@ -35,6 +36,7 @@ class EpisodeSheet:
             Column(title="image"),
             Column(title="ray direction", limits=episode.limits["direction"]),
             *(Column(title=name, limits=episode.limits[name]) for name in self._scalars),
+            *([Column(title="feature 2 to 4", limits=episode.limits[FEATURE])] if FEATURE in episode.limits else []),
             Column(title="ray origin over the episode"),
         ]
         title = f"{episode.store.dataset.repo_id},  episode {episode.number}"
@@ -63,6 +65,8 @@ class EpisodeSheet:
         camera = self._episode.store.spec.cameras[view]
         captions = {"direction": pinhole_caption(frame, view)}
         captions |= {name: range_caption(frame.maps[name][view]) for name in self._scalars}
+        if FEATURE in colours:
+            captions[FEATURE] = f"of {frame.maps[FEATURE].shape[-1]} numbers"
         panels = [Panel(caption=caption, pixels=colours[name][view]) for name, caption in captions.items()]
         if frame.pictures is not None:
             panels.insert(0, Panel(caption=f"{camera.height}x{camera.width}", pixels=frame.pictures[view]))
@@ -71,11 +75,13 @@ class EpisodeSheet:
 
 
 def map_colours(episode: Episode, frame: Frame) -> dict[str, NDArray[np.uint8]]:
-    """Return colours [V, h, w, 3] of the directions and of every map of one number a cell."""
+    """Return colours [V, h, w, 3] of the directions, of every map of one number a cell, and of features."""
     colours = {"direction": vector_colours(frame.directions, episode.limits["direction"])}
     for name in SCALARS:
         if name in frame.maps:
             colours[name] = scalar_colours(frame.maps[name], episode.limits[name])
+    if FEATURE in episode.limits:
+        colours[FEATURE] = vector_colours(frame.maps[FEATURE][..., FEATURE_SHOWN], episode.limits[FEATURE])
     return colours
 
 

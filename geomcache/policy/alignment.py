@@ -4,7 +4,10 @@
     cached maps [B, V, h, w, ...]  -> standardised channels -> on the cells of the image tokens -> [B, V, n, C]
 
 Idea and projector are those of Spatial Forcing (arXiv 2510.12276), where the target is a feature of VGGT and the loss a
-cosine. Here the target is the geometry itself, and the loss is the squared error, weighted by DA3's confidence.
+cosine. There are two targets:
+
+    geometry    the cached geometry itself: the squared error, weighted by DA3's confidence
+    feature     DA3's features in the numbers of the cache's basis, as they are: 1 - cosine, as published
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,8 +29,8 @@ _TINY = 1e-12
 class Target:
     """What the image tokens of a batch should tell."""
 
-    values: Tensor  # [B, V, n, C] float32, standardised
-    weights: Tensor  # [B, V, n, C] float32, from 0 to 1; 0 where there is nothing to learn
+    values: Tensor  # [B, V, n, C] float32; geometry is standardised
+    weights: Tensor  # [B, V, n, C] float32, of features [B, V, n, 1], from 0 to 1; 0 where there is nothing to learn
     known: Tensor  # [B, V, n] bool: tokens most of whose cell lies in the picture and has values
 
 
@@ -35,36 +38,48 @@ class Target:
 class Alignment:
     """The alignment loss of a batch."""
 
-    losses: Tensor  # [B], whose mean is the loss: the weighted mean of squared errors over all of the batch
-    r2: Tensor  # [], share of the target's weighted variance that is predicted, without gradient
+    losses: Tensor  # [B], whose mean is the loss: the weighted mean over all of the batch
+    learned: Tensor  # [], without gradient: share of the target's weighted variance that is predicted; or mean cosine
 
 
-class GeometryProjector(nn.Module):
-    """The published projector from a token's hidden state to channels of geometry, with the target's statistics.
+class Projector(nn.Module):
+    """The published projector from a token's hidden state to the C channels of a target."""
 
-    Attributes:
-        mean: [C] float32 on the CPU, mean of each channel in the cache; no part of the state dict.
-        std: [C] float32 on the CPU, standard deviation of each channel, with the adapter's floors.
-    """
-
-    def __init__(self, *, statistics: Mapping[str, Moments], width: int) -> None:
-        """Build a fresh projector.
-
-        Args:
-            statistics: moments of each cached output, in the order of `OUTPUTS`.
-            width: D, width of the hidden states.
-        """
+    def __init__(self, width: int, channels: int) -> None:
+        """Build a fresh projector from hidden states of a width."""
         super().__init__()
-        self.mean, self.std = channel_statistics(statistics)
         self.norm = nn.LayerNorm(width)
         self.hidden = nn.Linear(width, 2 * width)
-        self.output = nn.Linear(2 * width, len(self.mean))
+        self.output = nn.Linear(2 * width, channels)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the predicted channels [..., C] of hidden states [..., D]."""
         normed = self.norm(hidden.to(self.hidden.weight.dtype))
         channels: Tensor = self.output(F.gelu(self.hidden(normed)))
         return channels
+
+
+class GeometryProjector(Projector):
+    """The projector to channels of geometry, with the target's statistics.
+
+    Attributes:
+        logged_as: what `Alignment.learned` is.
+        mean: [C] float32 on the CPU, mean of each channel in the cache; no part of the state dict.
+        std: [C] float32 on the CPU, standard deviation of each channel, with the adapter's floors.
+    """
+
+    logged_as = "geom_align_r2"
+
+    def __init__(self, *, statistics: Mapping[str, Moments], width: int) -> None:
+        """Build a fresh projector.
+
+        Args:
+            statistics: moments of each cached output of geometry, in the order of `OUTPUTS`.
+            width: D, width of the hidden states.
+        """
+        mean, std = channel_statistics(statistics)
+        super().__init__(width, len(mean))
+        self.mean, self.std = mean, std
 
     def target(self, geometry: Geometry, areas: Sequence[PictureArea | None]) -> Target:
         """Return `geometry_target` by the statistics of the projector's cache."""
@@ -79,7 +94,30 @@ class GeometryProjector(nn.Module):
             of_channel = weights.sum((0, 1, 2)).clamp(min=_TINY)
             mean = (weights * target.values).sum((0, 1, 2)) / of_channel
             variance = (weights * (target.values - mean).square()).sum().clamp(min=_TINY)
-        return Alignment(losses=len(errors) * errors / total, r2=1 - errors.detach().sum() / variance)
+        return Alignment(losses=len(errors) * errors / total, learned=1 - errors.detach().sum() / variance)
+
+
+class FeatureProjector(Projector):
+    """The projector to cached features, whose direction alone counts: arXiv 2510.12276, equation 5.
+
+    Attributes:
+        logged_as: what `Alignment.learned` is.
+    """
+
+    logged_as = "geom_align_cosine"
+
+    def target(self, geometry: Geometry, areas: Sequence[PictureArea | None]) -> Target:
+        """Return `feature_target`."""
+        return feature_target(geometry, areas)
+
+    def align(self, hidden: Tensor, target: Target) -> Alignment:
+        """Return the loss of hidden states [B, V, n, D]: 1 - cosine, a mean over the known tokens of the batch."""
+        cosines = F.cosine_similarity(self(hidden).float(), target.values, dim=-1)  # [B, V, n]
+        weights = target.weights[..., 0]
+        total = weights.sum().clamp(min=_TINY)
+        losses = (weights * (1 - cosines)).sum((1, 2))  # [B]
+        mean = (weights * cosines.detach()).sum() / total
+        return Alignment(losses=len(losses) * losses / total, learned=mean)
 
 
 @torch.no_grad()
@@ -87,13 +125,33 @@ def geometry_target(geometry: Geometry, mean: Tensor, std: Tensor, areas: Sequen
     """Return what the image tokens of a batch should tell. No gradient leads into it.
 
     Args:
-        geometry: torch.
+        geometry: torch. Features are left out.
         mean: [C], as of `channel_statistics`.
         std: [C].
         areas: for each view, where the policy sees its picture; None for a camera that the batch lacks.
     """
-    maps, weights = standardised(geometry, mean, std), confidence_weights(geometry)  # [B, V, h, w, C]
-    valid = maps.new_ones(maps.shape[:4]) if geometry.valid is None else geometry.valid.float()
+    geometry = geometry.without_feature()
+    return _target(standardised(geometry, mean, std), confidence_weights(geometry), geometry.valid, areas)
+
+
+@torch.no_grad()
+def feature_target(geometry: Geometry, areas: Sequence[PictureArea | None]) -> Target:
+    """Return the features that the image tokens of a batch should tell. No gradient leads into it.
+
+    They are resampled linearly, as published, and neither standardised nor weighted by a confidence.
+
+    Args:
+        geometry: torch, with features.
+        areas: as in `geometry_target`.
+    """
+    assert geometry.feature is not None
+    maps = geometry.feature.float()  # [B, V, h, w, C]
+    return _target(maps, maps.new_ones(*maps.shape[:4], 1), geometry.valid, areas)
+
+
+def _target(maps: Tensor, weights: Tensor, valid: Tensor | None, areas: Sequence[PictureArea | None]) -> Target:
+    """Return maps [B, V, h, w, C] and their weights on the image tokens; `valid` is [B, V, h, w] bool."""
+    valid = maps.new_ones(maps.shape[:4]) if valid is None else valid.float()
     side = next(area for area in areas if area is not None).side
     views = [
         _on_tokens(maps[:, view], weights[:, view], valid[:, view], area or PictureArea.of(side, side, side))

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from geomcache.errors import ModelError, ModelNotFoundError, UserInputError, one_line
 from geomcache.policy.options import (
     ADAPTER_NAME,
-    MODES,
+    FEATURE_PROJECTOR_NAME,
     PARTS,
     PROJECTOR_NAME,
     SUFFIX,
     GeometryOptions,
     check_same_spec,
+    parts_of,
 )
 from geomcache.waits import hub_call
 
@@ -41,6 +42,7 @@ LORA_WEIGHTS = "adapter_model.safetensors"
 PART_OPTIONS = {
     ADAPTER_NAME: ("geom_attention", "geom_target_hw", "geom_modality_embedding"),
     PROJECTOR_NAME: ("geom_align_layer",),
+    FEATURE_PROJECTOR_NAME: ("geom_align_layer",),
 }
 # Entries of a configuration that belong to one run, machine, dataset or upload, and not to the policy.
 RUN_OPTIONS = frozenset(
@@ -125,7 +127,7 @@ def trained_parts(saved: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the geometry's modules that a checkpoint with this ``config.json`` holds."""
     if not saved["type"].endswith(SUFFIX) or not saved.get("use_geom_prefix", True):
         return frozenset()
-    return MODES.get(saved.get("geom_mode", "prefix"), frozenset())
+    return parts_of(saved.get("geom_mode", "prefix"), saved.get("geom_align_target", "geometry"))
 
 
 def has_adapter(saved: Mapping[str, Any]) -> bool:

@@ -77,7 +77,7 @@ class GeometryPolicy(LeRobotClass):  # type: ignore[misc]
         self.online: OnlineEncoder | None = None
         if config.has_tokens:
             assert self._spec is not None
-            self.online = OnlineEncoder(self._spec, config.geom_model_id, config.geom_engine)
+            self.online = OnlineEncoder(self._spec.without_feature(), config.geom_model_id, config.geom_engine)
         self._adapter_grad_norm: Tensor | None = None
 
     def prepare_network(self) -> None:
@@ -159,9 +159,9 @@ class GeometryPolicy(LeRobotClass):  # type: ignore[misc]
         Further arguments are LeRobot's. With geometry tokens, the numbers have ``geom_alpha``; ``geom_token_norm`` and
         ``image_token_norm``, mean lengths of the prefix's tokens; and ``geom_grad_norm``, the norm of the adapter's
         gradient in the step before, not clipped, of this process alone; it is missing in the first step. With the
-        alignment loss, they have ``geom_action_loss``, ``geom_align_loss`` and ``geom_align_r2``, and where
-        `measures_gradients` is set, what `compare_gradients` returns. Held-out batches, of a policy in evaluation mode,
-        have the action loss alone, which can be compared between modes.
+        alignment loss, they have ``geom_action_loss``, ``geom_align_loss``, and ``geom_align_r2`` or, of features,
+        ``geom_align_cosine``; where `measures_gradients` is set, also what `compare_gradients` returns. Held-out
+        batches, of a policy in evaluation mode, have the action loss alone, which can be compared between modes.
 
         Raises:
             GeometryError: the batch has no geometry, or other outputs, views or grid than the policy was made for, or
@@ -196,6 +196,8 @@ class GeometryPolicy(LeRobotClass):  # type: ignore[misc]
                 " casts each batch so with --policy.dtype=bfloat16: train with --policy.dtype=float32, or without FSDP"
             )
         assert self._spec is not None
+        if self._spec.feature is None:
+            geometry = geometry.without_feature()  # a cache may have more than the policy learns from
         geometry.check(self._spec)
         return geometry
 
@@ -240,7 +242,8 @@ class GeometryPolicy(LeRobotClass):  # type: ignore[misc]
 
     def _tokens(self, geometry: Geometry) -> GeometryTokens:
         assert self._spec is not None
-        geometry.check(self._spec)
+        geometry = geometry.without_feature()
+        geometry.check(self._spec.without_feature())
         tokens: GeometryTokens = self.model.geometry_adapter(geometry)
         return tokens
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from geomcache.adapter import GEOMETRY_ATTENTION
 from geomcache.errors import CacheMismatchError, UserInputError
-from geomcache.geometry import GeometrySpec, differences
+from geomcache.geometry import FEATURE, GeometrySpec, differences
 from geomcache.policy.lerobot_version import warn_if_untested
 from geomcache.statistics import Moments
 
@@ -23,14 +23,20 @@ LeRobotClass: Any = object
 SUFFIX = "_geometry"  # of a policy's type, after LeRobot's name of the plain one
 LEROBOT_MEMORY = ("use_visual_memory", "use_proprioceptive_memory")  # options of LeRobot after 0.6.1
 ADAPTER_NAME = "geometry_adapter"  # of the modules in the network
-PROJECTOR_NAME = "geometry_projector"
-PARTS = {ADAPTER_NAME: "geometry adapter", PROJECTOR_NAME: "geometry projector"}  # what messages call them
+PROJECTOR_NAME, FEATURE_PROJECTOR_NAME = "geometry_projector", "feature_projector"
+PROJECTORS = {"geometry": PROJECTOR_NAME, "feature": FEATURE_PROJECTOR_NAME}
+"""The projector of each `geom_align_target`."""
+PARTS = {  # what messages call them
+    ADAPTER_NAME: "geometry adapter",
+    PROJECTOR_NAME: "geometry projector",
+    FEATURE_PROJECTOR_NAME: "feature projector",
+}
 MODES = {
     "prefix": frozenset({ADAPTER_NAME}),
     "align": frozenset({PROJECTOR_NAME}),
     "both": frozenset({ADAPTER_NAME, PROJECTOR_NAME}),
 }
-"""The parts that each `geom_mode` has."""
+"""The parts that each `geom_mode` has, with the target ``geometry``."""
 ENGINES = ("eager", "compiled")  # as geomcache.da3.engine.EngineName, which is not imported for training
 # Enlarging invents nothing: a target grid may be finer than the cached one by a rounding difference, not by more.
 MAX_ENLARGED_CELLS = 4
@@ -157,7 +163,12 @@ class GeometryOptions(LeRobotClass):  # type: ignore[misc]
     @property
     def is_aligned(self) -> bool:
         """Whether training has the alignment loss."""
-        return PROJECTOR_NAME in self.parts
+        return not self.parts.isdisjoint(PROJECTORS.values())
+
+    @property
+    def aligns_features(self) -> bool:
+        """Whether the alignment loss has DA3's features as its target."""
+        return FEATURE_PROJECTOR_NAME in self.parts
 
     @property
     def geometry_spec(self) -> GeometrySpec | None:
@@ -170,7 +181,7 @@ class GeometryOptions(LeRobotClass):  # type: ignore[misc]
 
     @property
     def geometry_statistics(self) -> dict[str, Moments]:
-        """Moments of the spec's outputs, in their order.
+        """Moments of the spec's outputs of geometry, in their order.
 
         Raises:
             CacheFormatError: the checkpoint's statistics are malformed or missing.
@@ -178,10 +189,13 @@ class GeometryOptions(LeRobotClass):  # type: ignore[misc]
         spec = self.geometry_spec
         assert spec is not None
         statistics = self.geom_statistics or {}
-        return {name: Moments.from_dict(statistics.get(name), name) for name in spec.outputs}
+        outputs = spec.without_feature().outputs
+        return {name: Moments.from_dict(statistics.get(name), name) for name in outputs}
 
     def bind_cache(self, spec: GeometrySpec, statistics: Mapping[str, Moments], fingerprint: str) -> None:
         """Take over a cache's spec, statistics and fingerprint, before the policy is made.
+
+        Features are left out, unless they are what image tokens are aligned to.
 
         A configuration that has a spec already comes from a checkpoint: its adapter was trained with that geometry, so
         the cache must have been made in the same way, and the checkpoint's statistics stay.
@@ -196,11 +210,21 @@ class GeometryOptions(LeRobotClass):  # type: ignore[misc]
             UserInputError: an option cannot be used, or `geom_target_hw` is larger than the cached grid by more than
                 4 cells.
         """
+        if not self.aligns_features:
+            spec = spec.without_feature()
+        elif spec.feature is None:
+            raise UserInputError(
+                f"geom_align_target: expected geometry with a cache of {', '.join(spec.outputs)}, got feature: extract"
+                f" a cache with --outputs {','.join((*spec.outputs, FEATURE))}, or leave the option out"
+            )
         if self.geom_spec is None:
             self.geom_spec = spec.to_dict()
-            self.geom_statistics = {name: statistics[name].to_dict() for name in spec.outputs}
+            outputs = spec.without_feature().outputs
+            self.geom_statistics = {name: statistics[name].to_dict() for name in outputs}
         else:
             check_same_spec(cached=spec.to_dict(), checkpoint=self.geom_spec)
+            own = GeometrySpec.from_dict(self.geom_spec)
+            self.geom_spec = dataclasses.replace(own, outputs=spec.outputs, feature=spec.feature).to_dict()
         self.geom_fingerprint = fingerprint
         self.check_options()
 
@@ -236,12 +260,23 @@ def geometry_config_class(plain_type: str) -> Any:
     return PreTrainedConfig.get_choice_class(f"{plain_type}{SUFFIX}")
 
 
+def parts_of(mode: str, target: str) -> frozenset[str]:
+    """Return the parts that a `geom_mode` has with a `geom_align_target`; none if there is no such mode or target."""
+    if target not in PROJECTORS:
+        return frozenset()
+    return frozenset(PROJECTORS[target] if part == PROJECTOR_NAME else part for part in MODES.get(mode, ()))
+
+
 def check_same_spec(*, cached: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
     """Compare the spec of a cache with the spec that a checkpoint was trained with. The model's name is a label.
+
+    Where one of them has no features, their geometry is compared.
 
     Raises:
         CacheMismatchError: a field differs.
     """
+    if (FEATURE in cached) != (FEATURE in checkpoint):
+        cached, checkpoint = (GeometrySpec.from_dict(spec).without_feature().to_dict() for spec in (cached, checkpoint))
     for field, cached_value, trained_value in differences(cached, checkpoint):
         if field != "model_id":
             advice = "extract a cache with the checkpoint's settings, or start from a checkpoint without geometry"

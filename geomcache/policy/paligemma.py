@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from geomcache.errors import UserInputError
 from geomcache.geometry import Geometry
-from geomcache.policy.alignment import Alignment, GeometryProjector
+from geomcache.policy.alignment import Alignment, FeatureProjector, GeometryProjector
 from geomcache.policy.geometry_policy import TOKENS_KEY, GeometryPolicy
 from geomcache.policy.gradients import compare_gradients, shared_parameters
 from geomcache.policy.image_tokens import HiddenStates, picture_areas, tokens_of_views
+from geomcache.policy.options import PROJECTORS
 from geomcache.policy.paligemma_options import PaliGemmaOptions
 from geomcache.policy.prefix import ExtendedPrefix, PrefixInputs, with_tokens
 from geomcache.policy.small_paligemma import SMALL_GEMMA, SmallPaliGemmaWithExpert
@@ -27,7 +28,7 @@ class PaliGemmaNetwork(ExtendedPrefix):
     """What LeRobot's networks of Pi0 and Pi0.5 inherit first.
 
     Attributes:
-        geometry_projector: only with the alignment loss.
+        geometry_projector, feature_projector: one of them, only with the alignment loss.
         hidden_states: keeps the hidden states that are aligned; None without the alignment loss.
     """
 
@@ -48,13 +49,29 @@ class PaliGemmaNetwork(ExtendedPrefix):
         self.add_adapter(config, width)
         self.hidden_states: HiddenStates | None = None
         if config.is_aligned:
-            self.geometry_projector = GeometryProjector(statistics=config.geometry_statistics, width=width)
+            setattr(self, PROJECTORS[config.geom_align_target], _make_projector(config, width))
             self.hidden_states = HiddenStates(self.paligemma_with_expert, [config.align_layer])
+
+    @property
+    def projector(self) -> GeometryProjector | FeatureProjector:
+        """Return the projector of the alignment loss, which the network must have."""
+        projector: GeometryProjector | FeatureProjector = getattr(self, PROJECTORS[self.config.geom_align_target])
+        return projector
 
     @staticmethod
     def small_layers(config: Any, width: int) -> dict[str, nn.Module]:
         """Return the other layers whose shapes depend on the size, by name, for hidden states of this width."""
         raise NotImplementedError
+
+
+def _make_projector(config: PaliGemmaOptions, width: int) -> GeometryProjector | FeatureProjector:
+    """Return a fresh projector from hidden states of this width."""
+    if not config.aligns_features:
+        return GeometryProjector(statistics=config.geometry_statistics, width=width)
+    spec = config.geometry_spec
+    assert spec is not None
+    assert spec.feature is not None
+    return FeatureProjector(width, spec.feature.dim)
 
 
 class PaliGemmaPolicy(GeometryPolicy):
@@ -103,7 +120,7 @@ class PaliGemmaPolicy(GeometryPolicy):
         measured = {
             "geom_action_loss": loss.detach().mean(),
             "geom_align_loss": alignment.losses.detach().mean(),
-            "geom_align_r2": alignment.r2,
+            self.model.projector.logged_as: alignment.learned,
         }
         if trains and weight and self.measures_gradients:
             names = ("geom_action_grad", "geom_align_grad", "geom_grad_angle")
@@ -119,9 +136,10 @@ class PaliGemmaPolicy(GeometryPolicy):
     def _align(self, hidden: Tensor, batch: Mapping[str, Any], geometry: Geometry) -> Alignment:
         assert self._spec is not None
         keys, side = self._spec.camera_keys, self.config.image_resolution[0]
-        target = self.model.geometry_projector.target(geometry, picture_areas(batch, keys, side))
+        projector = self.model.projector
+        target = projector.target(geometry, picture_areas(batch, keys, side))
         present = [key for key in self.config.image_features if key in batch]  # in LeRobot's order
-        alignment: Alignment = self.model.geometry_projector.align(tokens_of_views(hidden, keys, present, side), target)
+        alignment: Alignment = projector.align(tokens_of_views(hidden, keys, present, side), target)
         return alignment
 
     def completed_weights(self, loaded: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from geomcache.errors import UserInputError
 from geomcache.geometry import PATCH_SIZE
-from geomcache.policy.options import MAX_ENLARGED_CELLS, MODES, GeometryOptions
+from geomcache.policy.options import MAX_ENLARGED_CELLS, MODES, PROJECTORS, GeometryOptions, parts_of
 
 LAYERS = {"full": 18, "small": 4}  # of PaliGemma's language model
 MODEL_SIZES = tuple(LAYERS)
@@ -18,6 +18,10 @@ class PaliGemmaOptions(GeometryOptions):
     geom_mode: str = "prefix"
     """``prefix``: geometry is tokens of the prefix. ``align``: geometry is a loss while training, there are no tokens,
     and DA3 is not needed to act. ``both``: tokens and loss."""
+
+    geom_align_target: str = "geometry"
+    """What image tokens are aligned to. ``geometry``: cached rays, depths and confidences, by the squared error.
+    ``feature``: cached features of DA3, by the cosine; they need a cache with `--outputs ray,ray_conf,feature`."""
 
     geom_align_weight: float = 0.5
     """Factor of the alignment loss. 0: it is measured and changes nothing."""
@@ -75,7 +79,7 @@ class PaliGemmaOptions(GeometryOptions):
     @property
     def parts(self) -> frozenset[str]:
         """Names of the modules that geometry adds to the network."""
-        return MODES[self.geom_mode] if self.use_geom_prefix else frozenset()
+        return parts_of(self.geom_mode, self.geom_align_target) if self.use_geom_prefix else frozenset()
 
     @property
     def align_layer(self) -> int:
@@ -83,6 +87,10 @@ class PaliGemmaOptions(GeometryOptions):
         return self.geom_align_layer or round(LAYERS[self.model_size] * 2 / 3)
 
     def _check_alignment(self) -> None:
+        if self.geom_align_target not in PROJECTORS:
+            raise UserInputError(
+                f"geom_align_target: expected {' or '.join(map(repr, PROJECTORS))}, got {self.geom_align_target!r}"
+            )
         if not 0 <= self.geom_align_weight < math.inf:
             raise UserInputError(f"geom_align_weight: expected a number of at least 0, got {self.geom_align_weight}")
         layers = LAYERS[self.model_size]

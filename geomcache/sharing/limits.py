@@ -31,7 +31,7 @@ MAX_METADATA_NBYTES = 16 << 20
 MAX_TABLE_NBYTES = 256 << 20  # 32 million episodes
 HUB_FILE_NBYTES = 500 * 10**9  # of one file; its documentation recommends less than 200 GB
 HUB_FILES = 100_000  # in a repository: what its documentation recommends, not a limit
-_INT64_NBYTES = 8
+_INT64_NBYTES, _FLOAT32_NBYTES = 8, 4
 
 
 def fetch_description(
@@ -57,7 +57,7 @@ def fetch_description(
         inventory = Inventory.read(folder)
         files = inventory.manifest.files
         _check_sizes(inventory.header, files, folder / MANIFEST)
-        table = [f"{name}/c.0" for name in inventory.header.episode_table]
+        table = inventory.header.small_chunks
         for name in [*table, *(inventory.header.metadata() if metadata else ())]:
             remote.fetch(name, files[name][0], folder)  # the check of the hashes names a missing one
         for _, error in damaged_files(folder, table, files):
@@ -117,6 +117,9 @@ def _check_sizes(header: Header, files: Files, manifest: Path) -> None:
     chunk_nbytes = min(header.dataset.frames, COORDINATE_CHUNK) * _INT64_NBYTES
     bounds = dict.fromkeys(header.metadata(), (1, MAX_METADATA_NBYTES))
     bounds |= {f"{name}/c.0": (table_nbytes, min(table_nbytes, MAX_TABLE_NBYTES)) for name in header.episode_table}
+    if (feature := header.spec.feature) is not None:
+        basis_nbytes = feature.width * feature.dim * _FLOAT32_NBYTES + CRC_NBYTES
+        bounds[header.small_chunks[-1]] = basis_nbytes, basis_nbytes
     for name, (size, _) in files.items():
         # what is neither is a chunk of the coordinates; zstd makes incompressible data longer by a hundredth at most
         low, high = bounds.get(name, (1, chunk_nbytes + chunk_nbytes // 100 + 1024))

@@ -8,6 +8,7 @@ lines to straight lines, so four points tell the whole movement. Cells of the mo
 the picture are marked in ``observation.geometry.valid``.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,17 +113,26 @@ def move_maps(maps: Mapping[str, Tensor], homographies: Sequence[Tensor]) -> dic
     views, height, width = next(iter(maps.values())).shape[:3]
     moved = {key: values.clone() for key, values in maps.items()}
     valid = torch.ones(views, height, width, dtype=torch.bool)
-    x, y = ((torch.arange(cells, dtype=torch.float64) + 0.5) / cells for cells in (width, height))
-    centers = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, dtype=torch.float64)], -1)
-    for view, matrix in enumerate(homographies):
-        if torch.equal(matrix, _NOT_MOVED):
-            continue
-        sources = centers @ matrix.T  # [h, w, 3]
-        places = sources[..., :2] / sources[..., 2:]
-        valid[view] = ((places >= 0) & (places <= 1)).all(-1) & (sources[..., 2] > 0)
-        grid = (2 * places - 1).float().nan_to_num(2.0).clamp(-2, 2)[None]
-        for key, values in maps.items():
-            channels = values[view].float().reshape(height, width, -1).permute(2, 0, 1)[None]
-            sampled = F.grid_sample(channels, grid, mode="bilinear", padding_mode="border", align_corners=False)
-            moved[key][view] = sampled[0].permute(1, 2, 0).reshape(values[view].shape).to(values.dtype)
+    moving = [view for view, matrix in enumerate(homographies) if not torch.equal(matrix, _NOT_MOVED)]
+    if not moving:
+        return moved | {batch_key(VALID): valid}
+    matrices = torch.stack([homographies[view] for view in moving])[:, None]  # [m, 1, 3, 3]
+    sources = _cell_centers(height, width) @ matrices.mT  # [m, h, w, 3]
+    places = sources[..., :2] / sources[..., 2:]
+    valid[moving] = ((places >= 0) & (places <= 1)).all(-1) & (sources[..., 2] > 0)
+    grid = (2 * places - 1).float().nan_to_num(2.0).clamp(-2, 2)
+    # All maps of all moved views in one call: of small maps, calls are what costs.
+    flat = [values[moving].float().reshape(len(moving), height, width, -1) for values in maps.values()]
+    channels = torch.cat(flat, dim=-1).permute(0, 3, 1, 2)
+    sampled = F.grid_sample(channels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    parts = torch.split(sampled.permute(0, 2, 3, 1), [part.shape[-1] for part in flat], dim=-1)
+    for values, part in zip(moved.values(), parts, strict=True):
+        values[moving] = part.reshape(len(moving), *values.shape[1:]).to(values.dtype)
     return moved | {batch_key(VALID): valid}
+
+
+@functools.cache
+def _cell_centers(height: int, width: int) -> Tensor:
+    """Return the places (x, y, 1) of cells' centers, in shares of the picture's sides, float64 [h, w, 3]."""
+    x, y = ((torch.arange(cells, dtype=torch.float64) + 0.5) / cells for cells in (width, height))
+    return torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width, dtype=torch.float64)], -1)

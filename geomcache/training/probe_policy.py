@@ -177,7 +177,8 @@ class Subject:
                 f"policy: expected one that sees the cache's cameras, it does not see {', '.join(unseen)}, it sees"
                 f" {', '.join(policy.config.image_features)}: take a cache of its cameras"
             )
-        self._mean, self._std = channel_statistics(store.statistics)
+        of_geometry = {name: store.statistics[name] for name in store.spec.without_feature().outputs}
+        self._mean, self._std = channel_statistics(of_geometry)
         network = policy.model.paligemma_with_expert
         self._states = HiddenStates(network, range(len(prefix_norms(network))))
 

@@ -14,6 +14,7 @@ import numcodecs
 import numpy as np
 import pytest
 
+from tests.support.geometry import FEATURE_DIM
 from tests.support.stores import (
     LENGTHS,
     MadeUpMaps,
@@ -26,7 +27,12 @@ from tests.support.stores import (
 )
 
 of_every_codec = pytest.mark.parametrize("codec", ["raw", "zstd"])
-TRAILING = {"ray": 6, "ray_conf": 1, "depth": 1, "depth_conf": 1}
+TRAILING = {"ray": 6, "ray_conf": 1, "depth": 1, "depth_conf": 1, "feature": FEATURE_DIM}
+
+
+def dimensions(column: str) -> int:
+    """How many there are in a map of a column."""
+    return 2 + (TRAILING[column.rpartition("/")[2]] > 1)
 
 
 def crc(data: bytes) -> bytes:
@@ -76,7 +82,7 @@ def read_rows(folder: Path, rows: list[int], codec: str) -> dict[str, dict[int, 
     found: dict[str, dict[int, bytes]] = {column: {} for column in columns}
     for shard in sorted({row // k for row in rows}):
         here = [row - shard * k for row in rows if row // k == shard]
-        names = [column + f"/c.{shard}" + ".0" * (3 if column.endswith("/ray") else 2) for column in columns]
+        names = [column + f"/c.{shard}" + ".0" * dimensions(column) for column in columns]
         table = (folder / f"frame_crc32c/c.{shard}.0").read_bytes()
         assert table[-4:] == crc(table[:-4])
         sums = np.frombuffer(table[:-4], "<u4").reshape(k, len(columns))
@@ -113,7 +119,7 @@ def check_maps(maps: MadeUpMaps, rows: list[int], found: dict[str, dict[int, byt
 
 
 @of_every_codec
-@pytest.mark.parametrize("outputs", [("ray", "ray_conf"), ("ray", "ray_conf", "depth", "depth_conf")])
+@pytest.mark.parametrize("outputs", [("ray", "ray_conf"), tuple(TRAILING)])
 def test_the_page_describes_a_sealed_cache(tmp_path: Path, outputs: tuple[str, ...], codec: str) -> None:
     spec = make_spec(outputs=outputs)
     folder = make_store(tmp_path / "cache", [(0, 37), (70, 90)], spec=spec, codec=codec)
@@ -129,7 +135,7 @@ def test_the_page_describes_a_sealed_cache(tmp_path: Path, outputs: tuple[str, .
         content = (folder / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (nbytes, digest)
     for shard, (sizes, hashes) in shards.items():
-        names = [f"{column}/c.{shard}" + ".0" * (3 if column.endswith("/ray") else 2) for column in data["columns"]]
+        names = [f"{column}/c.{shard}" + ".0" * dimensions(column) for column in data["columns"]]
         names += [f"frame_crc32c/c.{shard}.0", f"picture_hash/c.{shard}.0", f"picture_means/c.{shard}.0.0.0.0"]
         for name, nbytes, digest in zip(names, sizes, hashes, strict=True):
             content = (folder / name).read_bytes()
@@ -170,7 +176,7 @@ def load_reader() -> dict[str, Any]:
 def test_the_reader_on_the_page_reads_what_was_written(tmp_path: Path, sealed: bool, codec: str) -> None:
     reader = load_reader()
     assert reader["crc32c"](b"123456789") == 0xE3069283
-    spec = make_spec(outputs=("ray", "ray_conf", "depth", "depth_conf"))
+    spec = make_spec(outputs=tuple(TRAILING))
     rows = [row for row in range(90) if not 37 <= row < 70]
     if sealed:
         make_store(tmp_path / "cache", [(0, 37), (70, 90)], spec=spec, codec=codec)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from geomcache.adapter import ABSOLUTE_STD_FLOOR, RELATIVE_STD_FLOOR, GeometryTokenAdapter
-from geomcache.geometry import OUTPUTS, Geometry
+from geomcache.geometry import HEAD_OUTPUTS, Geometry
 from geomcache.statistics import Moments
 from tests.support.geometry import example_geometry
 
@@ -39,7 +39,7 @@ def make_adapter(statistics: Mapping[str, Moments] = PLAIN, **options: Any) -> G
     return adapter
 
 
-def example(views: int = 2, grid_hw: tuple[int, int] = (5, 6), outputs: tuple[str, ...] = tuple(OUTPUTS)) -> Geometry:
+def example(views: int = 2, grid_hw: tuple[int, int] = (5, 6), outputs: tuple[str, ...] = HEAD_OUTPUTS) -> Geometry:
     made = example_geometry(batch=3, views=views, grid_hw=grid_hw, outputs=outputs)
     return Geometry(**{name: torch.from_numpy(values) for name, values in made.items()})
 
@@ -101,7 +101,7 @@ def test_all_outputs_against_a_resampler_of_our_own(target_hw: tuple[int, int]) 
 
 
 def test_channels_follow_the_outputs() -> None:
-    for outputs, channels in ((("ray",), 6), (("ray", "ray_conf"), 7), (("ray", "depth"), 7), (tuple(OUTPUTS), 9)):
+    for outputs, channels in ((("ray",), 6), (("ray", "ray_conf"), 7), (("ray", "depth"), 7), (HEAD_OUTPUTS, 9)):
         geometry = example(outputs=outputs)
         adapter = make_adapter({name: Moments.of(name, v.numpy()) for name, v in geometry.items()}, views=2)
         assert adapter.projection.in_features == channels

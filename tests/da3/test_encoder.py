@@ -37,12 +37,12 @@ from geomcache.errors import (
     NonFiniteGeometryError,
     UserInputError,
 )
-from geomcache.geometry import OUTPUTS, Camera, Geometry
+from geomcache.geometry import HEAD_OUTPUTS, OUTPUTS, Camera, Geometry
 from pipelines import make_random_da3
 from pipelines.make_random_da3 import STAND_INS, save_random_da3
 from tests.support.da3 import area_average, assert_one_step, upstream_maps, upstream_network
 
-ALL_OUTPUTS = tuple(OUTPUTS)
+ALL_OUTPUTS = HEAD_OUTPUTS
 FRONT = Camera(key="observation.images.front", height=48, width=64)  # at 56 px: 42x56, patches 3x4
 WRIST = Camera(key="observation.images.wrist", height=48, width=64)
 SQUARE = Camera(key="observation.images.square", height=40, width=40)  # at 56 px: 56x56, patches 4x4

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from geomcache.da3.backbone import RotaryTables
 from geomcache.da3.encoder import DA3Encoder
-from geomcache.geometry import OUTPUTS, Camera
+from geomcache.geometry import HEAD_OUTPUTS, Camera
 from tests.support.da3 import assert_one_step
 from tests.support.logs import logged_lines
 
@@ -101,7 +101,7 @@ def test_what_torch_compiles_gives_the_same_within_its_rounding(random_da3_folde
 
 @pytest.mark.usefixtures("quick_compiler")
 def test_outputs_with_depth_run_the_whole_head(random_da3_folder: Path) -> None:
-    options: dict[str, Any] = {"outputs": tuple(OUTPUTS), "grid": "native"}
+    options: dict[str, Any] = {"outputs": HEAD_OUTPUTS, "grid": "native"}
     expected, compiled = load(random_da3_folder, **options), load(random_da3_folder, **options)
     compiled.compile(1)
     for name, values in compiled.encode(images(1)).items():

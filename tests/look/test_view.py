@@ -19,10 +19,12 @@ from geomcache.look import video
 from geomcache.look.drawing import HEADING, MARGIN, NAME, PANEL, TITLE, scalar_colours, vector_colours
 from geomcache.look.episode import Frame, survey
 from geomcache.look.options import ViewOptions
-from geomcache.look.sheet import EpisodeSheet, pinhole_caption
+from geomcache.look.sheet import EpisodeSheet, map_colours, pinhole_caption
+from geomcache.look.value_counts import CLIP
 from geomcache.look.view import PRINT_SCALE, view
 from tests.support.datasets import make_dataset
 from tests.support.scene import KEYS, LENGTHS, SIZE, WALL, Scene, make_scene, scene_maps
+from tests.support.stores import make_spec, make_store
 
 needs_rerun = pytest.mark.skipif(
     importlib.util.find_spec("rerun") is None, reason="rerun-sdk, the extra `view`, is not installed"
@@ -55,6 +57,23 @@ def find(sheet: NDArray[np.uint8], pixels: NDArray[np.uint8]) -> tuple[int, int]
             ).all():
                 return top // PRINT_SCALE, left // PRINT_SCALE
     raise AssertionError("not found")
+
+
+def test_features_are_shown_by_three_of_their_numbers(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "cache.zarr", spec=make_spec(outputs=("ray", "feature")))
+    with GeometryStore.open(path) as store:
+        episode, rows = survey(store, 1, None), range(20, 50)
+        features: Any = store.batch(rows).feature
+        values = features[..., 1:4].astype(np.float64)  # [n, V, h, w, 3]
+        frame = next(episode.frames(3))
+        low, high = np.percentile(values.reshape(-1, 3), CLIP, axis=0)
+        np.testing.assert_allclose(episode.limits["feature"], [low, high], rtol=0.02)
+        low, high = episode.limits["feature"]
+        expected = (np.clip((values[3] - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        np.testing.assert_array_equal(map_colours(episode, frame)["feature"], expected)
+        with_features = EpisodeSheet(episode).draw(frame)
+        del episode.limits["feature"]
+        assert with_features.shape[1] == EpisodeSheet(episode).draw(frame).shape[1] + PANEL + MARGIN
 
 
 def test_a_frame_shows_the_pictures_and_the_maps(

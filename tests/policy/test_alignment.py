@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lerobot.policies.pi05 import modeling_pi05
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from numpy.typing import NDArray
 
 from geomcache.adapter import channel_statistics
@@ -145,12 +146,12 @@ def test_r2_by_hand() -> None:
     with torch.no_grad():
         projector.output.weight.zero_()
         projector.output.bias.copy_(torch.from_numpy(mean))
-    assert projector.align(torch.zeros(2, 2, 4, 8), target).r2.item() == pytest.approx(0, abs=1e-6)
+    assert projector.align(torch.zeros(2, 2, 4, 8), target).learned.item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         projector.output.bias.add_(1.0)
     spread = (weights * (values - mean) ** 2).sum()
     shifted = projector.align(torch.zeros(2, 2, 4, 8), target)
-    assert shifted.r2.item() == pytest.approx(1 - (weights * (values - mean - 1) ** 2).sum() / spread, rel=1e-5)
+    assert shifted.learned.item() == pytest.approx(1 - (weights * (values - mean - 1) ** 2).sum() / spread, rel=1e-5)
 
 
 def test_confidence_weighs_rays_and_depths_and_not_itself() -> None:
@@ -397,6 +398,22 @@ def test_compiled_model_gives_the_same(monkeypatch: pytest.MonkeyPatch, gradient
     found, expected = gradients(compiled, make_batch()), gradients(eager, make_batch())
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_real_time_chunking_is_plain_pi05s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the rest of the last chunk; at inference there is no loss, and no DA3."""
+    options: dict[str, Any] = {"rtc_config": RTCConfig(enabled=True, execution_horizon=3)}
+    plain = make_plain_policy(monkeypatch, **options)
+    policy = with_weights(make_policy(geom_mode="align", **options), plain)
+    batch, rest = make_batch(geometry=False), torch.full((2, 3, 3), 0.5)
+    chunks = []
+    for each in (plain, policy):
+        for more in ({}, {"prev_chunk_left_over": rest, "inference_delay": 1, "execution_horizon": 3}):
+            torch.manual_seed(7)
+            chunks.append(each.predict_action_chunk(batch, **more))
+    assert torch.equal(chunks[0], chunks[2])
+    assert torch.equal(chunks[1], chunks[3])
+    assert not torch.equal(chunks[0], chunks[1])
 
 
 def test_bfloat16() -> None:

@@ -48,6 +48,8 @@ MUTATIONS: list[tuple[tuple[str | int, ...], Any]] = [
     (("spec", "grid_hw"), [14, 10000]),
     (("spec", "outputs"), ["ray_conf", "ray"]),
     (("spec", "outputs"), ["ray", "rays"]),
+    (("spec", "outputs"), ["ray", "ray_conf", "feature"]),
+    (("spec", "feature"), {"width": 6, "dim": 5, "basis_sha256": "11" * 32}),
     (("spec", "outputs"), ["ray", "depth", "depth"]),
     (("spec", "compute_dtype"), "fp16"),
     (("spec", "storage_dtype"), "float32"),

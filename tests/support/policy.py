@@ -15,14 +15,14 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05 import modeling_pi05
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
-from geomcache.geometry import Camera, Geometry, GeometrySpec
+from geomcache.geometry import FEATURE, Camera, Geometry, GeometrySpec
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy, SmallPI05
 from geomcache.policy.pi0.configuration_pi0_geometry import PI0GeometryConfig
 from geomcache.policy.pi0.modeling_pi0_geometry import PI0GeometryPolicy, SmallPI0
 from geomcache.policy.small_paligemma import SMALL_GEMMA
 from geomcache.statistics import Moments
-from tests.support.geometry import example_geometry
+from tests.support.geometry import example_feature_spec, example_geometry
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 SIZE = 16  # of the dataset's pictures
@@ -61,6 +61,7 @@ def make_spec(outputs: tuple[str, ...] = ("ray", "ray_conf"), size: int = SIZE) 
         grid_hw=GRID,
         outputs=outputs,
         compute_dtype="fp32",
+        feature=example_feature_spec() if FEATURE in outputs else None,
     )
 
 

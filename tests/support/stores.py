@@ -16,7 +16,8 @@ from geomcache.cache import durable
 from geomcache.cache.codecs import Codec
 from geomcache.cache.signatures import BLOCKS, Signatures
 from geomcache.cache.writer import Claim, StoreWriter
-from geomcache.geometry import OUTPUTS, Camera, DatasetSpec, GeometrySpec
+from geomcache.geometry import FEATURE, OUTPUTS, Camera, DatasetSpec, GeometrySpec
+from tests.support.geometry import example_basis, example_feature_spec
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 LENGTHS = (20, 30, 25, 15)  # 90 rows: five shards of 16 and one of 10
@@ -46,6 +47,7 @@ def make_spec(
         "grid_hw": grid_hw,
         "outputs": outputs,
         "compute_dtype": "fp32",
+        "feature": example_feature_spec() if FEATURE in outputs else None,
     }
     return GeometrySpec(**(values | fields))
 
@@ -138,15 +140,16 @@ def open_writer(
     codec: str = "raw",
     overwrite: bool = False,
 ) -> StoreWriter:
-    dataset = dataset or make_dataset_spec(lengths)
+    spec, dataset = spec or make_spec(), dataset or make_dataset_spec(lengths)
     rows = [(0, dataset.frames)] if wanted is None else wanted
     return StoreWriter.create_or_open(
         path,
-        spec or make_spec(),
+        spec,
         dataset,
         as_lengths(lengths),
         rows,
         identities=make_identities(lengths) if identities is None else identities,
+        feature_basis=None if spec.feature is None else example_basis(),
         codec=Codec.of(codec),
         overwrite=overwrite,
     )
