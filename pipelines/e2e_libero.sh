@@ -52,6 +52,13 @@ once() {
     touch "$OUT/done/$name"
 }
 
+# shellcheck disable=SC2329  # `once` calls it
+record() {
+    python pipelines/record_expert.py --task "$TASK" --states "$STATES" --output "$OUT/demonstrations" \
+        2>"$OUT/record.log" || { tail -n 1 "$OUT/record.log" >&2; exit 1; }
+}
+
+# shellcheck disable=SC2329  # `once` calls it
 train() { # SEED
     # Chunks are short and half of each is acted on: what is seen corrects the hand 12 times in an episode. Padded action
     # dimensions would stay noise in a model trained from scratch.
@@ -77,8 +84,7 @@ fi
 echo "$settings" >"$OUT/settings"
 
 stage "Demonstrations of a scripted expert, from the initial states $STATES"
-once demonstrations demonstrations python pipelines/record_expert.py --task "$TASK" --states "$STATES" \
-    --output "$OUT/demonstrations" 2>"$OUT/record.log"
+once demonstrations demonstrations record
 
 stage "A DA3-SMALL folder with seeded random weights"
 once da3 da3-small-random python pipelines/make_random_da3.py --output "$OUT/da3-small-random"
