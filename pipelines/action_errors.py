@@ -2,13 +2,13 @@
 
     python pipelines/action_errors.py --policy DIR --cache PATH --root DATASET [--output FILE.csv] [--at-least 1.5]
 
-For every frame of the dataset, a chunk of actions is predicted five times, from the same pictures, state and noise:
+For every frame of the dataset, a chunk of actions is predicted five times, from the same noise:
 
     right     with the frame's own geometry, from the cache
     swapped   with the two views' geometry in each other's place
     missing   without geometry tokens, as with use_geom_prefix=false
     other     with the geometry of a frame of another episode, drawn once for all
-    state     with its own geometry, and the state of that other frame
+    pictures  with its own geometry, and the pictures of that other frame
 
 A frame's error is the mean absolute difference from the demonstrated actions, over the chunk and the action's
 dimensions. Errors are paired by frame, so that neither the simulator nor luck in an episode plays a part. `times` is
@@ -19,6 +19,7 @@ is 1 if swapped, missing or another frame's geometry does not make the error at 
 import argparse
 import csv
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,6 @@ from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 
 RIGHT = "right"
 WRONG = ("swapped", "missing", "other")
-ARMS = (RIGHT, *WRONG, "state")
 RESAMPLES = 9999
 BATCH = 32
 
@@ -107,26 +107,26 @@ def measure(checkpoint: str, cache: Path, root: Path) -> Errors:
     dataset = LeRobotDataset("geomcache/demonstrations", root=root, delta_timestamps=offsets, video_backend="pyav")
     episodes = np.asarray(dataset.hf_dataset["episode_index"]).astype(np.int64)
     others = frames_of_others(episodes)
-    collected: dict[str, list[NDArray[np.float64]]] = {arm: [] for arm in ARMS}
+    collected: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     with GeometryStore.open(cache) as store:
         for rows in batches(len(dataset)):
             items = [dataset[row] for row in rows]
-            batch = observations(items)
-            strange = batch | {STATE: observations([dataset[row] for row in others[rows]])[STATE]}
+            batch = observations(items, [*meta.camera_keys, STATE])
+            batch["task"] = [item["task"] for item in items]
+            pictures = observations([dataset[row] for row in others[rows]], meta.camera_keys)
             own, other = (_tensors(store.batch(numbers)) for numbers in (rows, others[rows]))
             truth = torch.stack([item[ACTION] for item in items])  # [B, chunk, action]
             counts = ~torch.stack([item[f"{ACTION}_is_pad"] for item in items])  # [B, chunk]
-
-            def error(given: dict[str, Any], geometry: Geometry | None, rows: Any = rows) -> NDArray[np.float64]:
-                actions = postprocess(predict(policy, preprocess(given), geometry, seed=int(rows[0])))
-                off = (actions - truth).abs().mean(-1)  # noqa: B023 - called within the same pass
-                return ((off * counts).sum(1) / counts.sum(1)).double().numpy()  # noqa: B023
-
-            collected[RIGHT].append(error(dict(batch), own))
-            collected["swapped"].append(error(dict(batch), swapped(own)))
-            collected["missing"].append(error(dict(batch), None))
-            collected["other"].append(error(dict(batch), other))
-            collected["state"].append(error(strange, own))
+            cases = {
+                RIGHT: (batch, own),
+                "swapped": (batch, swapped(own)),
+                "missing": (batch, None),
+                "other": (batch, other),
+                "pictures": (batch | pictures, own),
+            }
+            for arm, (observed, geometry) in cases.items():
+                actions = postprocess(predict(policy, preprocess(dict(observed)), geometry, seed=int(rows[0])))
+                collected[arm].append(chunk_errors(actions, truth, counts))
     return Errors(episodes=episodes, arms={arm: np.concatenate(parts) for arm, parts in collected.items()})
 
 
@@ -136,6 +136,13 @@ def predict(policy: Any, batch: dict[str, Any], geometry: Geometry | None, seed:
     torch.manual_seed(seed)  # of the noise that the flow starts from
     chunk: Tensor = policy.predict_action_chunk(batch | ({} if geometry is None else geometry.to_batch()))
     return chunk
+
+
+def chunk_errors(actions: Tensor, truth: Tensor, counts: Tensor) -> NDArray[np.float64]:
+    """Return the mean absolute error [B] of chunks [B, chunk, action], over the actions that count [B, chunk]."""
+    off = (actions - truth).abs().mean(-1)
+    errors: NDArray[np.float64] = ((off * counts).sum(1) / counts.sum(1)).double().numpy()
+    return errors
 
 
 def swapped(geometry: Geometry) -> Geometry:
@@ -149,12 +156,9 @@ def frames_of_others(episodes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.array([generator.choice(np.flatnonzero(episodes != episode)) for episode in episodes])
 
 
-def observations(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a batch of what the policy sees, as LeRobot's evaluation has it."""
-    keys = [key for key in items[0] if key.startswith("observation.")]
-    return {key: torch.stack([item[key] for item in items]) for key in keys} | {
-        "task": [item["task"] for item in items]
-    }
+def observations(items: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
+    """Return a batch of what is seen."""
+    return {key: torch.stack([item[key] for item in items]) for key in keys}
 
 
 def batches(count: int) -> Iterator[NDArray[np.int64]]:

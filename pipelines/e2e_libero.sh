@@ -21,7 +21,8 @@ cd "$(dirname "$0")/.."
 
 SEEDS="${SEEDS:-1000,1001,1002}"
 TASK="${TASK:-0}"                  # of libero_object: pick up the alphabet soup and place it in the basket
-STATES="${STATES:-10,11,12,13,14,15,16,17,18,19,20,21}"  # that the demonstrations begin in; LIBERO has 50
+STATES="${STATES:-10:50}"          # that demonstrations may begin in; LIBERO has 50
+DEMONSTRATIONS="${DEMONSTRATIONS:-12}"
 EPISODES="${EPISODES:-10}"         # with geometry, from the states 0, 1, 2, ...
 ABLATED="${ABLATED:-2}"            # without geometry, and with swapped views
 STEPS="${STEPS:-1200}"
@@ -54,8 +55,8 @@ once() {
 
 # shellcheck disable=SC2329  # `once` calls it
 record() {
-    python pipelines/record_expert.py --task "$TASK" --states "$STATES" --output "$OUT/demonstrations" \
-        2>"$OUT/record.log" || { tail -n 1 "$OUT/record.log" >&2; exit 1; }
+    python pipelines/record_expert.py --task "$TASK" --states "$STATES" --count "$DEMONSTRATIONS" \
+        --output "$OUT/demonstrations" 2>"$OUT/record.log" || { tail -n 1 "$OUT/record.log" >&2; exit 1; }
 }
 
 # shellcheck disable=SC2329  # `once` calls it
@@ -76,14 +77,14 @@ train() { # SEED
 }
 
 mkdir -p "$OUT/done"
-settings="task $TASK, states $STATES, steps $STEPS, episodes $EPISODES and $ABLATED"
+settings="task $TASK, $DEMONSTRATIONS demonstrations from states $STATES, steps $STEPS, episodes $EPISODES and $ABLATED"
 if [[ "$(cat "$OUT/settings" 2>/dev/null || echo "$settings")" != "$settings" ]]; then
     echo "e2e_libero.sh: $OUT: expected a run of $settings, found one of $(cat "$OUT/settings"): delete it, or name another in OUT" >&2
     exit 2
 fi
 echo "$settings" >"$OUT/settings"
 
-stage "Demonstrations of a scripted expert, from the initial states $STATES"
+stage "$DEMONSTRATIONS demonstrations of a scripted expert"
 once demonstrations demonstrations record
 
 stage "A DA3-SMALL folder with seeded random weights"

@@ -1,6 +1,6 @@
 """Record demonstrations of a scripted expert in LIBERO: it picks a task's object up and drops it into the basket.
 
-    python pipelines/record_expert.py --output DIR [--task 0] [--states 0,1,2] [--noise 0.4] [--size 128]
+    python pipelines/record_expert.py --output DIR [--task 0] [--states 10:50] [--count 12] [--noise 0.3]
 
 Works for the tasks of libero_object. The expert reads true positions out of the simulator, and its action is a function
 of what can be seen: where the hand, the object and the basket are, and whether the object is held. It neither counts
@@ -10,7 +10,7 @@ While the hand moves, the arm executes the expert's action plus a slow disturban
 the hand really is, is recorded (DART, Laskey et al. 2017). A policy learns from it how to come back.
 
 Pictures are stored as they are, not as video: geometry of compressed pictures is not that of the pictures that the
-policy acts on. An episode that does not succeed ends the run.
+policy acts on. An episode that does not succeed is left out.
 """
 
 import argparse
@@ -27,10 +27,12 @@ from numpy.typing import NDArray
 from geomcache.errors import GeomcacheError, UserInputError
 from geomcache.evaluation.environments import LiberoGeometry, make_environment
 from geomcache.evaluation.record import ACTION, STATE, state_of
+from geomcache.ranges import parse_episodes, rows_of
 
 SUITE = "libero_object"
 FPS = 10  # as LIBERO's own datasets say, though the simulator runs at 20
-MAX_STEPS = 200
+STATES = 50  # that LIBERO has of each task
+MAX_STEPS = 150
 OPEN, CLOSED = -1.0, 1.0
 # A full action moves the goal of the arm's controller by 5 cm: this gain puts the goal where the expert wants the hand.
 GAIN = 20.0
@@ -48,8 +50,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the new LeRobotDataset")
     parser.add_argument("--task", type=int, default=0, help="number in libero_object; %(default)s")
-    parser.add_argument("--states", default="0", help="initial states, separated by commas; %(default)s")
-    parser.add_argument("--noise", type=float, default=0.4, help="of the disturbance, in units of actions; %(default)s")
+    parser.add_argument("--states", default="0:50", help="initial states to begin in, such as 10:50; %(default)s")
+    parser.add_argument("--count", type=int, help="episodes to record, of the first states that succeed; all")
+    parser.add_argument("--noise", type=float, default=0.3, help="of the disturbance, in units of actions; %(default)s")
     parser.add_argument("--size", type=int, default=128, help="of the pictures, in pixels; %(default)s")
     parser.add_argument("--processes", type=int, default=2, help="that simulate at the same time; %(default)s")
     arguments = parser.parse_args()
@@ -58,18 +61,28 @@ def main() -> None:
     config = LiberoGeometry(
         task=SUITE, observation_height=arguments.size, observation_width=arguments.size, task_ids=[arguments.task]
     )
-    states = [int(number) for number in arguments.states.split(",")]
+    states = [int(state) for state in rows_of(parse_episodes(arguments.states, STATES))]
     try:
-        record(config, arguments.task, states, arguments.noise, arguments.output, arguments.processes)
+        record(
+            config,
+            arguments.task,
+            states,
+            arguments.count or len(states),
+            arguments.noise,
+            arguments.output,
+            arguments.processes,
+        )
     except GeomcacheError as error:
         sys.exit(f"record_expert.py: {error}")
 
 
-def record(config: LiberoGeometry, task: int, states: list[int], noise: float, folder: Path, processes: int) -> None:
-    """Write a LeRobotDataset with an episode from each initial state.
+def record(
+    config: LiberoGeometry, task: int, states: list[int], count: int, noise: float, folder: Path, processes: int
+) -> None:
+    """Write a LeRobotDataset of `count` episodes, from the first initial states in which the expert succeeds.
 
     Raises:
-        UserInputError: an episode does not succeed.
+        UserInputError: it succeeds in too few of them.
         SimulatorError: LIBERO cannot be started.
     """
     from lerobot.datasets import LeRobotDataset
@@ -86,10 +99,20 @@ def record(config: LiberoGeometry, task: int, states: list[int], noise: float, f
     with multiprocessing.get_context("spawn").Pool(min(processes, len(states)), start, (config, task)) as pool:
         episodes = pool.imap(functools.partial(demonstrate, config, task, noise), states)
         for state, frames in zip(states, episodes, strict=True):
+            if not frames:
+                logger.info("task %d from initial state %d: not solved in %d steps, left out", task, state, MAX_STEPS)
+                continue
             for frame in frames:
                 dataset.add_frame(frame)
             dataset.save_episode()
             logger.info("task %d from initial state %d: %d frames", task, state, len(frames))
+            if dataset.num_episodes == count:
+                break
+        else:
+            raise UserInputError(
+                f"states: expected enough to solve the task {count} times, solved it {dataset.num_episodes} times: give"
+                " more of them, or use less --noise"
+            )
     dataset.finalize()
 
 
@@ -101,8 +124,7 @@ def start(config: LiberoGeometry, task: int) -> None:
 def demonstrate(config: LiberoGeometry, task: int, noise: float, state: int) -> list[dict[str, Any]]:
     """Return the frames of an episode from an initial state, as LeRobot's datasets have them.
 
-    Raises:
-        UserInputError: the task is not solved after `MAX_STEPS` steps.
+    There are none if the task is not solved after `MAX_STEPS` steps: the disturbance may knock the object over.
     """
     from lerobot.processor.env_processor import LiberoProcessorStep
 
@@ -128,10 +150,7 @@ def demonstrate(config: LiberoGeometry, task: int, noise: float, state: int) -> 
         observation, _, _, _, info = environment.step(executed)
         if info["is_success"]:
             return frames
-    raise UserInputError(
-        f"task {task} from initial state {state}: expected the expert to solve it in {MAX_STEPS} steps, it did not:"
-        " leave the state out"
-    )
+    return []
 
 
 def act(world: Any) -> tuple[NDArray[np.float32], bool]:
