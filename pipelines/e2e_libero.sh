@@ -118,7 +118,7 @@ for seed in ${SEEDS//,/ }; do
     stage "Seed $seed: closed loop, DA3 online, encoded anew every 8 steps"
     bounded "$OUT/eval-$seed.txt" python pipelines/evaluate_ablations.py --policy "$OUT/$seed/policy" \
         --output "$OUT/$seed/eval" --episodes "$EPISODES" --ablated "$ABLATED" --at-least "$LEAST_SOLVED" \
-        --env.task=libero_object --env.task_ids="[$TASK]" --env.episode_length=160 --seed=1000
+        --env.task=libero_object --env.task_ids="[$TASK]" --env.episode_length=160 --eval.batch_size=2 --seed=1000
 done
 
 stage "All seeds"

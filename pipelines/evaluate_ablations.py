@@ -30,8 +30,8 @@ def main() -> None:
     arguments, lerobot_args = parser.parse_known_args()
 
     def rate(name: str, folder: str, episodes: int, *more: str) -> SuccessRate:
-        args = [*lerobot_args, *more, f"--eval.n_episodes={episodes}", "--eval.batch_size=1"]
-        evaluation = evaluate(arguments.policy, [*args, f"--output_dir={arguments.output / folder}"])
+        args = [*lerobot_args, *more, f"--eval.n_episodes={episodes}", f"--output_dir={arguments.output / folder}"]
+        evaluation = evaluate(arguments.policy, args)
         print("\n".join((f"-- {name}", *evaluation.lines())), flush=True)
         whole = evaluation.suites[-1]
         return SuccessRate(name=name, successes=whole.successes, episodes=whole.episodes)
