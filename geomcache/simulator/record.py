@@ -205,7 +205,7 @@ def replay(demonstration: Demonstration, config: LiberoGeometry) -> Iterator[Rec
         observation, _ = environment.reset(seed=demonstration.initial_state)
         solved = False
         for number, action in enumerate(demonstration.actions):
-            state = _state(LiberoProcessorStep(), observation)
+            state = state_of(LiberoProcessorStep(), observation)
             off = np.abs(state - demonstration.states[number]).max()
             if off > STATE_TOLERANCE:
                 raise UserInputError(
@@ -230,7 +230,7 @@ def replay(demonstration: Demonstration, config: LiberoGeometry) -> Iterator[Rec
         environment.close()
 
 
-def _state(step: Any, observation: dict[str, Any]) -> NDArray[np.float32]:
+def state_of(step: Any, observation: dict[str, Any]) -> NDArray[np.float32]:
     """Return the state [8] that LeRobot makes of LIBERO's observation."""
     import torch
 
