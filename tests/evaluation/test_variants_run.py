@@ -158,7 +158,7 @@ def test_a_demonstration_seen_by_a_moved_camera_and_its_cache(
     demonstrations = read_demonstrations("local/mini", MINI, "libero_object", [0])
     assert [(each.task, each.initial_state, len(each.actions)) for each in demonstrations] == [(0, 0, 138)]
     move = "20_15_130_0_0"
-    record(demonstrations, [move], config, tmp_path / "moved", tmp_path / "cache.zarr")
+    record(demonstrations, ["", move], config, tmp_path / "moved", tmp_path / "cache.zarr")
     assert not verify(tmp_path / "cache.zarr").problems
     recorded = LeRobotDataset("geomcache/moved", root=tmp_path / "moved", video_backend="pyav")
     original = LeRobotDataset("local/mini", root=MINI, episodes=[0], video_backend="pyav")
