@@ -54,8 +54,8 @@ def read_demonstrations(
 ) -> list[Demonstration]:
     """Read the demonstrations of a suite's tasks out of a LeRobotDataset.
 
-    Where a dataset does not say which initial state an episode began in, in a column `initial_state`, the first episode
-    of a task is taken to begin in the state 0, the second in 1, and so on. `record` finds out if that is wrong. A column
+    A column `initial_state` says which initial state an episode began in. Without it, the first episode of a task is
+    taken to begin in the state 0, the second in 1, and so on; `record` finds out if that is wrong. A column
     `executed_action` has what the simulator was given, if that was not `action`.
 
     Args:

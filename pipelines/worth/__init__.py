@@ -1,1 +1,1 @@
-"""Does geometry help? An experiment with true geometry, cameras that move, pairs, seeds and intervals: docs/worth.md."""
+"""Does geometry help? An experiment with true geometry and cameras that move; docs/worth.md explains it."""

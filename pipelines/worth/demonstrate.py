@@ -1,6 +1,6 @@
-"""Write scripted demonstrations of a pick-and-place task of libero_object: actions and states, without pictures.
+"""Write scripted demonstrations of the tasks of libero_object: actions and states, without pictures.
 
-    python pipelines/worth/demonstrate.py --output DIR [--states 0:20] [--noise 0.15] [--processes 2]
+    python pipelines/worth/demonstrate.py --output DIR [--tasks 0:10] [--states 0:3] [--noise 0.15] [--processes 2]
 
 `pipelines/record_demonstrations.py` replays them under any camera. An arm executes the demonstrator's action and a
 slowly varying disturbance; the recorded action is the demonstrator's answer to where the arm really is (DART, Laskey et
@@ -13,7 +13,7 @@ import multiprocessing
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from geomcache.evaluation.environments import LiberoGeometry, make_environment
 from geomcache.evaluation.record import ACTION, EXECUTED, INITIAL_STATE, STATE, state_of
 from geomcache.ranges import parse_episodes, rows_of
 
-SUITE, TASK = "libero_object", 0  # "pick up the alphabet soup and place it in the basket"
+SUITE, TASKS = "libero_object", 10  # "pick up ... and place it in the basket"
 STATES = 50  # initial states that LIBERO has for each task
 MAX_STEPS = 260
 GAIN = 10.0  # of the controller, in action units for each metre
 OPEN, CLOSED = -1.0, 1.0
+UP = np.array([0.0, 0.0, 1.0])
 FPS = 10  # what LIBERO's own datasets say
 PHASES = ("reach", "descend", "grasp", "lift", "carry", "lower", "release")
 ABOVE_M, LIFT_M, CARRY_M, DROP_M, GRASP_M = 0.14, 0.26, 0.28, 0.20, 0.005  # heights over object or basket, metres
@@ -47,12 +48,12 @@ class Demonstrator:
         """Return the action [7] for places of the hand, the object and the basket, [3] in metres."""
         lifted_from = hand if self.grasped_at is None else self.grasped_at
         goal, gripper = {
-            "reach": (thing + [0, 0, ABOVE_M], OPEN),
-            "descend": (thing + [0, 0, GRASP_M], OPEN),
+            "reach": (thing + ABOVE_M * UP, OPEN),
+            "descend": (thing + GRASP_M * UP, OPEN),
             "grasp": (hand, CLOSED),
-            "lift": (lifted_from + [0, 0, LIFT_M], CLOSED),
-            "carry": (basket + [0, 0, CARRY_M], CLOSED),
-            "lower": (basket + [0, 0, DROP_M], CLOSED),
+            "lift": (lifted_from + LIFT_M * UP, CLOSED),
+            "carry": (basket + CARRY_M * UP, CLOSED),
+            "lower": (basket + DROP_M * UP, CLOSED),
             "release": (hand, OPEN),
         }[self.phase]
         action = np.zeros(7, np.float32)
@@ -78,18 +79,18 @@ class Demonstrator:
             self.phase, self.waited = PHASES[PHASES.index(self.phase) + 1], 0
 
 
-def demonstrate(state: int, noise: float) -> list[dict[str, Any]]:
-    """Return the frames of one demonstration from an initial state; none if it does not solve the task."""
+def demonstrate(task: int, state: int, noise: float) -> list[dict[str, Any]]:
+    """Return the frames of one demonstration of a task from an initial state; none if it does not solve it."""
     from lerobot.processor.env_processor import LiberoProcessorStep
 
     config = LiberoGeometry(task=SUITE, observation_height=32, observation_width=32)  # pictures are not looked at
     config.prepare()
-    environment: Any = make_environment(config, SUITE, TASK, state, 1)
+    environment: Any = make_environment(config, SUITE, task, state, 1)
     try:
         observation, _ = environment.reset(seed=state)
         world = environment._env.env
         target, basket = world.obj_of_interest[:2]
-        demonstrator, generator = Demonstrator(), np.random.default_rng([state, TASK])
+        demonstrator, generator = Demonstrator(), np.random.default_rng([state, task])
         disturbance, frames = np.zeros(3), []
         for _ in range(MAX_STEPS):
             raw = world._get_observations()
@@ -139,19 +140,24 @@ def write(episodes: Sequence[Sequence[dict[str, Any]]], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the LeRobotDataset")
-    parser.add_argument("--states", default="0:20", help="initial states, such as 0:4,7 (%(default)s)")
+    parser.add_argument("--tasks", default="0:10", help="numbers, such as 0:4,7 (%(default)s)")
+    parser.add_argument("--states", default="0:3", help="initial states of each (%(default)s)")
     parser.add_argument("--noise", type=float, default=0.15, help="deviation of what disturbs the arm (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="%(default)s")
     arguments = parser.parse_args()
-    states = [int(state) for state in rows_of(parse_episodes(arguments.states, STATES))]
+    tasks, states = (
+        [int(number) for number in rows_of(parse_episodes(text, total))]
+        for text, total in ((arguments.tasks, TASKS), (arguments.states, STATES))
+    )
+    runs = [(task, state, arguments.noise) for state, task in product(states, tasks)]
     LiberoGeometry(task=SUITE).prepare()  # writes LIBERO's configuration once
-    with multiprocessing.get_context("spawn").Pool(min(arguments.processes, len(states))) as pool:
-        episodes = pool.map(partial(demonstrate, noise=arguments.noise), states, chunksize=1)
-    for state, frames in zip(states, episodes, strict=True):
-        print(f"state {state}: {len(frames)} frames" if frames else f"state {state}: not solved, left out")
+    with multiprocessing.get_context("spawn").Pool(min(arguments.processes, len(runs))) as pool:
+        episodes = pool.starmap(demonstrate, runs, chunksize=1)
+    for (task, state, _), frames in zip(runs, episodes, strict=True):
+        print(f"task {task}, state {state}: {f'{len(frames)} frames' if frames else 'not solved, left out'}")
     solved = [frames for frames in episodes if frames]
     if not solved:
-        sys.exit("demonstrate.py: no demonstration solved the task: use less --noise")
+        sys.exit("demonstrate.py: no demonstration solved its task: use less --noise")
     write(solved, arguments.output)
     print(f"{arguments.output}: {len(solved)} demonstrations, {sum(map(len, solved))} frames")
 

@@ -97,7 +97,9 @@ class Part:
 def parts(demonstrations: Path, every: int) -> Iterator[Part]:
     """Yield what is to be recorded; with `every` over 1, of each list of cameras only one of so many."""
     trained, unseen = (each[::every] for each in cameras())
-    for number, demonstration in enumerate(read_demonstrations("geomcache/demonstrations", demonstrations, SUITE, None)):
+    for number, demonstration in enumerate(
+        read_demonstrations("geomcache/demonstrations", demonstrations, SUITE, None)
+    ):
         held_out = demonstration.initial_state == HELD_OUT_STATE
         yield Part(
             name=f"{'test' if held_out else 'train'}_{number:02d}",

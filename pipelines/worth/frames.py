@@ -24,8 +24,13 @@ from geomcache.geometry import Geometry
 SOURCES = {"oracle": "zarr", "da3": "da3.zarr"}  # endings of the caches next to a recording
 
 
+def cache_of(caches: Path, name: str, source: str) -> Path:
+    """Return the path of the cache of a recording."""
+    return caches / f"{name}.{SOURCES[source]}"
+
+
 def gather(recorded: Path, name: str, cameras: Sequence[str], output: Path) -> None:
-    """Write all arrays of a recording and its caches into one file, which appears whole."""
+    """Write all arrays of a recording into one file, which appears whole."""
     from lerobot.datasets import LeRobotDataset
 
     root = recorded / name
@@ -41,13 +46,6 @@ def gather(recorded: Path, name: str, cameras: Sequence[str], output: Path) -> N
         "camera": np.array(cameras),  # [episodes]
         "task": np.array(dataset_task(root, name)),
     }
-    for source, ending in SOURCES.items():
-        path = recorded / f"{name}.{ending}"
-        if not path.exists():
-            continue
-        with GeometryStore.open(path) as store:
-            maps = store.batch(np.arange(int(lengths.sum())))
-        arrays |= {f"{source}.{output}": values for output, values in maps.items()}
     draft = output / f"{name}.draft.npz"
     np.savez(draft, **arrays)
     draft.rename(output / f"{name}.npz")
@@ -75,14 +73,17 @@ class Frames:
     camera: NDArray[np.str_]  # [N]
 
     @classmethod
-    def load(cls, files: Sequence[Path], source: str, outputs: Sequence[str], chunk: int) -> "Frames":
-        """Read files that `gather` wrote. `source` is empty for no geometry."""
+    def load(cls, files: Sequence[Path], caches: Path, source: str, outputs: Sequence[str], chunk: int) -> "Frames":
+        """Read files that `gather` wrote, and their maps from the caches. `source` is empty for no geometry."""
         pictures, maps, state, actions, pads, tasks, parts, cameras = [], [], [], [], [], [], [], []
         for file in files:
             content = np.load(file)
             lengths, count = content["length"], int(content["length"].sum())
             pictures.append(torch.from_numpy(content["pictures"]).permute(0, 1, 4, 2, 3))
-            maps.append([torch.from_numpy(content[f"{source}.{output}"]) for output in outputs if source])
+            if source:
+                with GeometryStore.open(cache_of(caches, file.stem, source)) as store:
+                    found = dict(store.batch(np.arange(count)).items())
+                maps.append([torch.from_numpy(found[output]) for output in outputs])
             state.append(content["state"])
             ends = np.repeat(np.cumsum(lengths), lengths)  # [N] row after the episode
             rows = np.arange(count)[:, None] + np.arange(chunk)

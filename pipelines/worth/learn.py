@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from numpy.typing import NDArray
 from torch import Tensor
 
 from geomcache.cache.store import GeometryStore
@@ -29,8 +28,8 @@ from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
 from geomcache.statistics import Moments
-from pipelines.worth.design import ARMS, SEEN_CAMERAS, UNSEEN_CAMERAS, Arm
-from pipelines.worth.frames import SOURCES, Frames, geometry_keys
+from pipelines.worth.design import ARMS, Arm
+from pipelines.worth.frames import Frames, cache_of, geometry_keys
 
 KEYS = ("observation.images.image", "observation.images.image2")  # the moved camera, the hand's
 COLUMNS = ("arm", "seed", "steps", "camera", "seen", "demonstration", "frames", "xyz", "gripper")
@@ -120,7 +119,7 @@ def make_config(arm: Arm, frames: Frames, caches: Path, options: argparse.Namesp
         output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(7,))},
     )
     if arm.source:
-        with GeometryStore.open(next(caches.glob(f"train_*[0-9].{SOURCES[arm.source]}"))) as store:
+        with GeometryStore.open(cache_of(caches, str(frames.part[0]), arm.source)) as store:
             spec = dataclasses.replace(store.spec, outputs=arm.outputs)
             moments = {name: Moments.of(name, values.numpy()) for name, values in frames.maps.items()}
             config.bind_cache(spec, moments, store.fingerprint)
@@ -168,7 +167,9 @@ def measure(policy: Any, postprocess: Any, frames: Frames, prepared: Prepared, a
     predicted = []
     for batch, part in enumerate(np.array_split(rows, max(1, len(rows) // BATCH_TO_MEASURE))):
         torch.manual_seed(batch)
-        chunk = policy.predict_action_chunk(prepared.batch(torch.from_numpy(part).to(prepared.pictures.device), sees=arm.sees))
+        chunk = policy.predict_action_chunk(
+            prepared.batch(torch.from_numpy(part).to(prepared.pictures.device), sees=arm.sees)
+        )
         predicted.append(postprocess(chunk).numpy())
     actions, counted = frames.actions[rows], ~frames.is_pad[rows]  # [n, K, 7], [n, K]
     found = np.concatenate(predicted)
@@ -218,8 +219,7 @@ def learn(name: str, seed: int, train_frames: Frames, test_frames: Frames, optio
     save(policy, processors, options.output / "policies" / name / str(seed))
     trained = {*train_frames.camera.tolist()}
     rows = [
-        (name, seed, options.steps, camera, int(camera in trained), part, *numbers)
-        for camera, part, *numbers in table
+        (name, seed, options.steps, camera, int(camera in trained), part, *numbers) for camera, part, *numbers in table
     ]
     write_rows(options.output / "open_loop" / f"{name}.{seed}.csv", rows)
     means = [np.mean([row[-2] for row in rows if row[4] == seen]) for seen in (0, 1)]
@@ -247,7 +247,9 @@ def main() -> None:
     arm = ARMS[options.arm]
     torch.set_float32_matmul_precision("high")
     frames = [
-        Frames.load(sorted(options.frames.glob(f"{kind}_*[0-9].npz")), arm.source, arm.outputs, options.chunk)
+        Frames.load(
+            sorted(options.frames.glob(f"{kind}_??.npz")), options.caches, arm.source, arm.outputs, options.chunk
+        )
         for kind in ("train", "test")
     ]
     print(f"{options.arm}: {len(frames[0])} frames to train on, {len(frames[1])} held out", flush=True)
