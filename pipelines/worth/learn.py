@@ -9,10 +9,12 @@ decode every frame dozens of times.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
 from geomcache.cache.store import GeometryStore
+from geomcache.evaluation.oracle import OracleOptions, oracle_spec
+from geomcache.geometry import Camera, GeometrySpec
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
@@ -34,8 +38,9 @@ from pipelines.worth.frames import Frames, cache_of, geometry_keys
 KEYS = ("observation.images.image", "observation.images.image2")  # the moved camera, the hand's
 COLUMNS = ("arm", "seed", "steps", "camera", "seen", "demonstration", "frames", "xyz", "gripper")
 WARM_UP, LAST_RATE = 0.05, 0.01  # share of the steps, and of the learning rate
-TEXT = 112  # bytes of "Task: ..., State: ...;"
-BATCH_TO_MEASURE = 256
+TEXT = 116  # bytes of "Task: ..., State: ...;"
+BATCH_TO_MEASURE = 128
+REHEARSED = (6, 30)  # steps: the first ones, the timed ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,8 +95,10 @@ def prepare(frames: Frames, preprocess: Any, device: str) -> Prepared:
     )
 
 
-def make_config(arm: Arm, frames: Frames, caches: Path, options: argparse.Namespace) -> PI05GeometryConfig:
-    """Return the configuration of an arm's policy, with the spec of its geometry."""
+def make_config(
+    arm: Arm, frames: Frames, options: argparse.Namespace, spec: GeometrySpec | None, fingerprint: str
+) -> PI05GeometryConfig:
+    """Return the configuration of an arm's policy. `spec` and `fingerprint` are of a cache of its geometry."""
     height, width = frames.pictures.shape[-2:]
     config = PI05GeometryConfig(
         device=options.device,
@@ -118,18 +125,34 @@ def make_config(arm: Arm, frames: Frames, caches: Path, options: argparse.Namesp
         },
         output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(7,))},
     )
-    if arm.source:
-        with GeometryStore.open(cache_of(caches, str(frames.part[0]), arm.source)) as store:
-            spec = dataclasses.replace(store.spec, outputs=arm.outputs)
-            moments = {name: Moments.of(name, values.numpy()) for name, values in frames.maps.items()}
-            config.bind_cache(spec, moments, store.fingerprint)
+    if spec is not None:
+        moments = {name: Moments.of(name, values.numpy()) for name, values in frames.maps.items()}
+        config.bind_cache(dataclasses.replace(spec, outputs=arm.outputs), moments, fingerprint)
     return config
 
 
-def shuffled(frames: Frames, seed: int) -> Frames:
+def read_spec(arm: Arm, frames: Frames, caches: Path) -> tuple[GeometrySpec | None, str]:
+    """Return spec and fingerprint of a cache of the arm's geometry."""
+    if not arm.source:
+        return None, ""
+    with GeometryStore.open(cache_of(caches, str(frames.part[0]), arm.source)) as store:
+        return store.spec, store.fingerprint
+
+
+def shuffled(frames: Frames) -> Frames:
     """Give each frame the geometry of another one."""
-    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
     return dataclasses.replace(frames, maps={output: values[order] for output, values in frames.maps.items()})
+
+
+@contextlib.contextmanager
+def compiled(policy: Any) -> Iterator[None]:
+    """While this lasts, the network's training step is compiled: fewer and larger kernels."""
+    policy.model.forward = torch.compile(policy.model.forward, dynamic=False)
+    try:
+        yield
+    finally:
+        del policy.model.forward  # of this object; its class has it
 
 
 def train(policy: Any, prepared: Prepared, arm: Arm, seed: int, options: argparse.Namespace) -> list[float]:
@@ -200,39 +223,86 @@ def write_rows(file: Path, rows: list[tuple[Any, ...]]) -> None:
     draft.rename(file)
 
 
-def learn(name: str, seed: int, train_frames: Frames, test_frames: Frames, options: argparse.Namespace) -> None:
-    """Train and measure one arm from one seed."""
+def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> None:
+    """Train and measure one arm from each seed; `files` are those of the frames to train on, and of those held out."""
     arm = ARMS[name]
+    frames = [Frames.load(each, options.caches, arm.source, arm.outputs, options.chunk) for each in files]
+    print(f"{name}: {len(frames[0])} frames to train on, {len(frames[1])} held out", flush=True)
     if arm.of_another_frame:
-        train_frames, test_frames = (shuffled(frames, seed) for frames in (train_frames, test_frames))
-    config = make_config(arm, train_frames, options.caches, options)
-    processors = make_pi05_geometry_pre_post_processors(config, statistics_of(train_frames))
-    torch.manual_seed(seed)
+        frames = [shuffled(each) for each in frames]
+    config = make_config(arm, frames[0], options, *read_spec(arm, frames[0], options.caches))
+    processors = make_pi05_geometry_pre_post_processors(config, statistics_of(frames[0]))
+    prepared = [prepare(each, processors[0], options.device) for each in frames]
     policy: Any = PI05GeometryPolicy(config)
-    if options.compile:
-        policy.model.forward = torch.compile(policy.model.forward, dynamic=False)
-    train(policy, prepare(train_frames, processors[0], options.device), arm, seed, options)
-    if options.compile:
-        del policy.model.forward  # of this object; its class has it
-    prepared = prepare(test_frames, processors[0], options.device)
-    table = measure(policy, processors[1], test_frames, prepared, arm, options.every)
-    save(policy, processors, options.output / "policies" / name / str(seed))
-    trained = {*train_frames.camera.tolist()}
-    rows = [
-        (name, seed, options.steps, camera, int(camera in trained), part, *numbers) for camera, part, *numbers in table
-    ]
-    write_rows(options.output / "open_loop" / f"{name}.{seed}.csv", rows)
-    means = [np.mean([row[-2] for row in rows if row[4] == seen]) for seen in (0, 1)]
-    print(f"{name}, seed {seed}: error {means[0]:.4f} under cameras never seen, {means[1]:.4f} under trained ones")
+    trained_cameras, took = {*frames[0].camera.tolist()}, 0.0
+    for seed in map(int, options.seeds.split(",")):
+        file = options.output / "open_loop" / f"{name}.{seed}.csv"
+        if file.exists():
+            continue
+        if options.until is not None and took and time.time() + took > options.until:
+            print(f"{name}: seed {seed} left out, it would take {took:.0f} s")
+            break
+        began = time.time()
+        torch.manual_seed(seed)
+        policy.load_state_dict(PI05GeometryPolicy(config).state_dict())  # into one object: it is compiled once
+        with compiled(policy) if options.compile else contextlib.nullcontext():
+            train(policy, prepared[0], arm, seed, options)
+        table = measure(policy, processors[1], frames[1], prepared[1], arm, options.every)
+        save(policy, processors, options.output / "policies" / name / str(seed))
+        rows = [
+            (name, seed, options.steps, camera, int(camera in trained_cameras), *numbers) for camera, *numbers in table
+        ]
+        write_rows(file, rows)
+        new, old = (np.mean([row[-2] for row in rows if row[4] == seen]) for seen in (0, 1))
+        took = time.time() - began
+        print(f"{name}, seed {seed}: {took:.0f} s, error {new:.4f} under new cameras, {old:.4f} under trained ones")
+
+
+def rehearse(name: str, options: argparse.Namespace) -> None:
+    """Print the milliseconds of a step on made-up frames, as it is and compiled, and the two losses."""
+    arm, generator, count = ARMS[name], np.random.default_rng(0), 256
+    shapes = {"ray": (count, 2, 8, 8, 6), "depth": (count, 2, 8, 8)}
+    side = options.resolution
+    frames = Frames(
+        pictures=torch.from_numpy(generator.integers(0, 255, (count, 2, 3, side, side), dtype=np.uint8)),
+        maps={
+            output: torch.from_numpy(generator.random(shapes[output]).astype(np.float16))
+            for output in arm.outputs
+            if arm.source
+        },
+        state=generator.random((count, 8)).astype(np.float32),
+        actions=generator.random((count, options.chunk, 7)).astype(np.float32),
+        is_pad=np.zeros((count, options.chunk), bool),
+        tasks=("pick up something and place it in the basket",) * count,
+        part=np.repeat("test_00", count),
+        camera=np.repeat("", count),
+    )
+    cameras = [Camera(key=key, height=side, width=side) for key in KEYS]
+    spec = oracle_spec(cameras, OracleOptions.parse("ray,depth", "8x8")) if arm.source else None
+    config = make_config(arm, frames, options, spec, "0" * 64)
+    processors = make_pi05_geometry_pre_post_processors(config, statistics_of(frames))
+    prepared = prepare(frames, processors[0], options.device)
+    for way in ("eager", "compiled"):
+        torch.manual_seed(0)
+        policy: Any = PI05GeometryPolicy(config)
+        with compiled(policy) if way == "compiled" else contextlib.nullcontext():
+            began = time.perf_counter()
+            first = train(policy, prepared, arm, 0, argparse.Namespace(**vars(options) | {"steps": REHEARSED[0]}))
+            warm = time.perf_counter()
+            train(policy, prepared, arm, 0, argparse.Namespace(**vars(options) | {"steps": REHEARSED[1]}))
+            each = 1000 * (time.perf_counter() - warm) / REHEARSED[1]
+        losses = " ".join(f"{loss:.4f}" for loss in first)
+        print(f"rehearsed {name} {way} {each:.1f} ms a step after {warm - began:.0f} s: {losses}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arm", required=True, choices=ARMS)
     parser.add_argument("--seeds", default="0,1,2", help="%(default)s")
-    parser.add_argument("--frames", type=Path, required=True, help="folder that frames.py wrote")
-    parser.add_argument("--caches", type=Path, required=True, help="folder of the recordings' caches")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--frames", type=Path, help="folder that frames.py wrote")
+    parser.add_argument("--caches", type=Path, help="folder of the recordings' caches")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="time some steps on made-up frames, and end")
     parser.add_argument("--steps", type=int, default=1500, help="%(default)s")
     parser.add_argument("--batch-size", type=int, default=64, help="%(default)s")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (%(default)s)")
@@ -244,26 +314,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="by torch.compile")
     parser.add_argument("--until", type=float, help="do not begin a seed that would end after this time, in seconds")
     options = parser.parse_args()
-    arm = ARMS[options.arm]
     torch.set_float32_matmul_precision("high")
-    frames = [
-        Frames.load(
-            sorted(options.frames.glob(f"{kind}_??.npz")), options.caches, arm.source, arm.outputs, options.chunk
-        )
-        for kind in ("train", "test")
-    ]
-    print(f"{options.arm}: {len(frames[0])} frames to train on, {len(frames[1])} held out", flush=True)
-    took = 0.0
-    for seed in map(int, options.seeds.split(",")):
-        if (options.output / "open_loop" / f"{options.arm}.{seed}.csv").exists():
-            continue
-        if options.until is not None and took and time.time() + took > options.until:
-            print(f"{options.arm}: seed {seed} left out, it would take {took:.0f} s")
-            break
-        began = time.time()
-        learn(options.arm, seed, *frames, options)
-        took = time.time() - began
-        print(f"{options.arm}, seed {seed}: {took:.0f} s", flush=True)
+    if options.rehearse:
+        rehearse(options.arm, options)
+        return
+    files = [sorted(options.frames.glob(f"{kind}_??.npz")) for kind in ("train", "test")]
+    learn(options.arm, files, options)
 
 
 if __name__ == "__main__":
