@@ -26,11 +26,11 @@ import torch
 
 from benchmarks.common import real_dataset, repeat_dataset, table
 from geomcache.da3.encoder import RESIZE_METHOD, DA3Encoder, DA3Preprocessor
-from geomcache.extraction.handover import open_channel, receive, send
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.run import extract
 from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import open_dataset
+from geomcache.pipeline.handover import open_channel, receive, send
 from pipelines.make_random_da3 import save_random_da3
 
 MOST_IN_MEMORY = 480  # frames that the encoder is timed on by itself

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from geomcache.errors import GeomcacheError
-from geomcache.evaluation import libero
-from geomcache.evaluation.environments import LiberoGeometry
-from geomcache.evaluation.record import read_demonstrations, record
+from geomcache.simulator import libero
+from geomcache.simulator.environments import LiberoGeometry
+from geomcache.simulator.record import read_demonstrations, record
 
 
 def main() -> None:

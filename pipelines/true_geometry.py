@@ -2,7 +2,7 @@
 
     MUJOCO_GL=osmesa python pipelines/true_geometry.py
 
-Nothing here is estimated: `geomcache.evaluation.oracle` says how. Depth Anything 3 estimates the same from pictures
+Nothing here is estimated: `geomcache.simulator.oracle` says how. Depth Anything 3 estimates the same from pictures
 alone, on an arbitrary scale.
 
 The picture is drawn only when the geometry agrees with the pictures: `check` says how that is seen.
@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from geomcache.evaluation import libero
-from geomcache.evaluation.oracle import MIRROR, camera_pose, in_first_view, metres, views_of
-from geomcache.evaluation.oracle import View as Place
 from geomcache.look.drawing import AXIS_COLOURS, house_style, limits_of, scalar_colours, vector_colours
 from geomcache.look.pinhole import fit_pinhole
+from geomcache.simulator import libero
+from geomcache.simulator.oracle import MIRROR, camera_pose, in_first_view, metres, views_of
+from geomcache.simulator.oracle import View as Place
 
 SUITE, TASK = "libero_spatial", 0
 CAMERAS = ("agentview", "robot0_eye_in_hand")

@@ -1,1 +1,1 @@
-"""Closed-loop evaluation, DA3 online."""
+"""Closed-loop evaluation with geometry online; results and their comparison."""

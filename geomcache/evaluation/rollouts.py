@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from geomcache.evaluation.episodes import Episode, EpisodeLog, TaskFacts
+from geomcache.evaluation.episodes import Episode, EpisodeLog
 from geomcache.evaluation.latency import ChunkTimer
 from geomcache.lerobot_options import replaced
+from geomcache.simulator.task import TaskFacts
 
 POLL_S = 2.0
 WAIT_LINE_S = 60.0  # between lines about tasks that other processes run

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from geomcache.errors import UserInputError
-from geomcache.evaluation.episodes import EpisodeLog, RunIdentity, TaskFacts
+from geomcache.evaluation.episodes import EpisodeLog, RunIdentity
 from geomcache.evaluation.latency import ChunkTimer, unwrapped
 from geomcache.geometry import DA3, ORACLE
 from geomcache.lerobot_options import given, parse_options, replaced
+from geomcache.simulator.task import TaskFacts
 
 Z_95 = 1.959963984540054  # the standard normal distribution's 97.5 % point
 LIBERO = "libero"
@@ -122,8 +123,8 @@ def evaluate(
 
     from lerobot.scripts import lerobot_eval
 
-    from geomcache.evaluation.environments import task_facts
     from geomcache.evaluation.rollouts import logged_rollouts
+    from geomcache.simulator.environments import task_facts
 
     file = config.output_dir / "episodes.csv" if results is None else results
     facts = functools.cache(task_facts(config.env))
@@ -155,8 +156,8 @@ def _check_geometry(policy: str, config: Any, *, allow_resize: bool) -> None:
 
 
 def _prepare_simulator(config: Any) -> None:
-    from geomcache.evaluation import libero
-    from geomcache.evaluation.environments import LiberoGeometry
+    from geomcache.simulator import libero
+    from geomcache.simulator.environments import LiberoGeometry
 
     if config.type == LIBERO:
         libero.prepare(config.task, config.task_ids)
@@ -174,8 +175,8 @@ def run_identity(policy: str, config: Any, *, allow_resize: bool) -> RunIdentity
     import draccus
     from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 
-    from geomcache.evaluation.environments import CHOICES
     from geomcache.policy.checkpoint import LORA_WEIGHTS, RUN_OPTIONS, checkpoint_file
+    from geomcache.simulator.environments import CHOICES
 
     if config.seed is None:
         raise UserInputError("seed: expected a number, by which episodes are told apart, got none: leave --seed out")
@@ -220,7 +221,7 @@ def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[st
     """
     from lerobot.configs.eval import EvalPipelineConfig
 
-    from geomcache.evaluation import environments  # registers our types of environments
+    from geomcache.simulator import environments  # registers our types of environments
 
     assert environments
     config = parse_options("lerobot-eval", EvalPipelineConfig, with_defaults(policy, lerobot_args, saved))

@@ -16,14 +16,14 @@ from geomcache.cache.signatures import TOLERANCE, Signatures
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import OutOfSpaceError
-from geomcache.extraction.carry import Carrier
-from geomcache.extraction.decoding import BatchDecoder
-from geomcache.extraction.encoding import EncoderOnDemand
-from geomcache.extraction.pipeline import Machinery
 from geomcache.frames.compare import SAMPLE_S, SAMPLED_EPISODES
 from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import FrameDataset
 from geomcache.geometry import PATCH_SIZE, GeometrySpec
+from geomcache.pipeline.carry import Carrier
+from geomcache.pipeline.decoding import BatchDecoder
+from geomcache.pipeline.encoding import EncoderOnDemand
+from geomcache.pipeline.pipeline import Machinery
 from geomcache.progress import human_bytes, human_time
 from geomcache.ranges import count_rows
 

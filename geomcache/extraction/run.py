@@ -13,19 +13,19 @@ from geomcache.cache.layout import SCHEMA_VERSION
 from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import DatasetError
-from geomcache.extraction.batch_size import default_batch_size, find_batch_size
-from geomcache.extraction.encoding import EncoderOnDemand
-from geomcache.extraction.engine_choice import choose_engine
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
-from geomcache.extraction.pipeline import Machinery, Pipeline
 from geomcache.extraction.plan import describe_plan, describe_shards, require_space
-from geomcache.extraction.process import Process
-from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import resolve, write_run_config
 from geomcache.extraction.update import grow, has_grown
 from geomcache.frames.of_cache import check_cached_pictures, compare_with_cache
 from geomcache.frames.source import FrameDataset, describe_statistics_command, open_dataset
+from geomcache.pipeline.batch_size import default_batch_size, find_batch_size
+from geomcache.pipeline.encoding import EncoderOnDemand
+from geomcache.pipeline.engine_choice import choose_engine
+from geomcache.pipeline.pipeline import Machinery, Pipeline
+from geomcache.pipeline.process import Process
+from geomcache.pipeline.report import ExtractReport
 from geomcache.ranges import count_rows
 
 __all__ = ["ExtractReport", "extract", "follow"]

@@ -13,24 +13,20 @@ What is written says which revisions, cameras and dtype a run used, so that it c
 depends on the machine (device, workers, batch size) is written only if it was given.
 """
 
-import contextlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geomcache.cache import durable, locks
-from geomcache.cache.commands import Machine, extract_settings, recorded_machines, run_config_path
-from geomcache.cache.header import LOCK
+from geomcache.cache.commands import extract_settings, recorded_machines, run_config_path
 from geomcache.errors import UserInputError, did_you_mean, one_line
 from geomcache.extraction.options import ExtractOptions, recorded_options
+from geomcache.pipeline.run_file import HEADER, locked_run_config, replace_run_config
 
 if TYPE_CHECKING:
     from geomcache.geometry import DatasetSpec, GeometrySpec
 
 logger = logging.getLogger(__name__)
-
-HEADER = "# Written by `geomcache extract`; `geomcache extract --config` of this file repeats the run.\n"
 
 
 def read_run_config(file: Path, known: Collection[str]) -> dict[str, str]:
@@ -123,33 +119,9 @@ def write_run_config(cache: Path, options: dict[str, object], *, is_new: bool = 
     import yaml
 
     content = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=10_000)
-    with _locked_run_config(cache) as (path, previous):  # jobs that share a cache arrive here at the same time
+    with locked_run_config(cache) as (path, previous):  # jobs that share a cache arrive here at the same time
         machines = () if is_new else recorded_machines(cache)
         if previous is not None and not previous.startswith(HEADER):
             logger.warning("%s: not written by geomcache, left as it is; this run's options are not recorded", path)
         else:
-            _replace(path, previous, HEADER + "".join(machine.line for machine in machines) + content)
-
-
-def record_machine(cache: Path, machine: Machine) -> None:
-    """Add to a run's options, once, what encodes its frames; not to a file that the user wrote."""
-    with _locked_run_config(cache) as (path, previous):
-        if previous is not None and previous.startswith(HEADER) and machine.line not in previous:
-            _replace(path, previous, HEADER + machine.line + previous.removeprefix(HEADER))
-
-
-@contextlib.contextmanager
-def _locked_run_config(cache: Path) -> Iterator[tuple[Path, str | None]]:
-    """Give the file's path and its content, None if there is no file, while no other process writes it."""
-    path = run_config_path(cache)
-    with contextlib.closing(locks.LockFile(cache / LOCK)) as lock, lock.exclusive():
-        try:
-            previous = path.read_bytes().decode(errors="replace")
-        except FileNotFoundError:
-            previous = None
-        yield path, previous
-
-
-def _replace(path: Path, previous: str | None, content: str) -> None:
-    if content != previous:
-        durable.replace_file(path, content.encode())
+            replace_run_config(path, previous, HEADER + "".join(machine.line for machine in machines) + content)

@@ -17,16 +17,14 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from geomcache.cache import durable, locks
 from geomcache.cache.codecs import Codec
 from geomcache.cache.commands import update_command
-from geomcache.cache.compatibility import compare_cameras, compare_datasets
 from geomcache.cache.create import (
     is_cache,
     recover,
@@ -37,52 +35,35 @@ from geomcache.cache.create import (
     successor_of,
 )
 from geomcache.cache.header import LOCK, Header
-from geomcache.cache.layout import keep_shard_frames
-from geomcache.cache.manifest import MANIFEST
-from geomcache.cache.signatures import TOLERANCE
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.checks import check_device
 from geomcache.da3.encoder import DA3Encoder, DA3Preprocessor
-from geomcache.errors import CacheError, CacheLockedError, CacheMismatchError, CacheNotFoundError, UserInputError
-from geomcache.extraction.batch_size import default_batch_size
-from geomcache.extraction.carry import Carrier, EarlierCaches, PictureIndex
-from geomcache.extraction.decoding import BatchDecoder
-from geomcache.extraction.encoding import EncoderOnDemand
-from geomcache.extraction.engine_choice import choose_engine
+from geomcache.errors import CacheError, CacheLockedError, CacheNotFoundError
+from geomcache.extraction.change import Change, find_change, find_reencoded, is_up_to_date
 from geomcache.extraction.options import ExtractOptions, UpdateOptions
-from geomcache.extraction.pipeline import Machinery, Pipeline
 from geomcache.extraction.plan import describe_update, plan_update, require_space
-from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import recorded_run, resolve, write_run_config
-from geomcache.extraction.workers import decode
 from geomcache.frames.compare import (
     check_pictures,
     choose_sample,
-    compare_pictures,
     find_differences,
-    map_episodes,
 )
 from geomcache.frames.of_cache import reads_pictures
-from geomcache.frames.reader import FrameReader
-from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import (
     FrameDataset,
-    describe_cameras,
-    describe_dataset,
-    episode_identities,
-    episode_lengths,
-    open_dataset,
-    open_metadata,
 )
-from geomcache.geometry import DatasetSpec, GeometrySpec
+from geomcache.geometry import GeometrySpec
+from geomcache.pipeline.batch_size import default_batch_size
+from geomcache.pipeline.carry import Carrier, EarlierCaches, PictureIndex
+from geomcache.pipeline.encoding import EncoderOnDemand
+from geomcache.pipeline.engine_choice import choose_engine
+from geomcache.pipeline.pipeline import Machinery, Pipeline
+from geomcache.pipeline.report import ExtractReport
 from geomcache.ranges import (
     Ranges,
-    RowSet,
     clip_ranges,
-    common_ranges,
     count_rows,
-    format_ranges,
     merge_ranges,
     rows_of,
 )
@@ -91,51 +72,6 @@ logger = logging.getLogger(__name__)
 
 _INDEX = "pictures"  # begins the names of temporary files in the new cache
 _ALONE_S = 30.0  # how long other processes are waited for when the two caches exchange their names
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Change:
-    """A cache, and the dataset that it is to follow."""
-
-    path: Path
-    store: GeometryStore
-    """The cache as it is."""
-    header: Header
-    """Its header."""
-    dataset: FrameDataset
-    """As it is now."""
-    wanted: Ranges
-    """Rows of the dataset that the new cache is to have."""
-    guesses: NDArray[np.int64]
-    """Row of the cache that the first frame of each of the dataset's episodes is expected at, or -1, [E]."""
-    trusted: NDArray[np.bool_]
-    """Episodes that are taken from there, whatever their signatures are, [E]."""
-
-    @functools.cached_property
-    def new_header(self) -> Header:
-        """Return the header of the new cache."""
-        spec, dataset = self.store.spec, self.dataset.spec
-        shard_frames = keep_shard_frames(self.store.shard_frames, spec, dataset.frames)
-        return Header.new(spec, dataset, self.header.codec, shard_frames)
-
-    def carrier(self, caches: EarlierCaches, index: PictureIndex) -> Carrier:
-        """Return what finds the rows in this cache, the first of `caches`, and in the others."""
-        starts = self.dataset.reader.episode_start
-        return Carrier(caches=caches, episode_start=starts, guesses=self.guesses, trusted=self.trusted, index=index)
-
-    def wanted_episodes(self) -> NDArray[np.int64]:
-        """Return the numbers of the dataset's episodes that have wanted rows."""
-        starts = self.dataset.reader.episode_start
-        bounds = np.array(self.wanted, np.int64).reshape(-1, 2)
-        first, last = starts.searchsorted(bounds[:, 0], "right") - 1, starts.searchsorted(bounds[:, 1] - 1, "right") - 1
-        return np.unique(rows_of(zip(first.tolist(), (last + 1).tolist(), strict=True)))
-
-    def is_as_it_was(self) -> bool:
-        """Return whether the cache at the path is the one that was opened, with the same rows."""
-        if Header.read(self.path) != self.header:
-            return False
-        with GeometryStore.open(self.path) as store:
-            return store.rows == self.store.rows
 
 
 def update(options: UpdateOptions) -> ExtractReport:
@@ -151,7 +87,7 @@ def update(options: UpdateOptions) -> ExtractReport:
         recover(path)
     Header.read(path)  # an error, if no cache is there
     with _held(path, options.dry_run), GeometryStore.open(path) as store:
-        change = _find_change(options, path, store, Header.read(path))
+        change = find_change(options, path, store, Header.read(path))
         device = options.device or machinery.process.device
         machinery.batch_size = options.batch_size or default_batch_size(check_device(device))
         encoder = EncoderOnDemand(functools.partial(_load_encoder, options, change, machinery))
@@ -159,14 +95,14 @@ def update(options: UpdateOptions) -> ExtractReport:
             _log_plan(options, change, encoder, machinery)
             return ExtractReport(path=path)
         total = count_rows(change.wanted)
-        is_up_to_date = _is_up_to_date(change)
-        if is_up_to_date:
+        unchanged = is_up_to_date(change)
+        if unchanged:
             report = ExtractReport(path=path, frames_total=total)
         else:
             if options.accept_reencoded:
-                change.trusted[_find_reencoded(change, machinery)] = True
+                change.trusted[find_reencoded(change, machinery)] = True
             report = _make(change, encoder, machinery)
-    _finish(change, machinery, is_made=not is_up_to_date)
+    _finish(change, machinery, is_made=not unchanged)
     if machinery.process.is_main:
         _record(options, change)
     return report
@@ -221,7 +157,7 @@ def grow(
         sample = choose_sample(store, [each for each in range(episodes) if reader.has_files(each)])
         command = update_command(path, dataset.spec.repo_id, dataset.root)
         check_pictures(store, reads_pictures(reader), sample, decoder=dataset.spec.decoder, command=command)
-        change = _Change(
+        change = Change(
             path=path,
             store=store,
             header=header,
@@ -248,165 +184,12 @@ def _held(path: Path, dry_run: bool = False) -> Iterator[None]:
         yield
 
 
-def _find_change(options: UpdateOptions, path: Path, store: GeometryStore, header: Header) -> _Change:
-    """Open the dataset as it is now, and guess which of its episodes the cache has."""
-    name, root = _choose_dataset(options, store)
-    keys = store.spec.camera_keys
-    meta = open_metadata(name, root, options.revision)
-    compare_cameras(store.spec, describe_cameras(meta))
-    current = episode_lengths(meta), episode_identities(meta, keys)
-    if store.episode_identity is None:
-        _compare_version_1(store, describe_dataset(meta, keys, schema_version=1))
-        mapping: NDArray[np.int64] = np.arange(len(current[0]))
-    else:
-        mapping = map_episodes((store.episode_length, store.episode_identity), current)
-    dataset, episodes = open_dataset(
-        name,
-        root=root,
-        revision=options.revision,
-        cameras=keys,
-        episodes=options.episodes or _choose_episodes(store, mapping),
-        tolerance_s=options.tolerance_s,
-        meta=meta,
-    )
-    return _Change(
-        path=path,
-        store=store,
-        header=header,
-        dataset=dataset,
-        wanted=merge_ranges(dataset.rows(episodes)),
-        guesses=np.where(mapping < 0, -1, store.episode_start[mapping]),
-        trusted=np.full(len(mapping), store.episode_identity is None),
-    )
-
-
-def _choose_dataset(options: UpdateOptions, store: GeometryStore) -> tuple[str, Path | None]:
-    """Return name and folder of the dataset; where none is named, those that the cache was made of."""
-    if options.dataset is not None or options.root is not None:
-        return options.dataset or store.dataset.repo_id, options.root
-    folder = recorded_run(store.path).get("root")
-    where = f" in {folder}" if folder else ""
-    logger.info(
-        "dataset: %s%s, which the cache was made of; choose another with --dataset", store.dataset.repo_id, where
-    )
-    return store.dataset.repo_id, Path(folder) if folder else None
-
-
-def _compare_version_1(store: GeometryStore, dataset: DatasetSpec) -> None:
-    """Require that a dataset is the one that a cache without signatures was made of."""
-    try:
-        compare_datasets(store.dataset, dataset)
-    except CacheMismatchError as error:
-        raise CacheMismatchError(
-            f"{store.path}: {error.field}: expected {error.cached}, as the dataset had that the cache was made of,"
-            f" found {error.wanted}: a cache of schema version 1 has no signatures of pictures; update it with the"
-            " dataset as it was (--root, --revision), then with the one that has changed",
-            error.field,
-            error.cached,
-            error.wanted,
-        ) from None
-    logger.info(
-        "%s: schema version 1 has no signatures of pictures: its rows are taken for those of this dataset because"
-        " names, lengths and statistics agree; `geomcache verify --parity 32` compares geometry",
-        store.path,
-    )
-
-
-def _choose_episodes(store: GeometryStore, mapping: NDArray[np.int64]) -> str | None:
-    """Return which episodes of the dataset the new cache is to have, None for all: a partial cache stays one."""
-    if not store.sealed or store.frames_present == store.dataset.frames:
-        return None
-    complete = np.zeros(len(store.episode_start), bool)
-    for start, stop in store.episodes():
-        complete[start:stop] = True
-    chosen = np.flatnonzero((mapping >= 0) & complete[mapping])
-    if not len(chosen):
-        raise UserInputError(
-            f"episodes: expected some that {store.path} has, which is a cache of {complete.sum()} episodes, found none"
-            " of them in the dataset: name episodes with --episodes"
-        )
-    logger.info(
-        "episodes: the %d of the dataset that this partial cache has; choose others with --episodes", len(chosen)
-    )
-    return format_ranges(chosen)
-
-
 def _rows_of_episodes(store: GeometryStore, episodes: Ranges) -> Ranges:
     ends = store.episode_start + store.episode_length
     return merge_ranges((int(store.episode_start[first]), int(ends[last - 1])) for first, last in episodes)
 
 
-def _is_up_to_date(change: _Change) -> bool:
-    """Return whether nothing speaks for a change: identities, the age of the dataset's files, a sample of pictures."""
-    store, reader = change.store, change.dataset.reader
-    if change.new_header.fingerprint != change.header.fingerprint or not store.sealed:
-        return False
-    if common_ranges(change.wanted, store.rows) != change.wanted:
-        return False
-    sealed_at = (change.path / MANIFEST).stat().st_mtime_ns
-    if any(file.stat().st_mtime_ns > sealed_at for file in reader.files(change.wanted_episodes())):
-        return False
-    sample = choose_sample(store, change.wanted_episodes().tolist())
-    return not compare_pictures(store, reads_pictures(reader), sample, sample).differing.any()
-
-
-def _find_reencoded(change: _Change, machinery: Machinery) -> NDArray[np.int64]:
-    """Return the episodes whose pictures differ from those of the cache no more than another encoding makes them.
-
-    An episode counts if that is so for all of its frames. The others have a line.
-    """
-    store, reader, guesses = change.store, change.dataset.reader, change.guesses
-    starts, lengths = reader.episode_start, reader.episode_length
-    if store.schema_version == 1:
-        return np.empty(0, np.int64)
-    wanted = change.wanted_episodes()
-    wanted = wanted[guesses[wanted] >= 0]
-    stops = guesses[wanted] + lengths[wanted]
-    wanted = wanted[(stops <= store.dataset.frames) & RowSet(store.rows).covers(guesses[wanted], stops)]
-    suspects = [
-        episode
-        for episode in wanted.tolist()
-        if not _first_frame_is_same(store, reader, int(starts[episode]), int(guesses[episode]))
-    ]
-    largest = dict.fromkeys(suspects, 0)
-    size = machinery.batch_size
-    ranges = (
-        (row, min(row + size, int(starts[episode] + lengths[episode])))
-        for episode in suspects
-        for row in range(int(starts[episode]), int(starts[episode] + lengths[episode]), size)
-    )
-    decoder = BatchDecoder(reader, None)
-    with contextlib.closing(decode(decoder, ranges, machinery.workers, server=machinery.server)) as batches:
-        for batch in batches:
-            episode = reader.locate(batch.start)[0]
-            stored = store.signatures(np.arange(batch.start, batch.stop) - starts[episode] + guesses[episode])
-            largest[episode] = max(largest[episode], int(batch.signatures.distances(stored).max()))
-    accepted = np.array([episode for episode in suspects if largest[episode] <= TOLERANCE], np.int64)
-    others = np.array([episode for episode in suspects if largest[episode] > TOLERANCE], np.int64)
-    if len(accepted):
-        logger.info(
-            "re-encoded: %d frames of %d episodes are kept: block means differ by at most %d of 255 (accepted: %d)",
-            int(lengths[accepted].sum()),
-            len(accepted),
-            max(largest[episode] for episode in accepted.tolist()),
-            TOLERANCE,
-        )
-    if len(others):
-        logger.info(
-            "re-encoded: episodes %s are encoded anew: block means differ by up to %d of 255 (accepted: %d)",
-            format_ranges(others),
-            max(largest[episode] for episode in others.tolist()),
-            TOLERANCE,
-        )
-    return accepted
-
-
-def _first_frame_is_same(store: GeometryStore, reader: FrameReader, row: int, stored_row: int) -> bool:
-    signatures = sign_pictures(reader.read(row, row + 1).images)
-    return bool(signatures.equal(store.signatures([stored_row])).all())
-
-
-def _make(change: _Change, encoder: EncoderOnDemand, machinery: Machinery, *, unseen: bool = False) -> ExtractReport:
+def _make(change: Change, encoder: EncoderOnDemand, machinery: Machinery, *, unseen: bool = False) -> ExtractReport:
     """Make the new cache next to the old one and seal it, together with other processes that do the same."""
     dataset, spec = change.dataset, change.store.spec
     successor = successor_of(change.path)
@@ -447,7 +230,7 @@ def _make(change: _Change, encoder: EncoderOnDemand, machinery: Machinery, *, un
         return pipeline.until_sealed(total)
 
 
-def _set_aside_another(change: _Change) -> None:
+def _set_aside_another(change: Change) -> None:
     """Resume an interrupted update to the same state of the dataset; keep the rows of another one for this update."""
     try:
         begun = Header.read(successor_of(change.path))
@@ -460,7 +243,7 @@ def _set_aside_another(change: _Change) -> None:
         set_aside(change.path)
 
 
-def _others(change: _Change) -> Iterator[GeometryStore]:
+def _others(change: Change) -> Iterator[GeometryStore]:
     """Yield what interrupted updates to other states of the dataset left."""
     for folder in set_aside_by(change.path):
         try:
@@ -472,7 +255,7 @@ def _others(change: _Change) -> Iterator[GeometryStore]:
                 yield store
 
 
-def _announce(change: _Change, done: int, total: int) -> None:
+def _announce(change: Change, done: int, total: int) -> None:
     episodes = change.wanted_episodes()
     known = int((change.guesses[episodes] >= 0).sum())
     logger.info(
@@ -499,7 +282,7 @@ def _frames_to_write(carrier: Carrier, writer: StoreWriter) -> int:
     return frames
 
 
-def _finish(change: _Change, machinery: Machinery, *, is_made: bool) -> None:
+def _finish(change: Change, machinery: Machinery, *, is_made: bool) -> None:
     """Put the new cache into the place of the old one, once no other process writes to one of them."""
     end = time.monotonic() + _ALONE_S
     while is_made and not succeed(change.path, change.is_as_it_was):
@@ -513,7 +296,7 @@ def _finish(change: _Change, machinery: Machinery, *, is_made: bool) -> None:
         remove_successors(change.path, sealed_only=not is_made)
 
 
-def _load_encoder(options: UpdateOptions, change: _Change, machinery: Machinery) -> DA3Encoder:
+def _load_encoder(options: UpdateOptions, change: Change, machinery: Machinery) -> DA3Encoder:
     """Load the cache's DA3, from where it was loaded before if the user does not name another place."""
     spec = change.store.spec
     model = options.model
@@ -526,7 +309,7 @@ def _load_encoder(options: UpdateOptions, change: _Change, machinery: Machinery)
     return encoder
 
 
-def _log_plan(options: UpdateOptions, change: _Change, encoder: EncoderOnDemand, machinery: Machinery) -> None:
+def _log_plan(options: UpdateOptions, change: Change, encoder: EncoderOnDemand, machinery: Machinery) -> None:
     rows = [*change.wanted]
     with tempfile.TemporaryDirectory(prefix="geomcache-") as folder:
         caches = EarlierCaches([change.store])
@@ -544,7 +327,7 @@ def _log_plan(options: UpdateOptions, change: _Change, encoder: EncoderOnDemand,
             logger.info(line)
 
 
-def _record(options: UpdateOptions, change: _Change) -> None:
+def _record(options: UpdateOptions, change: Change) -> None:
     """Write the options next to the cache with which `extract` would make it from the dataset as it is now."""
     spec, dataset = change.store.spec, change.dataset
     model = options.model or recorded_run(change.path).get("model") or spec.model_id

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.evaluation.environments import LiberoGeometry, make_environment
-from geomcache.evaluation.record import ACTION, EXECUTED, INITIAL_STATE, STATE, state_of
 from geomcache.ranges import parse_episodes, rows_of
+from geomcache.simulator.environments import LiberoGeometry, make_environment
+from geomcache.simulator.record import ACTION, EXECUTED, INITIAL_STATE, STATE, state_of
 
 SUITE, TASKS = "libero_object", 10  # "pick up ... and place it in the basket"
 STATES = 50  # initial states that LIBERO has for each task

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from geomcache.evaluation import libero, plus
-from geomcache.evaluation.record import read_demonstrations
+from geomcache.simulator import libero, plus
+from geomcache.simulator.record import read_demonstrations
 
 SUITE = "libero_object"
 TRAINED_CAMERAS = UNSEEN_CAMERAS = 12

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geomcache.cache.store import GeometryStore
-from geomcache.evaluation.record import ACTION, STATE
 from geomcache.frames.source import open_dataset
 from geomcache.geometry import Geometry
+from geomcache.simulator.record import ACTION, STATE
 
 SOURCES = {"oracle": "zarr", "da3": "da3.zarr"}  # endings of the caches next to a recording
 

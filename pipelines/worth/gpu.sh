@@ -38,7 +38,7 @@ step() {
 look() { # whether a picture of a scene can be rendered
     "$PYTHON" - <<'PY'
 import numpy as np, torch
-from geomcache.evaluation.environments import LiberoGeometry, make_environment
+from geomcache.simulator.environments import LiberoGeometry, make_environment
 config = LiberoGeometry(task="libero_object", observation_height=64, observation_width=64, oracle_outputs="ray,depth", oracle_grid="8x8")
 config.prepare()
 environment = make_environment(config, "libero_object", 0, 0, 1)

@@ -26,11 +26,11 @@ from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
 from geomcache.cache.store import GeometryStore
-from geomcache.evaluation.oracle import OracleOptions, oracle_spec
 from geomcache.geometry import Camera, GeometrySpec
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
+from geomcache.simulator.oracle import OracleOptions, oracle_spec
 from geomcache.statistics import Moments
 from pipelines.worth.design import ARMS, Arm
 from pipelines.worth.frames import Frames, cache_of, geometry_keys

@@ -33,11 +33,11 @@ def main() -> None:
     import scipy.stats  # noqa: F401
 
     import geomcache.cli.main
-    import geomcache.evaluation.record
     import geomcache.evaluation.rollouts
+    import geomcache.simulator.record
     import geomcache.training.trainer  # noqa: F401
-    from geomcache.evaluation.environments import LiberoGeometry, make_environment
     from geomcache.ranges import parse_episodes, rows_of
+    from geomcache.simulator.environments import LiberoGeometry, make_environment
 
     config = LiberoGeometry(task="libero_object", observation_height=32, observation_width=32)
     config.prepare()

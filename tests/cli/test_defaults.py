@@ -14,8 +14,8 @@ from geomcache.cli import main as cli
 from geomcache.errors import CacheNotFoundError, UserInputError
 from geomcache.extraction import run as extraction
 from geomcache.extraction.options import DEFAULT_DATASET, ExtractOptions
-from geomcache.extraction.report import ExtractReport
 from geomcache.extraction.run_config import write_run_config
+from geomcache.pipeline.report import ExtractReport
 from tests.support.cli import call
 from tests.support.datasets import ROOT
 from tests.support.logs import logged_lines

@@ -12,9 +12,10 @@ import torch
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.scripts import lerobot_eval
 
-from geomcache.evaluation.episodes import EpisodeLog, TaskFacts, read_episodes
+from geomcache.evaluation.episodes import EpisodeLog, read_episodes
 from geomcache.evaluation.latency import ChunkTimer
 from geomcache.evaluation.rollouts import logged_rollouts, noise_seed
+from geomcache.simulator.task import TaskFacts
 from tests.support.policy import CAMERAS, SIZE, TEXT, make_geometry, make_policy
 from tests.support.results import make_identity
 

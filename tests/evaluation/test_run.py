@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from geomcache import waits
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheMismatchError, ModelError, ModelNotFoundError, UserInputError
-from geomcache.evaluation.episodes import TaskFacts
 from geomcache.evaluation.latency import ChunkTime, ChunkTimer
 from geomcache.evaluation.rollouts import noise_seed
 from geomcache.evaluation.run import (
@@ -39,6 +38,7 @@ from geomcache.policy.checkpoint import read_config
 from geomcache.policy.environment import check_cameras, check_parallel_tasks, find_da3, watched_environment
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
+from geomcache.simulator.task import TaskFacts
 from tests.support.datasets import MINI, make_dataset, needs_mini
 from tests.support.logs import logged_lines
 from tests.support.policy import make_batch, make_config, make_plain_policy, make_policy, make_spec, shake

@@ -19,17 +19,17 @@ from lerobot.datasets import LeRobotDataset
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import verify
 from geomcache.errors import UserInputError
-from geomcache.evaluation import plus
-from geomcache.evaluation.environments import LiberoGeometry, make_environment
 from geomcache.evaluation.episodes import read_episodes
-from geomcache.evaluation.oracle import OracleOptions, oracle_spec
-from geomcache.evaluation.record import read_demonstrations, record, replay
 from geomcache.evaluation.run import evaluate, with_defaults
-from geomcache.evaluation.simulation import maps_of
 from geomcache.geometry import Camera
 from geomcache.policy.checkpoint import read_config
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
+from geomcache.simulator import plus
+from geomcache.simulator.environments import LiberoGeometry, make_environment
+from geomcache.simulator.oracle import OracleOptions, oracle_spec
+from geomcache.simulator.record import read_demonstrations, record, replay
+from geomcache.simulator.simulation import maps_of
 from tests.support.datasets import MINI, needs_mini
 from tests.support.policy import make_config, make_statistics, shake
 from tests.support.simulator import libero_config, needs_plus, needs_simulator, simulator
@@ -130,7 +130,7 @@ def test_a_killed_run_resumes_and_stock_lerobot_runs_the_same(
 
     stock = [str(Path(sys.executable).parent / "lerobot-eval"), "--discover_packages_path=geomcache.policy"]
     stock += [
-        "--env.discover_packages_path=geomcache.evaluation",
+        "--env.discover_packages_path=geomcache.simulator",
         *with_defaults(str(checkpoint), OPTIONS, read_config(str(checkpoint))),
     ]
     done = subprocess.run(

@@ -18,8 +18,8 @@ from geomcache.cache.verify import verify
 from geomcache.errors import CacheMismatchError, UserInputError
 from geomcache.extraction import run as run_module
 from geomcache.extraction.options import ExtractOptions
-from geomcache.extraction.report import ExtractReport
 from geomcache.frames.of_cache import open_pictures
+from geomcache.pipeline.report import ExtractReport
 from geomcache.training.dataset import check_sample, with_geometry
 from tests.support.cli import call
 from tests.support.datasets import make_dataset, pictures

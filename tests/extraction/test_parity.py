@@ -21,9 +21,9 @@ from geomcache.extraction.differences import DIRECTION, ORIGIN, float16_steps
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.parity import TOLERANCES, Measure, ParityReport, Steps, choose_rows, parity
 from geomcache.extraction.run import extract
-from geomcache.extraction.run_config import HEADER
 from geomcache.frames.reader import FrameReader
 from geomcache.geometry import ComputeDtype, Geometry
+from geomcache.pipeline.run_file import HEADER
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from tests.support.cli import call

@@ -34,12 +34,12 @@ from geomcache.errors import (
     OutOfSpaceError,
     UserInputError,
 )
-from geomcache.extraction import pipeline
 from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.plan import require_space
 from geomcache.extraction.run import ExtractReport, extract
 from geomcache.extraction.run_config import read_run_config
 from geomcache.frames.source import open_dataset
+from geomcache.pipeline import pipeline
 from tests.support.da3 import area_average, assert_one_step, upstream_maps, upstream_network
 from tests.support.datasets import DEMO, make_dataset
 from tests.support.logs import logged_lines

@@ -21,8 +21,9 @@ from geomcache.errors import UserInputError
 from geomcache.extraction import run as extract
 from geomcache.extraction.options import ExtractOptions, recorded_options
 from geomcache.extraction.run import ExtractReport
-from geomcache.extraction.run_config import HEADER, read_run_config, record_machine, resolve, write_run_config
+from geomcache.extraction.run_config import read_run_config, resolve, write_run_config
 from geomcache.look.info import describe, describe_lines
+from geomcache.pipeline.run_file import HEADER, record_machine
 from tests.support.cli import call
 from tests.support.logs import logged_lines
 from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.verify import verify
-from geomcache.extraction.carry import Carrier, EarlierCaches, PictureIndex
 from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import open_dataset
 from geomcache.geometry import GeometrySpec
+from geomcache.pipeline.carry import Carrier, EarlierCaches, PictureIndex
 from tests.support.edits import (
     CAMERAS,
     Episode,

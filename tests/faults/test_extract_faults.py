@@ -22,8 +22,8 @@ from geomcache.da3.encoder import DA3Encoder, PendingGeometry
 from geomcache.errors import EncoderMemoryError, WorkerDiedError
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.run import extract
-from geomcache.extraction.workers import ForkServer
 from geomcache.geometry import Views
+from geomcache.pipeline.workers import ForkServer
 from tests.faults.common import Figure
 from tests.support.da3 import assert_one_step
 from tests.support.datasets import make_dataset
@@ -149,7 +149,7 @@ def test_a_decoding_worker_that_dies_is_one_line_and_the_next_run_goes_on(
 # The command with workers from the first batch on.
 WITH_WORKERS = """
 from geomcache.cli import main as cli
-from geomcache.extraction.workers import ForkServer
+from geomcache.pipeline.workers import ForkServer
 ForkServer.ready = property(lambda server: server._starting.join() or True)
 if __name__ == "__main__":
     cli.main()

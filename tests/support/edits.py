@@ -24,8 +24,8 @@ from geomcache.da3.encoder import DA3Encoder, DA3Preprocessor
 from geomcache.extraction import run as run_module
 from geomcache.extraction import update as update_module
 from geomcache.extraction.options import ExtractOptions, UpdateOptions
-from geomcache.extraction.report import ExtractReport
 from geomcache.geometry import Camera, GeometrySpec
+from geomcache.pipeline.report import ExtractReport
 from geomcache.ranges import clip_ranges, count_rows
 from tests.support.logs import logged_lines
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from geomcache.evaluation import libero
+from geomcache.simulator import libero
 
 ASSETS = libero.packaged_assets()  # of the extra libero-assets
 

@@ -8,11 +8,11 @@ import pytest
 from numpy.typing import NDArray
 
 from geomcache.errors import UserInputError
-from geomcache.evaluation import plus, pro
-from geomcache.evaluation.camera import CameraMove, Pose
-from geomcache.evaluation.environments import LiberoGeometry, LiberoPlusVariants, LiberoPro, make_environment
-from geomcache.evaluation.oracle import in_first_view, metres, views_of
-from geomcache.evaluation.simulation import FIRST_CAMERA, maps_of
+from geomcache.simulator import plus, pro
+from geomcache.simulator.camera import CameraMove, Pose
+from geomcache.simulator.environments import LiberoGeometry, LiberoPlusVariants, LiberoPro, make_environment
+from geomcache.simulator.oracle import in_first_view, metres, views_of
+from geomcache.simulator.simulation import FIRST_CAMERA, maps_of
 from tests.support.simulator import libero_config, needs_plus, needs_simulator, simulator
 
 __all__ = ["libero_config", "simulator"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from geomcache.errors import SimulatorError, UserInputError
-from geomcache.evaluation import libero
+from geomcache.simulator import libero
 from tests.support.simulator import ASSETS, libero_config, needs_libero, needs_simulator, simulator
 
 __all__ = ["libero_config", "simulator"]
@@ -54,7 +54,7 @@ def make_assets(folder: Path) -> Path:
 @needs_libero
 def test_the_package_is_found_without_importing_it() -> None:
     code = (
-        "import sys; from geomcache.evaluation.libero import find_package;"
+        "import sys; from geomcache.simulator.libero import find_package;"
         " print(find_package()); print('libero' in sys.modules)"
     )
     found, imported = subprocess.run(

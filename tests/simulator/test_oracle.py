@@ -8,7 +8,9 @@ import pytest
 
 from geomcache.cache.header import Header
 from geomcache.errors import GeometryError, UserInputError
-from geomcache.evaluation.oracle import (
+from geomcache.geometry import Camera, GeometrySpec
+from geomcache.policy.online import OnlineEncoder
+from geomcache.simulator.oracle import (
     OracleOptions,
     in_first_view,
     metres,
@@ -16,8 +18,6 @@ from geomcache.evaluation.oracle import (
     oracle_spec,
     views_of,
 )
-from geomcache.geometry import Camera, GeometrySpec
-from geomcache.policy.online import OnlineEncoder
 from tests.support.stores import make_store
 
 DOWN = np.diag([1.0, -1.0, -1.0])  # of a camera that looks along the world's z, in MuJoCo's axes: right, up, back

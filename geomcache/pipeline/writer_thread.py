@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from geomcache.cache.signatures import Signatures
 from geomcache.cache.writer import Claim, StoreWriter
-from geomcache.extraction.carry import Carrier
+from geomcache.pipeline.carry import Carrier
 from geomcache.ranges import count_rows
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from geomcache.errors import SimulatorError, UserInputError, did_you_mean
-from geomcache.evaluation.episodes import TaskFacts
-from geomcache.evaluation.plus import SUITES as BASE_SUITES
-from geomcache.evaluation.plus import data_folder, language_of, read_language
-from geomcache.evaluation.simulation import Variation
+from geomcache.simulator.plus import SUITES as BASE_SUITES
+from geomcache.simulator.plus import data_folder, language_of, read_language
+from geomcache.simulator.simulation import Variation
+from geomcache.simulator.task import TaskFacts
 
 PACKAGE = "liberopro"
 _files = functools.partial(data_folder, PACKAGE, "LIBERO-PRO")

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from geomcache.cache.writer import StoreWriter
 from geomcache.errors import DatasetError, UserInputError
-from geomcache.evaluation import libero, plus
-from geomcache.evaluation.camera import CameraMove, Pose
-from geomcache.evaluation.environments import LiberoGeometry, make_environment
-from geomcache.evaluation.oracle import oracle_spec
-from geomcache.evaluation.simulation import scene_camera
 from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import open_dataset
 from geomcache.ranges import rows_of
+from geomcache.simulator import libero, plus
+from geomcache.simulator.camera import CameraMove, Pose
+from geomcache.simulator.environments import LiberoGeometry, make_environment
+from geomcache.simulator.oracle import oracle_spec
+from geomcache.simulator.simulation import scene_camera
 
 STATE, ACTION = "observation.state", "action"
 EXECUTED = "executed_action"  # optional column: what the simulator was given, where `action` is what a policy learns

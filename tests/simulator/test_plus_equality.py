@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from geomcache.evaluation import plus
-from geomcache.evaluation.environments import LiberoPlusVariants, make_environment
+from geomcache.simulator import plus
+from geomcache.simulator.environments import LiberoPlusVariants, make_environment
 from tests.support.simulator import ASSETS, libero_config, needs_plus, needs_simulator, simulator
 
 __all__ = ["libero_config", "simulator"]

@@ -11,8 +11,8 @@ import pytest
 
 from geomcache.cache.signatures import Signatures
 from geomcache.cache.writer import Claim, StoreWriter
-from geomcache.extraction import writer_thread
-from geomcache.extraction.writer_thread import ShardWriterThread
+from geomcache.pipeline import writer_thread
+from geomcache.pipeline.writer_thread import ShardWriterThread
 from tests.support.logs import logged_lines
 
 

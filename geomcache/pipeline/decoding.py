@@ -11,9 +11,9 @@ import torch
 
 from geomcache.cache.signatures import Signatures
 from geomcache.da3.encoder import DA3Preprocessor
-from geomcache.extraction.carry import Carried, Carrier
 from geomcache.frames.reader import FrameReader
 from geomcache.frames.signature import sign_pictures
+from geomcache.pipeline.carry import Carried, Carrier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from geomcache.errors import SimulatorError, UserInputError, did_you_mean
-from geomcache.evaluation.camera import UNMOVED, CameraMove, displacement
-from geomcache.evaluation.episodes import TaskFacts
-from geomcache.evaluation.noise import can_be_made, kind_of
-from geomcache.evaluation.simulation import Variation, scene_camera
+from geomcache.simulator.camera import UNMOVED, CameraMove, displacement
+from geomcache.simulator.noise import can_be_made, kind_of
+from geomcache.simulator.simulation import Variation, scene_camera
+from geomcache.simulator.task import TaskFacts
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.da3.engine import EngineName
-from geomcache.extraction import engine_choice
-from geomcache.extraction.engine_choice import LONG_ENOUGH_S, choose_engine
+from geomcache.pipeline import engine_choice
+from geomcache.pipeline.engine_choice import LONG_ENOUGH_S, choose_engine
 from tests.support.logs import logged_lines
 
 RATE = 100.0  # views/s

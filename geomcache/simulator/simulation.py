@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from geomcache.evaluation.camera import CameraMove, Pose
-from geomcache.evaluation.episodes import TaskFacts
-from geomcache.evaluation.noise import noise_of
-from geomcache.evaluation.oracle import OracleOptions, map_shape, oracle_map
 from geomcache.geometry import OUTPUTS, batch_key
+from geomcache.simulator.camera import CameraMove, Pose
+from geomcache.simulator.noise import noise_of
+from geomcache.simulator.oracle import OracleOptions, map_shape, oracle_map
+from geomcache.simulator.task import TaskFacts
 
 FIRST_CAMERA = "agentview"  # what LIBERO-Plus moves, and the reference of true geometry
 OBSERVATION_PREFIX = "observation."

@@ -7,7 +7,7 @@ import accelerate
 import pytest
 
 from geomcache import waits
-from geomcache.extraction.process import Process
+from geomcache.pipeline.process import Process
 from tests.support.logs import logged_lines
 
 

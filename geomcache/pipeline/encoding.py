@@ -19,9 +19,9 @@ from geomcache.cache.signatures import Signatures
 from geomcache.da3.encoder import DA3Encoder, PendingGeometry
 from geomcache.da3.engine import is_out_of_memory
 from geomcache.errors import NonFiniteGeometryError
-from geomcache.extraction.batch_size import memory_error
-from geomcache.extraction.carry import Carried
-from geomcache.extraction.decoding import NetworkBatch
+from geomcache.pipeline.batch_size import memory_error
+from geomcache.pipeline.carry import Carried
+from geomcache.pipeline.decoding import NetworkBatch
 
 logger = logging.getLogger(__name__)
 

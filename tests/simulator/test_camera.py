@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from geomcache.errors import UserInputError
-from geomcache.evaluation.camera import PIVOT, UNMOVED, CameraMove, Pose, displacement
+from geomcache.simulator.camera import PIVOT, UNMOVED, CameraMove, Pose, displacement
 
 # hf-libero's camera over a table
 TABLE = Pose(

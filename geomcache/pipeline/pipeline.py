@@ -24,15 +24,15 @@ import numpy as np
 from geomcache.cache.commands import Machine
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.encoder import DA3Preprocessor
-from geomcache.extraction.carry import Carrier, log_damage
-from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
-from geomcache.extraction.encoding import BatchEncoder, EncodedBatch, EncoderOnDemand
-from geomcache.extraction.process import Process
-from geomcache.extraction.report import ExtractReport
-from geomcache.extraction.run_config import record_machine
-from geomcache.extraction.workers import ForkServer, claimed_ranges, decode
-from geomcache.extraction.writer_thread import ShardWriterThread
 from geomcache.frames.source import FrameDataset
+from geomcache.pipeline.carry import Carrier, log_damage
+from geomcache.pipeline.decoding import BatchDecoder, NetworkBatch
+from geomcache.pipeline.encoding import BatchEncoder, EncodedBatch, EncoderOnDemand
+from geomcache.pipeline.process import Process
+from geomcache.pipeline.report import ExtractReport
+from geomcache.pipeline.run_file import record_machine
+from geomcache.pipeline.workers import ForkServer, claimed_ranges, decode
+from geomcache.pipeline.writer_thread import ShardWriterThread
 from geomcache.progress import Progress
 from geomcache.ranges import count_rows, format_ranges
 

@@ -22,12 +22,12 @@ from geomcache import waits
 from geomcache.cache.writer import Claim
 from geomcache.da3.encoder import DA3Preprocessor
 from geomcache.errors import FrameDecodeError, WorkerDiedError
-from geomcache.extraction import workers as workers_module
-from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
-from geomcache.extraction.handover import open_channel, receive, send
-from geomcache.extraction.workers import ForkServer, RowRange, claimed_ranges, decode
 from geomcache.frames.reader import FrameReader
 from geomcache.frames.source import FrameDataset, open_dataset
+from geomcache.pipeline import workers as workers_module
+from geomcache.pipeline.decoding import BatchDecoder, NetworkBatch
+from geomcache.pipeline.handover import open_channel, receive, send
+from geomcache.pipeline.workers import ForkServer, RowRange, claimed_ranges, decode
 from tests.support.datasets import make_dataset
 from tests.support.logs import logged_lines
 

@@ -10,8 +10,8 @@ import torch
 
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import EncoderMemoryError
-from geomcache.extraction import batch_size as memory
 from geomcache.geometry import Camera
+from geomcache.pipeline import batch_size as memory
 
 
 class MadeUp:

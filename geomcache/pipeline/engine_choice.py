@@ -4,7 +4,7 @@ import logging
 
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.da3.engine import EngineName, is_out_of_memory
-from geomcache.extraction.batch_size import measure_views_per_s
+from geomcache.pipeline.batch_size import measure_views_per_s
 from geomcache.progress import human_time
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from geomcache.extraction.handover import MOST_TENSORS, open_channel, receive, send
+from geomcache.pipeline.handover import MOST_TENSORS, open_channel, receive, send
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import torch
 
 from geomcache.cache.writer import Claim
 from geomcache.errors import WorkerDiedError, one_line
-from geomcache.extraction.decoding import BatchDecoder, NetworkBatch
-from geomcache.extraction.handover import open_channel, receive, send
+from geomcache.pipeline.decoding import BatchDecoder, NetworkBatch
+from geomcache.pipeline.handover import open_channel, receive, send
 from geomcache.waits import activity, waiting
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Environment types for LeRobot's commands: LIBERO with geometry or a moved camera, LIBERO-Plus, LIBERO-PRO.
 
-    lerobot-eval --env.discover_packages_path=geomcache.evaluation --env.type=libero_plus_variants ...
+    lerobot-eval --env.discover_packages_path=geomcache.simulator --env.type=libero_plus_variants ...
 
 Importing this module registers them. They set LIBERO up by themselves, so that stock commands run them too.
 """
@@ -16,11 +16,11 @@ from lerobot.envs.configs import LiberoEnv as LiberoConfig
 from lerobot.utils.constants import OBS_IMAGES
 
 from geomcache.errors import UserInputError
-from geomcache.evaluation import libero, plus, pro
-from geomcache.evaluation.camera import UNMOVED, CameraMove, displacement
-from geomcache.evaluation.episodes import TaskFacts
-from geomcache.evaluation.oracle import OracleOptions
-from geomcache.evaluation.simulation import Variation, environment_class, scene_camera
+from geomcache.simulator import libero, plus, pro
+from geomcache.simulator.camera import UNMOVED, CameraMove, displacement
+from geomcache.simulator.oracle import OracleOptions
+from geomcache.simulator.simulation import Variation, environment_class, scene_camera
+from geomcache.simulator.task import TaskFacts
 
 # Options that choose tasks or add to the observation: what happens in an episode does not depend on them.
 CHOICES = frozenset({"task", "task_ids", "axis", "of_tasks", "sample", "oracle_outputs", "oracle_grid"})

@@ -1,0 +1,1 @@
+"""The pipeline of stage one: decode or carry over, encode, write."""

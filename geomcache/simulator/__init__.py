@@ -1,0 +1,1 @@
+"""LIBERO, its variants as environments of LeRobot, and true geometry."""
