@@ -70,7 +70,7 @@ lint: $(READY) ## Check style, types and shell scripts
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports pyproject.toml --no-cache
-	$(RUN)/shellcheck .ci/run pipelines/*.sh pipelines/slurm/*.sh
+	$(RUN)/shellcheck .ci/run pipelines/*.sh pipelines/slurm/*.sh pipelines/worth/*.sh
 
 coverage: $(READY) system-libraries ## Run the tests and list the lines of geomcache/ that they miss (slower than `test`)
 	$(RUN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term-missing:skip-covered

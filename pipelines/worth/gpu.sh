@@ -6,7 +6,7 @@
 # without a registry, unpacked into one folder that PYTHONPATH names (gpu_pack.sh).
 #
 #   0 s     is EGL there? otherwise OSMesa
-#   20 s    demonstrations, then their recordings, with 16 simulators
+#   20 s    demonstrations, then their recordings, with 16 simulators; next to them, how long is a step?
 #   130 s   every arm learns, from as many seeds as fit; DA3 with random weights first encodes its own arms' frames
 #           as soon as the first seed of an arm is learned: closed loop, on the processor next to the learners
 #   460 s   tables, plots
@@ -35,37 +35,84 @@ step() {
     return "$code"
 }
 
-look() { # whether a picture of a scene can be rendered
+look() { # render a scene, and say how fast
     "$PYTHON" - <<'PY'
-import numpy as np, torch
+import time
+
+import numpy as np
+
 from geomcache.simulator.environments import LiberoGeometry, make_environment
-config = LiberoGeometry(task="libero_object", observation_height=64, observation_width=64, oracle_outputs="ray,depth", oracle_grid="8x8")
+
+size = {"observation_height": 112, "observation_width": 112}
+config = LiberoGeometry(task="libero_object", oracle_outputs="ray,depth", oracle_grid="8x8", **size)
 config.prepare()
 environment = make_environment(config, "libero_object", 0, 0, 1)
+began = time.perf_counter()
 observation, _ = environment.reset(seed=0)
-pictures = list(observation["pixels"].values())
-assert all(picture.std() > 10 for picture in pictures), [picture.std() for picture in pictures]
-print("pictures", [round(float(picture.std()), 1) for picture in pictures], torch.cuda.is_available())
+built = time.perf_counter()
+for _ in range(20):
+    environment.step(np.zeros(7))
+stepped = (time.perf_counter() - built) / 20
+contrast = [float(picture.std()) for picture in observation["pixels"].values()]
+assert min(contrast) > 10, f"pictures show nothing, deviations {contrast}"
+print(f"contrast {contrast}, built in {built - began:.1f} s, a step {1000 * stepped:.0f} ms")
 environment.close()
 PY
 }
 
-export MUJOCO_GL="${MUJOCO_GL:-egl}"
+# Libraries that a bare machine lacks, if this was unpacked from gpu_pack.sh's archive: LIBRARIES names its folder.
+if [[ -n "${LIBRARIES:-}" ]]; then
+    if ! ldconfig -p | grep libEGL.so.1 >/dev/null; then
+        for package in "$LIBRARIES"/.gl/*.deb; do dpkg -x "$package" /; done
+    fi
+    ldconfig
+fi
+unset CUDA_VISIBLE_DEVICES  # robosuite takes EGL's device from it, and wants a number
+export MUJOCO_GL="${MUJOCO_GL:-egl}" MUJOCO_EGL_DEVICE_ID=0
 export -f look
 if ! step "look-$MUJOCO_GL" 60 bash -c look; then
-    export MUJOCO_GL=osmesa LD_LIBRARY_PATH="${OSMESA_LIBRARIES:-}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+    export MUJOCO_GL=osmesa
+    if [[ -n "${LIBRARIES:-}" ]]; then
+        for library in "$LIBRARIES"/.osmesa/*; do
+            if ! ldconfig -p | grep "$(basename "$library")" >/dev/null; then cp "$library" /usr/local/lib/; fi
+        done
+        ldconfig
+    fi
     step look-osmesa 60 bash -c look || { log "no renderer works"; exit 1; }
-    export STATES=0:2  # rendering is slower: half the demonstrations
+    export STATES=0:2  # rendering is slower: fewer demonstrations
 fi
-log "rendering with $MUJOCO_GL"
+log "rendering with $MUJOCO_GL: $(tail -n 1 "$WORK/logs/look-$MUJOCO_GL.log")"
+
+# How long is a step? And does compiling work? Five arms at once, as many more will be later; the compiler's cache stays.
+rehearsed=()
+for arm in none rays rays_depth rays_align rays_depth_align; do
+    # shellcheck disable=SC2086  # several options
+    step "rehearse-$arm" "${REHEARSAL_S:-150}" "$PYTHON" pipelines/worth/learn.py --rehearse --arm "$arm" \
+        ${REHEARSAL_ARGS:-} &
+    rehearsed+=($!)
+done
 
 export PROCESSES=$cores
 step demonstrate 100 pipelines/worth/worth.sh demonstrate || exit 1
 step record 180 pipelines/worth/worth.sh record || log "some recordings are missing"
+wait "${rehearsed[@]}"
+
+# Compiled, if every arm compiled; as many steps as let three seeds of eight arms fit into the time.
+ways=$(grep -h '^rehearsed' "$WORK"/logs/rehearse-*.log)
+way=eager
+if [[ $(grep -c ' compiled ' <<<"$ways") -eq 5 ]]; then way=compiled LEARN_ARGS="${LEARN_ARGS:-} --compile"; fi
+if [[ -z "${STEPS:-}" ]]; then
+    STEPS=$(grep " $way " <<<"$ways" | awk -v seconds=$((end - $(date +%s) - 60)) '
+        { total += $4; arms += 1 }
+        END { steps = (seconds / 3 - 8) * 1000 / (total / arms * 8 / 5); steps = 50 * int(steps / 50)
+              print steps < 400 ? 400 : steps > 3000 ? 3000 : steps }')
+fi
+export STEPS LEARN_ARGS="${LEARN_ARGS:-}"
+log "$STEPS steps, $way; $(tr '\n' ';' <<<"$ways" | sed -E 's/ after [^;]*//g')"
 
 learners=()
 learn() { # ARM: from as many seeds as fit
-    ARMS=$1 LEARN_ARGS="${LEARN_ARGS:-} --until $((end - 25))" step "learn-$1" $((end - $(date +%s) - 15)) pipelines/worth/worth.sh learn
+    ARMS=$1 LEARN_ARGS="$LEARN_ARGS --until $((end - 25))" step "learn-$1" $((end - $(date +%s) - 15)) pipelines/worth/worth.sh learn
 }
 for arm in ${FIRST_ARMS:-none rays rays_depth other_rays rays_align rays_depth_align blind}; do
     learn "$arm" &
@@ -94,7 +141,7 @@ wait "${learners[@]}"
 step report 40 pipelines/worth/worth.sh report
 cat "$WORK"/open_loop/*.csv 2>/dev/null | awk 'NR == 1 || !/^arm,/' >"$out/open_loop.csv"
 for arm in none rays rays_depth; do cp "$WORK/closed/$arm.csv" "$out/closed_$arm.csv" 2>/dev/null; done
-cp "$WORK"/report/*.png "$WORK"/report/*.md "$out/" 2>/dev/null
-tail -n 200 "$WORK"/logs/*.log 2>/dev/null | cut -c 1-300 >"$out/logs.txt"
+tar czf "$out/report.tar.gz" -C "$WORK" report parts.txt 2>/dev/null
+for file in "$WORK"/logs/*.log; do printf '\n===== %s\n' "$file"; tail -n 60 "$file" | cut -c 1-300; done >"$out/logs.txt"
 log "done"
 cat "$out/summary.txt" "$WORK/report/open_loop.md" 2>/dev/null

@@ -85,7 +85,8 @@ extract-one() { # NAME
 
 learn() {
     local arms
-    arms=$([[ -n "$ARMS" ]] && tr ' ' '\n' <<<"$ARMS" || "$PYTHON" $worth/design.py arms)
+    arms="${ARMS// /$'\n'}"
+    if [[ -z "$arms" ]]; then arms=$("$PYTHON" $worth/design.py arms); fi
     xargs -P "$LEARNERS" -L 1 "$0" learn-one <<<"$arms"
 }
 
@@ -98,11 +99,12 @@ learn-one() { # ARM
 }
 
 closed() {
-    local variants seed="${CLOSED_SEED:-0}"
-    variants=$("$PYTHON" $worth/design.py variants --variants "$VARIANTS" | tail -n 1)
+    local numbers seed="${CLOSED_SEED:-0}"
+    # shellcheck disable=SC2153  # set above, from the size
+    numbers=$("$PYTHON" $worth/design.py variants --variants "$VARIANTS" | tail -n 1)
     for arm in ${CLOSED_ARMS:-none rays rays_depth}; do
         # Processes with the same --results share the variants.
-        seq "${EVALUATORS:-$PROCESSES}" | xargs -P "${EVALUATORS:-$PROCESSES}" -I{} "$0" closed-one "$arm" "$seed" "$variants" {}
+        seq "${EVALUATORS:-$PROCESSES}" | xargs -P "${EVALUATORS:-$PROCESSES}" -I{} "$0" closed-one "$arm" "$seed" "$numbers" {}
     done
 }
 
