@@ -3,7 +3,7 @@
 #
 # MuJoCo, robosuite, hf-libero and what they import; of the assets, the files that the tasks of libero_object open; of
 # LIBERO-Plus, the files of that suite; the libraries that EGL starts from and, unless OSMESA=0, OSMesa for a machine
-# whose EGL does not work. geomcache, LeRobot and the rest travel in another archive. What such a machine has with torch
+# whose EGL does not work; and geomcache itself. LeRobot and the rest travel in another archive. What such a machine has with torch
 # (NumPy's friends, numba, OpenCV, matplotlib) stays here. Both archives are unpacked into one folder, for PYTHONPATH.
 # Needs geomcache[libero,libero-assets,libero-plus]; about 3 minutes.
 set -euo pipefail
@@ -53,6 +53,7 @@ if [[ "${OSMESA:-1}" == 1 ]]; then
         gcc -shared -nostdlib -x c /dev/null -Wl,-soname,"$library" -o "$tree/.osmesa/$library"
     done
 fi
+cp -r geomcache pipelines "$tree/"
 find "$tree" -name __pycache__ -prune -exec rm -rf {} +
 find "$tree" -path "$tree/*.libs" -prune -o -path "$tree/.osmesa" -prune -o -name '*.so*' -exec strip --strip-unneeded {} + 2>/dev/null || true
 XZ_OPT='-T0 -6' tar cJf "$out" -C "$tree" .
