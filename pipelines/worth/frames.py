@@ -106,6 +106,19 @@ class Frames:
     def __len__(self) -> int:
         return len(self.state)
 
+    def thinned(self, every: int) -> "Frames":
+        """Return one of so many frames."""
+        return Frames(
+            pictures=self.pictures[::every],
+            maps={output: values[::every] for output, values in self.maps.items()},
+            state=self.state[::every],
+            actions=self.actions[::every],
+            is_pad=self.is_pad[::every],
+            tasks=self.tasks[::every],
+            part=self.part[::every],
+            camera=self.camera[::every],
+        )
+
     def to(self, device: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Return pictures and maps on a device."""
         return self.pictures.to(device), {output: values.to(device) for output, values in self.maps.items()}

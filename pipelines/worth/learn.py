@@ -39,7 +39,7 @@ KEYS = ("observation.images.image", "observation.images.image2")  # the moved ca
 COLUMNS = ("arm", "seed", "steps", "camera", "seen", "demonstration", "frames", "xyz", "gripper")
 WARM_UP, LAST_RATE = 0.05, 0.01  # share of the steps, and of the learning rate
 TEXT = 116  # bytes of "Task: ..., State: ...;"
-BATCH_TO_MEASURE = 128
+BATCH_TO_MEASURE = 256
 REHEARSED = (6, 30)  # steps: the first ones, the timed ones
 
 
@@ -179,13 +179,13 @@ def train(policy: Any, prepared: Prepared, arm: Arm, seed: int, options: argpars
 
 
 @torch.no_grad()
-def measure(policy: Any, postprocess: Any, frames: Frames, prepared: Prepared, arm: Arm, every: int) -> list[Any]:
+def measure(policy: Any, postprocess: Any, frames: Frames, prepared: Prepared, arm: Arm) -> list[Any]:
     """Return rows of `COLUMNS` from ``camera`` on: errors of the predicted actions, one row a recorded episode.
 
     ``xyz`` is the mean absolute error of the translation in action units, ``gripper`` the share of wrong signs; both
-    over the chunks of every so many frames. Every arm denoises the same noise.
+    over the chunks of all frames. Every arm denoises the same noise.
     """
-    rows = np.arange(0, len(frames), every)
+    rows = np.arange(len(frames))
     policy.eval()
     predicted = []
     for batch, part in enumerate(np.array_split(rows, max(1, len(rows) // BATCH_TO_MEASURE))):
@@ -194,13 +194,12 @@ def measure(policy: Any, postprocess: Any, frames: Frames, prepared: Prepared, a
             prepared.batch(torch.from_numpy(part).to(prepared.pictures.device), sees=arm.sees)
         )
         predicted.append(postprocess(chunk).numpy())
-    actions, counted = frames.actions[rows], ~frames.is_pad[rows]  # [n, K, 7], [n, K]
-    found = np.concatenate(predicted)
-    xyz = np.abs(found - actions)[..., :3].mean(-1)
-    gripper = (found[..., 6] > 0) != (actions[..., 6] > 0)
+    found, counted = np.concatenate(predicted), ~frames.is_pad  # [N, K, 7], [N, K]
+    xyz = np.abs(found - frames.actions)[..., :3].mean(-1)
+    gripper = (found[..., 6] > 0) != (frames.actions[..., 6] > 0)
     table = []
-    for name, camera in dict.fromkeys(zip(frames.part[rows].tolist(), frames.camera[rows].tolist(), strict=True)):
-        chosen = (frames.part[rows] == name) & (frames.camera[rows] == camera)
+    for name, camera in dict.fromkeys(zip(frames.part.tolist(), frames.camera.tolist(), strict=True)):
+        chosen = (frames.part == name) & (frames.camera == camera)
         weights = counted[chosen]
         values = (float((each[chosen] * weights).sum() / weights.sum()) for each in (xyz, gripper))
         table.append((camera, name, int(chosen.sum()), *values))
@@ -230,6 +229,7 @@ def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> No
     print(f"{name}: {len(frames[0])} frames to train on, {len(frames[1])} held out", flush=True)
     if arm.of_another_frame:
         frames = [shuffled(each) for each in frames]
+    frames[1] = frames[1].thinned(options.every)
     config = make_config(arm, frames[0], options, *read_spec(arm, frames[0], options.caches))
     processors = make_pi05_geometry_pre_post_processors(config, statistics_of(frames[0]))
     prepared = [prepare(each, processors[0], options.device) for each in frames]
@@ -247,7 +247,7 @@ def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> No
         policy.load_state_dict(PI05GeometryPolicy(config).state_dict())  # into one object: it is compiled once
         with compiled(policy) if options.compile else contextlib.nullcontext():
             train(policy, prepared[0], arm, seed, options)
-        table = measure(policy, processors[1], frames[1], prepared[1], arm, options.every)
+        table = measure(policy, processors[1], frames[1], prepared[1], arm)
         save(policy, processors, options.output / "policies" / name / str(seed))
         rows = [
             (name, seed, options.steps, camera, int(camera in trained_cameras), *numbers) for camera, *numbers in table

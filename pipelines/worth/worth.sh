@@ -15,13 +15,14 @@
 #
 # Needs geomcache[libero,libero-assets,libero-plus]. docs/worth.md says what is compared, and what was found.
 set -euo pipefail
+self=$(realpath "$0")
 cd "$(dirname "$0")/../.."
 
 SIZE="${SIZE:-cpu}"
 case "$SIZE" in
     smoke) defaults="TASKS=0:1 STATES=0:2 EVERY=6 PICTURE=56 TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12" ;;
     cpu) defaults="TASKS=0:4 STATES=0:3 EVERY=1 PICTURE=56 TOKENS=4 CHUNK=8 STEPS=500 BATCH=16 SEEDS=0,1,2 MEASURE_EVERY=8 VARIANTS=30 EPISODE=220" ;;
-    gpu) defaults="TASKS=0:10 STATES=0:3 EVERY=1 PICTURE=112 TOKENS=8 CHUNK=16 STEPS=1500 BATCH=64 SEEDS=0,1,2,3,4 MEASURE_EVERY=4 VARIANTS=36 EPISODE=220" ;;
+    gpu) defaults="TASKS=0:10 STATES=0:3 EVERY=1 PICTURE=112 TOKENS=8 CHUNK=16 STEPS=1500 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=220" ;;
     *) echo "worth.sh: SIZE: expected smoke, cpu or gpu, got '$SIZE'" >&2; exit 2 ;;
 esac
 for setting in $defaults; do
@@ -58,7 +59,7 @@ parts() {
 record() {
     mkdir -p "$WORK/recorded" "$WORK/frames"
     parts >"$WORK/parts.txt"
-    xargs -P "$PROCESSES" -L 1 "$0" record-one <"$WORK/parts.txt"
+    xargs -P "$PROCESSES" -L 1 "$self" record-one <"$WORK/parts.txt"
 }
 
 record-one() { # NAME EPISODE CAMERAS
@@ -74,7 +75,7 @@ record-one() { # NAME EPISODE CAMERAS
 extract() {
     local model="$WORK/da3-small-random"
     if [[ ! -e "$model/model.safetensors" ]]; then "$PYTHON" pipelines/make_random_da3.py --output "$model"; fi
-    cut -d ' ' -f 1 "$WORK/parts.txt" | xargs -P "${EXTRACTORS:-1}" -L 1 "$0" extract-one
+    cut -d ' ' -f 1 "$WORK/parts.txt" | xargs -P "${EXTRACTORS:-1}" -L 1 "$self" extract-one
 }
 
 extract-one() { # NAME
@@ -87,7 +88,7 @@ learn() {
     local arms
     arms="${ARMS// /$'\n'}"
     if [[ -z "$arms" ]]; then arms=$("$PYTHON" $worth/design.py arms); fi
-    xargs -P "$LEARNERS" -L 1 "$0" learn-one <<<"$arms"
+    xargs -P "$LEARNERS" -L 1 "$self" learn-one <<<"$arms"
 }
 
 learn-one() { # ARM
@@ -104,7 +105,7 @@ closed() {
     numbers=$("$PYTHON" $worth/design.py variants --variants "$VARIANTS" | tail -n 1)
     for arm in ${CLOSED_ARMS:-none rays rays_depth}; do
         # Processes with the same --results share the variants.
-        seq "${EVALUATORS:-$PROCESSES}" | xargs -P "${EVALUATORS:-$PROCESSES}" -I{} "$0" closed-one "$arm" "$seed" "$numbers" {}
+        seq "${EVALUATORS:-$PROCESSES}" | xargs -P "${EVALUATORS:-$PROCESSES}" -I{} "$self" closed-one "$arm" "$seed" "$numbers" {}
     done
 }
 
