@@ -15,7 +15,7 @@ cd "$(dirname "$0")/../.." || exit 1
 out=$(realpath -m "${1:-outputs/worth/gpu}")
 mkdir -p "$out"
 export SIZE="${SIZE:-gpu}" WORK="${WORK:-$out/work}" PYTHON="${PYTHON:-python3}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-export LIBERO_CONFIG_PATH="$WORK/libero" NUMBA_CACHE_DIR="$WORK/numba" OMP_NUM_THREADS=1
+export LIBERO_CONFIG_PATH="$WORK/libero" NUMBA_CACHE_DIR="$WORK/numba" OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 limit=${LIMIT_S:-470}       # of everything, in seconds
 cores=${CORES:-16}
@@ -70,7 +70,7 @@ fi
 unset CUDA_VISIBLE_DEVICES  # robosuite takes EGL's device from it, and wants a number
 export MUJOCO_GL="${MUJOCO_GL:-egl}" MUJOCO_EGL_DEVICE_ID=0
 export -f look
-if ! step "look-$MUJOCO_GL" 60 bash -c look; then
+if ! step "look-$MUJOCO_GL" 90 bash -c look; then
     export MUJOCO_GL=osmesa
     if [[ -n "${LIBRARIES:-}" ]]; then
         for library in "$LIBRARIES"/.osmesa/*; do
@@ -93,21 +93,22 @@ for arm in none rays rays_depth rays_align rays_depth_align; do
 done
 
 export PROCESSES=$cores
-step demonstrate 100 pipelines/worth/worth.sh demonstrate || exit 1
+step demonstrate 120 pipelines/worth/worth.sh demonstrate || exit 1
 step record 180 pipelines/worth/worth.sh record || log "some recordings are missing"
 wait "${rehearsed[@]}"
 
-# Compiled, if every arm compiled; as many steps as let three seeds of eight arms fit into the time.
+# Compiled, if every arm compiled and steps are faster; as many as let three seeds of eight arms fit into the time.
 ways=$(grep -h '^rehearsed' "$WORK"/logs/rehearse-*.log)
-way=eager
-if [[ $(grep -c ' compiled ' <<<"$ways") -eq 5 ]]; then way=compiled LEARN_ARGS="${LEARN_ARGS:-} --compile"; fi
-if [[ -z "${STEPS:-}" ]]; then
-    STEPS=$(grep " $way " <<<"$ways" | awk -v seconds=$((end - $(date +%s) - 60)) '
-        { total += $4; arms += 1 }
-        END { steps = (seconds / 3 - 8) * 1000 / (total / arms * 8 / 5); steps = 50 * int(steps / 50)
-              print steps < 400 ? 400 : steps > 3000 ? 3000 : steps }')
-fi
-export STEPS LEARN_ARGS="${LEARN_ARGS:-}"
+read -r way steps < <(awk -v seconds=$((end - $(date +%s) - 60)) '
+    $3 == "eager" { eager += $4; eagers += 1 }
+    $3 == "compiled" { compiled += $4; many += 1 }
+    END { if (eagers == 0) { print "eager 800"; exit }
+          way = "eager"; each = eager / eagers
+          if (many == 5 && compiled / many < each) { way = "compiled"; each = compiled / many }
+          steps = 50 * int((seconds / 3 - 8) * 1000 / (each * 8 / 5) / 50)
+          print way, (steps < 400 ? 400 : steps > 3000 ? 3000 : steps) }' <<<"$ways")
+export STEPS="${STEPS:-$steps}" LEARN_ARGS="${LEARN_ARGS:-}"
+if [[ "$way" == compiled ]]; then LEARN_ARGS+=" --compile"; fi
 log "$STEPS steps, $way; $(tr '\n' ';' <<<"$ways" | sed -E 's/ after [^;]*//g')"
 
 learners=()

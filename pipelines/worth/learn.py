@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rehearse", action="store_true", help="time some steps on made-up frames, and end")
     parser.add_argument("--steps", type=int, default=1500, help="%(default)s")
-    parser.add_argument("--batch-size", type=int, default=64, help="%(default)s")
+    parser.add_argument("--batch-size", type=int, default=48, help="%(default)s")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (%(default)s)")
     parser.add_argument("--resolution", type=int, default=112, help="of the policy's pictures (%(default)s)")
     parser.add_argument("--tokens", type=int, default=8, help="geometry tokens a side and view (%(default)s)")
