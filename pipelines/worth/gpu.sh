@@ -85,7 +85,7 @@ log "rendering with $MUJOCO_GL: $(tail -n 1 "$WORK/logs/look-$MUJOCO_GL.log")"
 
 # How long is a step? And does compiling work? Five arms at once, as many more will be later; the compiler's cache stays.
 rehearsed=()
-for arm in none rays rays_depth rays_align rays_depth_align; do
+for arm in ${REHEARSED_ARMS:-none rays rays_depth rays_align rays_depth_align}; do
     # shellcheck disable=SC2086  # several options
     step "rehearse-$arm" "${REHEARSAL_S:-150}" "$PYTHON" pipelines/worth/learn.py --rehearse --arm "$arm" \
         ${REHEARSAL_ARGS:-} &
@@ -133,7 +133,7 @@ closed() { # ARM: as soon as its first seed is learned
     done
     CLOSED_ARMS=$1 EVALUATORS=${EVALUATORS:-4} step "closed-$1" $((end - $(date +%s) - 12)) pipelines/worth/worth.sh closed
 }
-for arm in none rays rays_depth; do
+for arm in ${CLOSED_LOOP:-none rays rays_depth}; do
     closed "$arm" &
     learners+=($!)
 done
