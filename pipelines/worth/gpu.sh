@@ -26,7 +26,7 @@ log() { printf '%4d s  %s\n' "$SECONDS" "$*" | tee -a "$out/summary.txt"; }
 
 # step NAME SECONDS COMMAND...: with a log, a limit and a line in the summary
 step() {
-    local name=$1 seconds=$2 began=$SECONDS code
+    local name=$1 seconds=$(($2 * ${SLOWNESS:-1})) began=$SECONDS code
     shift 2
     timeout --kill-after=5 "$seconds" "$@" >"$WORK/logs/$name.log" 2>&1
     code=$?

