@@ -56,7 +56,7 @@ stand_in() { # LIBRARY PREFIX: functions that do nothing, with the versions that
     awk 'NF == 2 { names[$2] = names[$2] " " $1 ";" }
          END { for (version in names) print version " { global:" names[version] " };" }' <<<"$names" >"$work/versions"
     local script=()
-    if [[ -s "$work/versions" ]]; then script=(-Wl,--version-script="$work/versions"); fi
+    if [[ -s "$work/versions" ]]; then script=("-Wl,--version-script=$work/versions"); fi
     awk '$1 == "xmlFree" { print "void (*xmlFree)(void *);"; next } { print "void " $1 "(void) {}" }' <<<"$names" |
         gcc -shared -nostdlib -w -x c - -Wl,-soname,"$1" ${script[@]+"${script[@]}"} -o "$osmesa/$1"
 }
