@@ -66,6 +66,8 @@ if [[ -n "${LIBRARIES:-}" ]]; then
         for package in "$LIBRARIES"/.gl/*.deb; do dpkg -x "$package" /; done
     fi
     ldconfig
+    vendor=/usr/local/nvidia/share/glvnd/egl_vendor.d/10_nvidia.json  # where such a machine has NVIDIA's EGL
+    if [[ -e "$vendor" ]]; then export __EGL_VENDOR_LIBRARY_FILENAMES="$vendor"; fi
 fi
 unset CUDA_VISIBLE_DEVICES  # robosuite takes EGL's device from it, and wants a number
 export MUJOCO_GL="${MUJOCO_GL:-egl}" MUJOCO_EGL_DEVICE_ID=0
