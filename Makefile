@@ -57,13 +57,13 @@ worth-smoke: $(READY) system-libraries ## Run every stage of the experiment in i
 	@SIZE=smoke PATH="$(CURDIR)/$(RUN):$$PATH" pipelines/worth/worth.sh
 
 test: $(READY) system-libraries ## Run the tests (minutes)
-	$(RUN)/python -m pytest -n auto -m "not slow"
+	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-next: system-libraries | $(filter .tools/bin/uv,$(UV)) ## Run the tests with another LeRobot: LEROBOT=CHECKOUT [ARGS=tests/policy]
 	@[ -d "$$LEROBOT/src/lerobot" ] || { echo "make: LEROBOT: expected the folder of a checkout of LeRobot, got '$$LEROBOT': clone it and name it" >&2; exit 1; }
 	@UV_PROJECT_ENVIRONMENT=$(NEXT) $(UV) sync --locked --quiet --all-extras
 	@$(UV) pip install --quiet --python $(NEXT)/bin/python --no-deps "$$LEROBOT" "diffusers>=0.38,<0.40"
-	$(NEXT)/bin/python -m pytest -n auto -m "not slow" $(ARGS)
+	$(NEXT)/bin/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
 
 faults: $(READY) ## Run every fault test and print the figures of docs/RELIABILITY.md (up to an hour)
 	$(RUN)/python -m pytest tests/faults -p no:xdist
@@ -79,7 +79,7 @@ lint: $(READY) ## Check style, types and shell scripts
 	$(RUN)/shellcheck .ci/run pipelines/*.sh pipelines/slurm/*.sh pipelines/worth/*.sh
 
 coverage: $(READY) system-libraries ## Run the tests and list the lines of geomcache/ that they miss (slower than `test`)
-	$(RUN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term-missing:skip-covered
+	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 format: $(READY) ## Format the code
 	$(RUN)/ruff check --fix .

@@ -30,7 +30,7 @@ from geomcache.policy.alignment import geometry_target
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.image_tokens import HiddenStates, picture_areas, tokens_of_views
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
-from geomcache.policy.small_pi05 import SMALL_GEMMA
+from geomcache.policy.small_paligemma import SMALL_GEMMA
 from geomcache.statistics import Moments
 from geomcache.training.linear_probe import LinearProbe
 

@@ -14,7 +14,10 @@ import typer
 from geomcache.da3.catalog import MODELS
 
 REPOSITORY = Path(__file__).parents[1]
-POLICY_CONFIG = REPOSITORY / "geomcache" / "policy" / "configuration_pi05_geometry.py"
+POLICY_OPTIONS = {  # file and class, in the order of their fields in the configuration
+    REPOSITORY / "geomcache" / "policy" / "options.py": "GeometryOptions",
+    REPOSITORY / "geomcache" / "policy" / "paligemma_options.py": "PaliGemmaOptions",
+}
 NO_DEFAULT = "\N{EM DASH}"
 TYPES = {"str": "text", "int": "integer", "float": "number"}
 
@@ -111,7 +114,10 @@ def _code_spans(text: str) -> str:
 
 
 def policy_options() -> str:
-    """Describe the options that `pi05_geometry` adds to Pi0.5's, from the docstrings under the fields."""
+    """Describe the options that `pi05_geometry` adds to Pi0.5's, from the docstrings under the fields.
+
+    `pi0_geometry` has all of them, `smolvla_geometry` those of `GeometryOptions`.
+    """
     return table(
         ("option", "type", "default", "meaning"),
         [(f"`--policy.{name}`", f"`{kind}`", default, text) for name, kind, default, text in _policy_fields()],
@@ -120,10 +126,15 @@ def policy_options() -> str:
 
 def _policy_fields() -> Iterator[tuple[str, str, str, str]]:
     """Read name, annotation, default and docstring of each field, without importing the class: it imports LeRobot."""
-    module = ast.parse(POLICY_CONFIG.read_text(encoding="utf-8"))
-    (config,) = (node for node in module.body if isinstance(node, ast.ClassDef))
+    for file, class_name in POLICY_OPTIONS.items():
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        (config,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+        yield from _fields(config)
+
+
+def _fields(config: ast.ClassDef) -> Iterator[tuple[str, str, str, str]]:
     for field, below in zip(config.body, config.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign):
+        if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
             assert isinstance(below, ast.Expr)
             assert isinstance(below.value, ast.Constant)
             assert field.value is not None

@@ -127,6 +127,10 @@ class ConnectionFailedError(RemoteError, ConnectionError):
     """A transfer that failed on its way, and may succeed when it is retried."""
 
 
+class ClusterError(GeomcacheError, RuntimeError):
+    """A cluster that cannot be reached, has no room, or lost too much of what it was given."""
+
+
 class SimulatorError(GeomcacheError, RuntimeError):
     """A simulator that cannot be started: it, its assets, or its rendering library is missing."""
 

@@ -1,23 +1,30 @@
-"""Estimate how long stage one takes and how much disk its cache needs: the tables of README.md in this folder.
+"""Estimate what stage one takes: GPU hours, disk, time by engine, requests to an object store. README.md has the table.
 
     python pipelines/plan_run.py                                                  LIBERO, DROID and a million episodes
     python pipelines/plan_run.py --frames 273465 --views 2 --rate 80 --gpus 8     your run, at a measured rate
 
-Bytes come from geomcache's own layout and are exact for the shards of all frames; journal, coordinates and metadata add
-less than 0.1 %. Hours are frames x views / rate. The rate is an input: measure it with `geomcache extract --dry-run` on
-your machine, or take it from the first minutes of a run.
+Bytes and requests come from geomcache's own layout and are exact for the shards of all frames; journal, coordinates and
+metadata add less than 0.1 % to the bytes. Hours are frames x views / rate; on a Ray cluster, whose driver alone writes,
+bytes / its rate if that is longer. Rates and prices are options; `--help` says what they are otherwise, and from where.
 """
 
 import argparse
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from geomcache.cache.layout import shards_nbytes
+from geomcache.cache.layout import Layout, choose_shard_frames, shards_nbytes
 from geomcache.errors import UserInputError
 from geomcache.geometry import DEFAULT_OUTPUTS, Camera, GeometrySpec
 from geomcache.progress import human_bytes
 
-RATES = (50.0, 100.0, 200.0)  # views/s of one GPU: round numbers; one H200 was measured at 174 with DA3-LARGE
+# Views/s: DA3-LARGE at 504 px, two joint views, compiled, on one H200. benchmarks/RESULTS.md, "On a GPU".
+RATE = 174.0
+# MB/s that one process of four threads commits. benchmarks/RESULTS.md, "One writer".
+DRIVER_RATE = 1.0
+# Dollars for 1,000 requests: S3 Standard, US East (N. Virginia), aws.amazon.com/s3/pricing.
+PUT_PRICE, GET_PRICE = 0.005, 0.0004
+GPUS = 8
 GRIDS = ((14, 14), (36, 36))
 
 
@@ -39,9 +46,35 @@ RUNS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a run is estimated with."""
+
+    views_per_s: float = RATE
+    """Of one GPU."""
+    gpus: int = GPUS
+    driver_mb_per_s: float = DRIVER_RATE
+    """What the one process that writes for a Ray cluster commits."""
+    put_price: float = PUT_PRICE
+    """Dollars for 1,000 objects that are written."""
+    get_price: float = GET_PRICE
+    """Dollars for 1,000 objects that are read."""
+
+
 def cache_nbytes(frames: int, views: int, grid_hw: tuple[int, int], outputs: Sequence[str] = DEFAULT_OUTPUTS) -> int:
     """Return the bytes of all shards of a cache."""
-    spec = GeometrySpec(
+    return shards_nbytes(_spec(views, grid_hw, outputs), frames)
+
+
+def count_objects(frames: int, views: int, grid_hw: tuple[int, int], outputs: Sequence[str] = DEFAULT_OUTPUTS) -> int:
+    """Return how many objects a run writes to an object store: files of shards, and a line of the journal for each."""
+    spec = _spec(views, grid_hw, outputs)
+    layout = Layout.of(spec, frames, choose_shard_frames(spec, frames))
+    return layout.shards * (len(layout.keys) + 1)
+
+
+def _spec(views: int, grid_hw: tuple[int, int], outputs: Sequence[str]) -> GeometrySpec:
+    return GeometrySpec(
         model_id="plan",
         model_revision=None,
         model_name="plan",
@@ -55,7 +88,6 @@ def cache_nbytes(frames: int, views: int, grid_hw: tuple[int, int], outputs: Seq
         outputs=tuple(outputs),
         compute_dtype="bf16",
     )
-    return shards_nbytes(spec, frames)
 
 
 def gpu_hours(frames: int, views: int, rate: float) -> float:
@@ -63,16 +95,26 @@ def gpu_hours(frames: int, views: int, rate: float) -> float:
     return frames * views / rate / 3600
 
 
-def table(runs: Iterable[Run], rates: Sequence[float], outputs: Sequence[str], gpus: int) -> list[str]:
+def hours_of_driver(frames: int, views: int, rates: Rates, nbytes: int) -> float:
+    """Return the hours of a Ray cluster: those of its GPUs, or of the driver that writes what they make."""
+    return max(gpu_hours(frames, views, rates.views_per_s) / rates.gpus, nbytes / (1e6 * rates.driver_mb_per_s) / 3600)
+
+
+def table(runs: Iterable[Run], outputs: Sequence[str], rates: Rates) -> list[str]:
     """Return a Markdown table with a line for each run and grid."""
-    unit = "GPU hours" if gpus == 1 else f"hours on {gpus} GPUs"
-    head = ["dataset", "frames", "views", "grid", "disk", *(f"{unit} at {rate:g} views/s" for rate in rates)]
+    on = f"on {rates.gpus} GPUs" if rates.gpus > 1 else "on 1 GPU"
+    head = ["dataset", "frames", "views", "grid", "disk", "GPU hours"]
+    head += [f"hours {on}: processes that share a disk", f"hours {on}: Ray", "objects", "$ to write them, to read them"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for run in runs:
         for grid_hw in run.grids:
-            disk = human_bytes(cache_nbytes(run.frames, run.views, grid_hw, outputs))
-            hours = (f"{gpu_hours(run.frames, run.views, rate) / gpus:,.1f}" for rate in rates)
-            cells = [run.name, f"{run.frames:,}", str(run.views), "x".join(map(str, grid_hw)), disk, *hours]
+            nbytes = cache_nbytes(run.frames, run.views, grid_hw, outputs)
+            objects = count_objects(run.frames, run.views, grid_hw, outputs)
+            hours = gpu_hours(run.frames, run.views, rates.views_per_s)
+            cells = [run.name, f"{run.frames:,}", str(run.views), "x".join(map(str, grid_hw)), human_bytes(nbytes)]
+            cells += [f"{hours:,.1f}", f"{hours / rates.gpus:,.1f}"]
+            cells += [f"{hours_of_driver(run.frames, run.views, rates, nbytes):,.1f}", f"{objects:,}"]
+            cells += [f"{objects * rates.put_price / 1000:,.2f}, {objects * rates.get_price / 1000:,.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -83,13 +125,20 @@ def main() -> None:
     parser.add_argument("--views", type=positive, help="cameras a frame")
     parser.add_argument("--grid", type=cells, action="append", help="cells of a map, such as 14x14; may be repeated")
     parser.add_argument("--outputs", default=",".join(DEFAULT_OUTPUTS), help="what is cached (%(default)s)")
-    parser.add_argument("--rate", type=float, action="append", help="views/s of a GPU, measured; may be repeated")
-    parser.add_argument("--gpus", type=positive, default=1, help="that share the work (%(default)s)")
+    parser.add_argument("--rate", type=rate, default=RATE, help="views/s of a GPU (%(default)g: one H200, DA3-LARGE)")
+    parser.add_argument("--gpus", type=positive, default=GPUS, help="that share the work (%(default)s)")
+    parser.add_argument(
+        "--driver-rate",
+        type=rate,
+        default=DRIVER_RATE,
+        help="MB/s that the driver of a Ray cluster writes (%(default)g: measured on two CPU cores)",
+    )
+    s3 = "S3 Standard, US East"
+    parser.add_argument("--put-price", type=price, default=PUT_PRICE, help=f"$ for 1,000 writes (%(default)g: {s3})")
+    parser.add_argument("--get-price", type=price, default=GET_PRICE, help=f"$ for 1,000 reads (%(default)g: {s3})")
     arguments = parser.parse_args()
     if (arguments.frames is None) != (arguments.views is None):
         parser.error("--frames and --views: expected both or none, got one")
-    if any(rate <= 0 for rate in arguments.rate or ()):
-        parser.error("--rate: expected more than 0 views a second")
     runs: Sequence[Run] = RUNS
     if arguments.frames is not None:
         grids = tuple(arguments.grid or GRIDS)
@@ -97,11 +146,32 @@ def main() -> None:
     elif arguments.grid:
         parser.error("--grid: expected --frames and --views with it")
     outputs = tuple(name.strip() for name in arguments.outputs.split(","))
+    rates = Rates(
+        views_per_s=arguments.rate,
+        gpus=arguments.gpus,
+        driver_mb_per_s=arguments.driver_rate,
+        put_price=arguments.put_price,
+        get_price=arguments.get_price,
+    )
     try:
-        lines = table(runs, arguments.rate or RATES, outputs, arguments.gpus)
+        lines = table(runs, outputs, rates)
     except UserInputError as error:
         parser.error(str(error))
     print(*lines, sep="\n")
+
+
+def rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return number
+
+
+def price(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return number
 
 
 def positive(text: str) -> int:

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -142,10 +142,14 @@ class StoreWriter:
         with contextlib.closing(locks.LockFile(folder / LOCK)):  # nobody replaces the cache between its two readings
             return cls(folder, matching_header(folder, header), lengths, rows)
 
-    def claim(self) -> Claim | None:
-        """Claim the next shard that is wanted, not committed and not claimed; None if there is none now."""
+    def claim(self, among: Collection[int] | None = None) -> Claim | None:
+        """Claim the next shard that is wanted, not committed and not claimed; None if there is none now.
+
+        Args:
+            among: the shards to choose from; None for all.
+        """
         with self._current():
-            candidates = sorted(self._pending)
+            candidates = sorted(self._pending if among is None else self._pending.intersection(among))
         for shard in candidates:
             if not self._lock.claim(shard):
                 continue
@@ -275,6 +279,10 @@ class StoreWriter:
         """Return how many of the wanted rows are committed, by this process or another."""
         with self._current():
             return sum(self._done.values())
+
+    def shards_of(self, rows: Ranges) -> tuple[int, ...]:
+        """Return the shards that have these rows, in order."""
+        return tuple(self._layout.shards_of(rows))
 
     def pending(self) -> tuple[int, ...]:
         """Return the shards that have wanted rows and lack some of them."""

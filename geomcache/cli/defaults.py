@@ -82,9 +82,9 @@ def with_training_choices(cache: Path, lerobot_args: Sequence[str]) -> list[str]
         return args
     args += _dataset(store, cache, args)
     args += _tolerance(cache, args)
-    full_size = not (given("policy.path", args) or given("policy.model_size", args))
+    own_size = given("policy.path", args) or given("policy.model_size", args) or _is_smolvla(args)
     args += _policy(args)
-    if full_size:
+    if not own_size:
         args += _precision(args)
     return args + _output(cache, args)
 
@@ -131,6 +131,13 @@ def _policy(args: Sequence[str]) -> list[str]:
     policy = LIBERO_POLICY if "libero" in dataset.lower() else POLICY
     _say("policy: starts from %s; choose another with --policy.path", policy)
     return [f"--policy.path={policy}"]
+
+
+def _is_smolvla(args: Sequence[str]) -> bool:
+    """Return whether the options ask for a new SmolVLA, which is small and has no options of its precision."""
+    from lerobot.configs.parser import parse_arg
+
+    return (parse_arg("policy.type", args) or "").startswith("smolvla")
 
 
 def _precision(args: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """`geomcache extract`: its options are the fields of `ExtractOptions`, and a file of them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,15 @@ from geomcache.cli.options import parameter, with_options
 from geomcache.extraction.options import ExtractOptions, recorded_options
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
+def register(app: typer.Typer, run: Callable[[ExtractOptions], None] | None = None) -> None:
+    """Add the command.
+
+    Args:
+        app: to add it to.
+        run: what is called with the options; None to extract. pipelines/slurm/extract_datatrove.py gives them to ranks.
+    """
     choices = {"dataset": lambda values: defaults.choose_dataset(values["root"])}
-    command = with_options(extract, ExtractOptions, [parameter("config", CONFIG, None)], choices)
+    command = with_options(run or extract, ExtractOptions, [parameter("config", CONFIG, None)], choices)
     app.command(name="extract", epilog=cli_help.EXTRACT, rich_help_panel=cli_help.STAGES)(command)
 
 

@@ -30,6 +30,9 @@ EXTRACT = epilog("""
     [bold]Several GPUs[/bold]
       accelerate launch -m geomcache extract --model DA3-LARGE-1.1 --dataset ...
 
+    [bold]A Ray cluster[/bold], from its head node
+      geomcache extract --cluster ray --model DA3-LARGE-1.1 --dataset ...
+
     [bold]Repeat the run that made libero.zarr[/bold]: its options are kept next to it
       geomcache extract --config libero.run.yaml --output again.zarr
 """)
@@ -55,9 +58,9 @@ TRAIN = epilog("""
 
     What is left open is chosen, and each choice is printed: the dataset that the cache was made of, a plain Pi0.5 to
     start from (lerobot/pi05_libero_base for LIBERO, lerobot/pi05_base otherwise), bfloat16 and gradient checkpointing
-    on a GPU, and the folder outputs/pi05_geometry. --policy.type is pi05_geometry, and nothing is uploaded unless
-    --policy.repo_id or --policy.push_to_hub is given. Each logged step has the adapter's alpha, the norm of its
-    gradient, and the norms of geometry and image tokens.
+    on a GPU, and the folder outputs/pi05_geometry. A plain Pi0 or SmolVLA in --policy.path gets geometry too. Nothing
+    is uploaded unless --policy.repo_id or --policy.push_to_hub is given. Each logged step has the adapter's alpha, the
+    norm of its gradient, and the norms of geometry and image tokens.
 
     --policy.geom_mode=align trains without geometry tokens: a loss aligns image tokens with the cached geometry, and
     the policy acts without DA3. Each logged step has both losses, and how their gradients agree.

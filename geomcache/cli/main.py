@@ -121,7 +121,7 @@ def train(
 @app.command(name="eval", context_settings=PASS_THROUGH, epilog=cli_help.EVAL, rich_help_panel=cli_help.STAGES)
 def evaluate(
     context: typer.Context,
-    policy: Annotated[str, typer.Option(help="A pi05_geometry or pi05 checkpoint: a folder or a Hub id.")],
+    policy: Annotated[str, typer.Option(help="A checkpoint, with geometry or plain: a folder or a Hub id.")],
     allow_resize: Annotated[
         bool, typer.Option("--allow-resize", help="Accept pictures of a size other than the cache's.")
     ] = False,

@@ -31,7 +31,7 @@ EXPORT = epilog("""
 
 
 def probe_policy(
-    checkpoint: Annotated[str, typer.Argument(help="A pi05_geometry or pi05 checkpoint: a folder or a Hub id.")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of Pi0.5 or Pi0: a folder or a Hub id.")],
     cache: Annotated[Path, typer.Option(help="A cache of the dataset.", metavar="PATH")],
     dataset: Annotated[str | None, typer.Option(help="The dataset's name.", show_default="as in the cache")] = None,
     root: Annotated[Path | None, typer.Option(help="The folder of a local dataset.", metavar="DIR")] = None,
@@ -65,12 +65,10 @@ def probe_policy(
 
 
 def export_plain(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A pi05_geometry checkpoint of geom_mode=align: a folder or a Hub id.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of geom_mode=align: a folder or a Hub id.")],
     output: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
 ) -> None:
-    """Write a checkpoint that acts without geometry as a plain pi05 folder, which stock LeRobot loads."""
+    """Write a checkpoint that acts without geometry as a plain folder, which stock LeRobot loads."""
     from geomcache.policy.export import export_plain as run
 
     typer.echo("\n".join(run(checkpoint, output)))

@@ -56,12 +56,13 @@ class ChunkTimer:
     """
 
     def __init__(self, policy: Any) -> None:
-        """Start to time LeRobot's Pi0.5 or a `PI05GeometryPolicy`, wrapped in a `PeftModel` or not."""
+        """Start to time a policy of LeRobot's or a `GeometryPolicy`, wrapped in a `PeftModel` or not."""
         self.times: list[ChunkTime] = []
         self._policy = unwrapped(policy)
         self._cuda = str(self._policy.config.device).startswith("cuda")
         self._parts = _Parts()
-        predict = self._policy.predict_action_chunk
+        chunk_method = getattr(self._policy, "chunk_method", "predict_action_chunk")
+        predict = getattr(self._policy, chunk_method)
         if hasattr(self._policy, "geometry_of"):
             self._policy.geometry_of = self._counted(
                 self._timed(self._policy.geometry_of, lambda: self._parts.geometry)
@@ -69,7 +70,7 @@ class ChunkTimer:
         if not self._policy.config.compile_model:
             denoise_step = self._policy.model.denoise_step
             self._policy.model.denoise_step = self._timed(denoise_step, lambda: self._parts.denoising)
-        self._policy.predict_action_chunk = lambda *args, **kwargs: self._chunk(predict, *args, **kwargs)
+        setattr(self._policy, chunk_method, lambda *args, **kwargs: self._chunk(predict, *args, **kwargs))
 
     @property
     def encoder_calls(self) -> int:

@@ -11,7 +11,6 @@ comes with the observation.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -91,7 +90,7 @@ def evaluate(
     """Evaluate a checkpoint in closed loop. Lines for the user are logged.
 
     Args:
-        policy: a folder or Hub id of a `pi05_geometry` or plain `pi05` checkpoint.
+        policy: a folder or Hub id of a checkpoint with geometry, or of a plain one of Pi0.5 or Pi0.
         lerobot_args: options of `lerobot-eval`, as on its command line.
         allow_resize: accept pictures of another size than the policy's cache was made of.
         results: file with a row for each episode. If it exists, its episodes are not run again. None:
@@ -212,8 +211,8 @@ def _json(content: Mapping[str, Any]) -> dict[str, Any]:
 def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, Any]) -> Any:
     """Parse options of `lerobot-eval` to LeRobot's `EvalPipelineConfig`, for a checkpoint with this ``config.json``.
 
-    A plain `pi05` checkpoint gets the configuration of `pi05_geometry` with geometry switched off: the same network,
-    and weights that are missing or do not fit are an error instead of random numbers.
+    A plain checkpoint gets the configuration of the policy with geometry, switched off: the same network, and weights
+    that are missing or do not fit are an error instead of random numbers.
 
     Raises:
         UserInputError: LeRobot refuses an option.
@@ -221,22 +220,13 @@ def parse_evaluation(policy: str, lerobot_args: Sequence[str], saved: Mapping[st
     """
     from lerobot.configs.eval import EvalPipelineConfig
 
+    from geomcache.policy.options import as_geometry_config
     from geomcache.simulator import environments  # registers our types of environments
 
     assert environments
     config = parse_options("lerobot-eval", EvalPipelineConfig, with_defaults(policy, lerobot_args, saved))
     config.policy = as_geometry_config(config.policy)
     return config
-
-
-def as_geometry_config(config: Any) -> Any:
-    """Return the configuration of a plain `pi05` checkpoint as one of `pi05_geometry` with geometry switched off."""
-    from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
-
-    if isinstance(config, PI05GeometryConfig):
-        return config
-    plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return PI05GeometryConfig(**plain, use_geom_prefix=False)
 
 
 def with_defaults(policy: str, lerobot_args: Sequence[str], saved: Mapping[str, Any]) -> list[str]:
@@ -324,7 +314,7 @@ def _log_policy(policy: str, config: Any, saved: Mapping[str, Any]) -> None:
         logger.info("policy %s: geometry of %s, encoded once a chunk of %d actions", policy, model, chunk)
     elif config.is_aligned:
         logger.info("policy %s: aligned with geometry in training, which it acts without: DA3 is not needed", policy)
-    elif saved["type"] == "pi05":
-        logger.info("policy %s: plain Pi0.5, evaluated as it is: it knows no geometry", policy)
+    elif saved["type"] == config.plain_type:
+        logger.info("policy %s: plain %s, evaluated as it is: it knows no geometry", policy, config.plain_name)
     else:
         logger.info("policy %s: evaluated without geometry, use_geom_prefix is false", policy)

@@ -5,6 +5,7 @@ shown for a default that depends on the machine. A new option is a new field her
 this module, which therefore imports neither NumPy nor torch.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,9 +21,11 @@ from geomcache.errors import UserInputError
 _dataset = partial(Option, rich_help_panel="Dataset: which part of it, and where it is")
 _geometry = partial(Option, rich_help_panel="Geometry: what the cache's numbers depend on")
 _machine = partial(Option, rich_help_panel="Machine: the numbers depend on these by rounding alone")
+_cluster = partial(Option, rich_help_panel="Cluster: many machines at once")
 
 DEFAULT_DATASET = "HuggingFaceVLA/libero"  # of the command line
-NOT_RECORDED = frozenset({"dry_run", "overwrite", "follow"})  # how one call behaves, not what is in the cache
+# How one call behaves, not what is in the cache.
+NOT_RECORDED = frozenset({"dry_run", "overwrite", "follow", "cluster", "cluster_address", "actors", "gpus_per_actor"})
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,29 @@ class ExtractOptions:
     ] = None
     num_workers: Annotated[
         int | None,
-        _machine(help="Decoding processes.", show_default="the spare cores, up to 8"),
+        _machine(
+            help="Decoding processes; on a cluster, decoding tasks for each actor.",
+            show_default="the spare cores, up to 8",
+        ),
+    ] = None
+
+    cluster: Annotated[
+        Literal["ray"] | None, _cluster(help="Share the work among the nodes of a Ray cluster.", show_default="none")
+    ] = None
+    cluster_address: Annotated[
+        str, _cluster(help="The cluster: HOST:PORT, auto for the one of this machine, local for a new one here.")
+    ] = "auto"
+    actors: Annotated[
+        int | None,
+        _cluster(
+            help="Encoders, each an actor that holds the model.",
+            metavar="N",
+            show_default="as many as the cluster has room for, now and later",
+        ),
+    ] = None
+    gpus_per_actor: Annotated[
+        float | None,
+        _cluster(help="A fraction lets actors share a GPU.", metavar="N", show_default="1, or 0 with --device cpu"),
     ] = None
 
     def __post_init__(self) -> None:
@@ -140,6 +165,30 @@ class ExtractOptions:
             )
         if self.cameras == ():
             raise UserInputError("cameras: expected at least one key, got none: leave the option out to use all")
+        self._check_cluster()
+
+    def _check_cluster(self) -> None:
+        if self.cluster is None:
+            for name in ("actors", "gpus_per_actor"):
+                if getattr(self, name) is not None:
+                    raise UserInputError(f"{name.replace('_', '-')}: expected --cluster ray with it, got it alone")
+            return
+        if importlib.util.find_spec("ray") is None:
+            raise UserInputError(
+                "cluster: expected Ray, it is not installed: install geomcache with it (pip install 'geomcache[ray]')"
+            )
+        if self.dry_run or self.follow:
+            raise UserInputError("cluster: expected neither --dry-run nor --follow with it, got one: leave it out")
+        if self.num_workers == 0:
+            raise UserInputError("num-workers: expected at least 1 with --cluster, got 0")
+        if self.actors is not None and self.actors < 1:
+            raise UserInputError(f"actors: expected at least 1, got {self.actors}")
+        if self.device not in (None, "cpu"):
+            raise UserInputError(f"device: expected cpu or none with --cluster, which chooses GPUs, got {self.device}")
+        if self.gpus_per_actor is not None and not 0 < self.gpus_per_actor <= 1:
+            raise UserInputError(f"gpus-per-actor: expected more than 0 and at most 1, got {self.gpus_per_actor:g}")
+        if self.gpus_per_actor is not None and self.device == "cpu":
+            raise UserInputError("gpus-per-actor: expected no --device cpu with it, got both: leave one out")
 
     @property
     def output_path(self) -> Path:

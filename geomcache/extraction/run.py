@@ -3,30 +3,34 @@
 import contextlib
 import logging
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from geomcache.cache.codecs import Codec
-from geomcache.cache.create import is_cache, recover
-from geomcache.cache.header import Header
-from geomcache.cache.layout import SCHEMA_VERSION
+from geomcache.cache.create import recover
 from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
-from geomcache.errors import DatasetError
-from geomcache.extraction.missing_shards import drop_missing_shards
+from geomcache.errors import DatasetError, UserInputError
 from geomcache.extraction.options import ExtractOptions
-from geomcache.extraction.plan import describe_plan, describe_shards, require_space
+from geomcache.extraction.plan import describe_plan
+from geomcache.extraction.prepare import (
+    announce,
+    choose_batch_size,
+    find_dataset,
+    load_encoder,
+    open_writer,
+    warn_of_missing_quantiles,
+)
 from geomcache.extraction.run_config import resolve, write_run_config
 from geomcache.extraction.update import grow, has_grown
-from geomcache.frames.of_cache import check_cached_pictures, compare_with_cache
-from geomcache.frames.source import FrameDataset, describe_statistics_command, open_dataset
-from geomcache.pipeline.batch_size import default_batch_size, find_batch_size
+from geomcache.frames.source import FrameDataset
 from geomcache.pipeline.encoding import EncoderOnDemand
 from geomcache.pipeline.engine_choice import choose_engine
 from geomcache.pipeline.pipeline import Machinery, Pipeline
-from geomcache.pipeline.process import Process
 from geomcache.pipeline.report import ExtractReport
-from geomcache.ranges import count_rows
+from geomcache.ranges import count_rows, merge_ranges
 
 __all__ = ["ExtractReport", "extract", "follow"]
 
@@ -37,13 +41,45 @@ FOLLOW_POLL_S = 2.0  # how often a dataset that is followed is looked at
 sleep = time.sleep
 
 
-def extract(options: ExtractOptions) -> ExtractReport:
+@dataclass(frozen=True)
+class Share:
+    """One of several equal parts of the shards, each in one piece; whatever was made already, the parts are the same.
+
+    Attributes:
+        rank: which part, from 0.
+        count: of the parts.
+    """
+
+    rank: int
+    count: int
+
+    def shards(self, writer: StoreWriter, rows: Sequence[tuple[int, int]]) -> frozenset[int]:
+        """Return its shards, where these rows were asked for.
+
+        A shard beyond them, which was dropped and has to be made again, goes with the one before it.
+        """
+        asked = writer.shards_of(merge_ranges(rows))
+        starts = [asked[part * len(asked) // self.count] for part in range(self.count)]
+        return frozenset(
+            shard for shard in writer.shards_of(writer.wanted) if max(0, bisect_right(starts, shard) - 1) == self.rank
+        )
+
+
+def extract(options: ExtractOptions, share: Share | None = None) -> ExtractReport:
     """Run stage one; what the user should know on the way is logged.
+
+    Args:
+        options: what to do, and where.
+        share: the part of the shards that this process makes; None for all that no other process claims.
 
     Raises:
         GeomcacheError: the run cannot start or continue; shards that were already written are kept.
     """
-    return _Extraction(options).run()
+    if options.cluster == "ray":
+        from geomcache.extraction.ray_run import extract_on_ray
+
+        return extract_on_ray(options)
+    return _Extraction(options, share=share).run()
 
 
 def follow(options: ExtractOptions) -> Iterator[ExtractReport]:
@@ -94,145 +130,54 @@ class _Extraction:
         encoder: None until it is loaded.
     """
 
-    def __init__(self, options: ExtractOptions, encoder: DA3Encoder | None = None) -> None:
-        self._options, self.encoder = options, encoder
+    def __init__(self, options: ExtractOptions, encoder: DA3Encoder | None = None, share: Share | None = None) -> None:
+        self._options, self.encoder, self._share = options, encoder, share
         self._machinery = Machinery.start(options.num_workers, workless=options.dry_run)
 
     def run(self) -> ExtractReport:
         """Do it."""
         options, machinery, path = self._options, self._machinery, self._options.output_path
-        dataset, episodes = self._open_dataset(options.episodes)
+        dataset, episodes = find_dataset(options, options.episodes)
         rows = dataset.rows(episodes)
-        if dataset.without_quantiles and machinery.process.is_main:
-            logger.warning(
-                "dataset %s: its statistics lack quantiles of %s, by which Pi0.5 normalises: the cache does not need"
-                " them, training does; compute them with %s",
-                dataset.spec.repo_id,
-                ", ".join(dataset.without_quantiles),
-                describe_statistics_command(dataset.spec.repo_id, options.root),
-            )
+        if machinery.process.is_main:
+            warn_of_missing_quantiles(options, dataset)
         if self.encoder is None:
-            self.encoder = _load_encoder(options, dataset, machinery.process)
+            self.encoder = load_encoder(options, dataset.cameras, options.device or machinery.process.device)
         encoder, codec = self.encoder, Codec.of(options.codec)
-        machinery.batch_size = _choose_batch_size(options, encoder, machinery.process)
+        machinery.batch_size = choose_batch_size(options, encoder, machinery.process)
         if options.dry_run:
             for line in describe_plan(path, dataset, encoder, rows, machinery.batch_size, codec):
                 logger.info(line)
             return ExtractReport(path=path)
         recover(path.resolve())
         if not options.overwrite and has_grown(path, dataset, encoder.spec, codec):
+            if self._share is not None:
+                raise UserInputError(
+                    f"{path}: expected a cache of all {dataset.spec.episodes} episodes, found one of fewer: run"
+                    " `geomcache update`, which adds the new ones"
+                )
             report = self._grow(dataset, rows)
             if machinery.process.is_main:
                 write_run_config(path, resolve(options, encoder.spec, dataset.spec))
             return report
-        with _open_writer(options, dataset, episodes, encoder, machinery.process) as writer:
-            total = _announce(writer, options, machinery.process)
-            frames = (total - writer.frames_done()) // machinery.process.count
+        with open_writer(options, dataset, episodes, encoder.spec, machinery.process) as writer:
+            total = announce(writer, options, machinery.process)
+            processes = machinery.process.count if self._share is None else self._share.count
+            frames = (total - writer.frames_done()) // processes
             choose_engine(options.engine, encoder, frames, machinery.batch_size)
             on_demand = EncoderOnDemand(lambda: encoder)
-            pipeline = Pipeline(dataset, encoder.preprocessor, on_demand, writer, machinery, config_of=writer.path)
+            shards = None if self._share is None else self._share.shards(writer, rows)
+            pipeline = Pipeline(
+                dataset, encoder.preprocessor, on_demand, writer, machinery, config_of=writer.path, share=shards
+            )
             return pipeline.until_sealed(total)
-
-    def _open_dataset(self, episodes: str | None) -> tuple[FrameDataset, list[tuple[int, int]]]:
-        """Return the dataset, with the files of these episodes, and ranges of them."""
-        options = self._options
-        return open_dataset(
-            options.dataset,
-            root=options.root,
-            revision=options.revision,
-            cameras=options.cameras,
-            episodes=episodes,
-            tolerance_s=options.tolerance_s,
-        )
 
     def _grow(self, dataset: FrameDataset, rows: Sequence[tuple[int, int]]) -> ExtractReport:
         """Add rows to a cache of the first episodes of the dataset."""
         options, machinery, encoder = self._options, self._machinery, self.encoder
         assert encoder is not None
         if options.episodes is not None:  # frames of old episodes may have to be read, too
-            dataset, _ = self._open_dataset(None)
+            dataset, _ = find_dataset(options, None)
         logger.info("%s: dataset %s has grown; continuing", options.output_path, options.dataset)
         choose_engine(options.engine, encoder, count_rows(rows) // machinery.process.count, machinery.batch_size)
         return grow(options.output_path, dataset, rows, encoder, machinery)
-
-
-def _load_encoder(options: ExtractOptions, dataset: FrameDataset, process: Process) -> DA3Encoder:
-    return DA3Encoder.from_pretrained(
-        options.model,
-        cameras=dataset.cameras,
-        revision=options.model_revision,
-        views=options.views,
-        process_res=options.process_res,
-        grid=options.grid,
-        outputs=options.outputs,
-        device=options.device or process.device,
-        dtype=options.dtype,
-    )
-
-
-def _choose_batch_size(options: ExtractOptions, encoder: DA3Encoder, process: Process) -> int:
-    if options.batch_size != "auto":
-        return options.batch_size or default_batch_size(encoder.device)
-    batch_size, reason = find_batch_size(encoder)
-    if process.is_main:
-        logger.info("batch size %d: %s", batch_size, reason)
-    return batch_size
-
-
-def _open_writer(
-    options: ExtractOptions,
-    dataset: FrameDataset,
-    episodes: Sequence[tuple[int, int]],
-    encoder: DA3Encoder,
-    process: Process,
-) -> StoreWriter:
-    """Create the cache, or open the one that exists; shards that lack a file count as missing."""
-    codec, rows = Codec.of(options.codec), dataset.rows(episodes)
-    if not options.output_path.exists():
-        require_space(options.output_path, encoder.spec, count_rows(rows), codec)
-        if process.is_main:
-            for line in describe_shards(encoder.spec, dataset.spec.frames):
-                logger.warning(line)
-
-    def open_writer(*, overwrite: bool) -> StoreWriter:
-        path = options.output_path
-        version = SCHEMA_VERSION
-        if is_cache(path) and not overwrite:
-            version = Header.read(path).schema_version
-            compare_with_cache(path, dataset)
-        return StoreWriter.create_or_open(
-            path,
-            encoder.spec,
-            dataset.describe(version),  # a cache of an earlier version is continued as it was begun
-            dataset.reader.episode_length,
-            rows,
-            identities=dataset.identities,
-            codec=codec,
-            overwrite=overwrite,
-        )
-
-    with process.main_first():  # the others open what the main process has created or replaced
-        writer = open_writer(overwrite=options.overwrite and process.is_main)
-        if process.is_main and drop_missing_shards(writer):
-            writer.close()
-            writer = open_writer(overwrite=False)  # now it wants the rows of those shards, too
-        if process.is_main:
-            try:
-                check_cached_pictures(writer.path, dataset, episodes)
-            except BaseException:
-                writer.close()
-                raise
-        return writer
-
-
-def _announce(writer: StoreWriter, options: ExtractOptions, process: Process) -> int:
-    """Record the options, log what exists already, and require space for the rest; return the rows in total."""
-    done, total = writer.frames_done(), count_rows(writer.wanted)
-    if process.is_main:
-        write_run_config(writer.path, resolve(options, writer.spec, writer.dataset), is_new=done == 0)
-        if writer.removed_stale_files:
-            logger.info("%s: removed %d stale files of an interrupted run", writer.path, writer.removed_stale_files)
-        if 0 < done < total:
-            logger.info("%s: %d of %d frames exist; resuming with the rest", writer.path, done, total)
-    require_space(writer.path, writer.spec, total - done, Codec.of(options.codec))
-    return total

@@ -1,11 +1,11 @@
 """The images of a LeRobotDataset (v3.0), in the order of its rows: the only place that decodes images in stage one.
 
-`FrameReader.read` returns the images of consecutive rows. A reader holds paths and the episode table, but no open file:
-it is pickled to reach the worker processes.
+`FrameReader.read` returns the images of consecutive rows. A reader is pickled to reach the worker processes: its paths
+and the episode table travel, and open files stay behind.
 
-Video is decoded by LeRobot's `decode_video_frames` with PyAV, even if torchcodec is installed: the FFmpeg libraries
-come with PyAV's wheel, so that one lock file gives the same pixels on every machine. Embedded images are decoded as the
-`datasets` library does it, which LeRobot trains with.
+Video is decoded with PyAV as LeRobot does it, even if torchcodec is installed: the FFmpeg libraries come with PyAV's
+wheel, so that one lock file gives the same pixels on every machine. Embedded images are decoded as the `datasets`
+library does it, which LeRobot trains with.
 """
 
 import io
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.errors import FrameDecodeError, one_line
+from geomcache.frames.video import VideoFile
 from geomcache.geometry import Camera
 from geomcache.ranges import locate, name_row
 
@@ -51,7 +52,10 @@ class VideoColumn:
 
 @dataclass(kw_only=True)
 class FrameReader:
-    """Reads the images of consecutive rows. Can be pickled: it opens files in the process that uses it."""
+    """Reads the images of consecutive rows. Can be pickled: it opens files in the process that uses it.
+
+    A camera's video file stays open until frames of another are read. Only one thread at a time may use a reader.
+    """
 
     root: Path
     cameras: tuple[Camera, ...]
@@ -64,9 +68,11 @@ class FrameReader:
     tolerance_s: float = TOLERANCE_S
     """How far the time stamp of a video's frame may be from the one asked for, in seconds, as LeRobot means it."""
     _table: tuple[tuple[int, int], "pa.Table"] | None = field(default=None, repr=False, compare=False)
+    _open_videos: dict[str, VideoFile] = field(default_factory=dict, repr=False, compare=False)
+    """By camera key."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}
+        return {**self.__dict__, "_table": None, "_open_videos": {}}
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the (episode, frame) of a row."""
@@ -204,8 +210,9 @@ class FrameReader:
         for part in np.split(np.arange(len(index)), breaks):
             path = self.root / column.paths[file[part[0]]]
             try:
-                frames = _decode_video(path, seconds[part].tolist(), self.tolerance_s)
-            except Exception as error:  # PyAV and torch have many for damaged bytes
+                frames = self._video_file(camera, path).read(seconds[part].tolist(), self.tolerance_s)
+            except Exception as error:  # PyAV has many for damaged bytes
+                self._close_video(camera)
                 raise self._name_bad_frame(camera, path, index[part], seconds[part], error) from error
             if frames.shape[1:] != images.shape[1:]:
                 raise FrameDecodeError(
@@ -214,6 +221,19 @@ class FrameReader:
                 )
             images[part] = frames
         return images
+
+    def _video_file(self, camera: Camera, path: Path) -> VideoFile:
+        """Return a camera's open video file; another one that is open is closed."""
+        video = self._open_videos.get(camera.key)
+        if video is None or video.path != path:
+            self._close_video(camera)
+            video = self._open_videos[camera.key] = VideoFile(path)
+        return video
+
+    def _close_video(self, camera: Camera) -> None:
+        video = self._open_videos.pop(camera.key, None)
+        if video is not None:
+            video.close()
 
     def _name_bad_frame(
         self, camera: Camera, path: Path, index: NDArray[np.int64], seconds: NDArray[np.float64], error: Exception
@@ -225,7 +245,8 @@ class FrameReader:
             )
         for row, second in zip(index, seconds, strict=True):
             try:
-                _decode_video(path, [float(second)], self.tolerance_s)
+                with VideoFile(path) as video:
+                    video.read([float(second)], self.tolerance_s)
             except Exception as single:  # noqa: BLE001 - as above
                 return FrameDecodeError(
                     f"{self._name_row(int(row))}, camera {camera.key}: no frame within {self.tolerance_s:g} s of"
@@ -239,15 +260,6 @@ class FrameReader:
 
     def _name_row(self, row: int) -> str:
         return name_row(self.episode_start, row)
-
-
-def _decode_video(path: Path, seconds: list[float], tolerance_s: float) -> NDArray[np.uint8]:
-    """Decode the frames at these time stamps, uint8 [n, H, W, 3]; LeRobot checks every time stamp."""
-    from lerobot.datasets.video_utils import decode_video_frames
-
-    frames = decode_video_frames(path, seconds, tolerance_s, backend=DECODER, return_uint8=True)
-    images: NDArray[np.uint8] = frames.permute(0, 2, 3, 1).numpy()
-    return images
 
 
 def _decode_image(content: bytes, camera: Camera, where: str) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ Where there are earlier caches, decode workers read the maps of pictures that th
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +77,7 @@ class Pipeline:
         config_of: the cache next to which machines are recorded.
         carrier: finds rows that earlier caches have.
         unseen: take whole shards of earlier caches where their rows are expected, without a look at their pictures.
+        share: the shards that this process may make; None for all.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class Pipeline:
         config_of: Path,
         carrier: Carrier | None = None,
         unseen: bool = False,
+        share: Collection[int] | None = None,
     ) -> None:
         self._dataset, self._writer, self._machinery = dataset, writer, machinery
         self._encoder, self._carrier, self._unseen, self._config_of = encoder, carrier, unseen, config_of
+        self._share = share
         self._decoder = BatchDecoder(dataset.reader, preprocessor, carrier)
         self._stage = BatchEncoder(encoder, machinery.batch_size, dataset.reader.locate)
         self._first_batch: float | None = None  # when the first batch was done: the end of the start-up
@@ -101,7 +104,10 @@ class Pipeline:
         self._report = ExtractReport(path=config_of, workers=machinery.workers)
 
     def until_sealed(self, total: int) -> ExtractReport:
-        """Work until every requested row is durable, no matter which process wrote it, and the cache is sealed."""
+        """Work until every requested row is durable, no matter which process wrote it, and the cache is sealed.
+
+        A process with a share works until that is durable; the one that finds all shares durable seals.
+        """
         report, began = self._report, time.perf_counter()
         report.frames_total = total
         views = len(self._dataset.cameras)
@@ -110,19 +116,24 @@ class Pipeline:
                 first = self._claim(progress)
                 if first is not None:
                     self._make_shards(first, progress)
-                elif pending := self._writer.pending():
+                elif pending := self._pending():
                     time.sleep(POLL_S)  # other processes hold the rest; if one dies, its shards can be claimed
                     progress.update(unwritten=0, nbytes=report.nbytes)
                     self._log_wait(pending)
                 else:
                     break
-            self._writer.seal()
+            report.sealed = self._writer.seal()
         report.seconds = time.perf_counter() - began
         report.views = report.frames * views
         report.encode_s = self._stage.encode_s
         if self._encoder.loaded is not None:
             report.engine = self._encoder.loaded.engine
         return report
+
+    def _pending(self) -> list[int]:
+        """Return the shards that lack rows, of those that this process waits for."""
+        pending = self._writer.pending()
+        return [shard for shard in pending if self._share is None or shard in self._share]
 
     def _log_wait(self, pending: Sequence[int]) -> None:
         """Say now and then that shards are waited for, and which."""
@@ -133,7 +144,7 @@ class Pipeline:
 
     def _claim(self, progress: Progress) -> Claim | None:
         """Return the next claim whose frames have to be decoded; those before it are done at once."""
-        while (claim := self._writer.claim()) is not None:
+        while (claim := self._writer.claim(self._share)) is not None:
             nbytes = 0
             if self._carrier is not None and self._unseen:
                 nbytes = self._carrier.adopt_unseen(self._writer, claim)

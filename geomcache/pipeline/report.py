@@ -22,8 +22,14 @@ class ExtractReport:
     shards: int = 0
     views: int = 0
     nbytes: int = 0
+    sealed: bool = True
+    """Whether the cache is complete; a process with a share of the shards may end before others."""
     workers: int = 0
-    """Decoding processes."""
+    """Decoding processes; on a cluster, of each actor."""
+    actors: int = 0
+    """Actors of a cluster that made shards."""
+    shards_again: int = 0
+    """Shards that were given out again, because what they had been given to was lost."""
     engine: str = "eager"
     """What ran the network."""
     seconds: float = 0.0
@@ -53,12 +59,17 @@ class ExtractReport:
     def lines(self) -> list[str]:
         """Return the report as text for the user."""
         if not self.frames:
-            return [f"{self.path}: complete, {self.frames_total} frames; nothing to do"]
+            state = "complete" if self.sealed else "not complete yet"
+            return [
+                f"{self.path}: {state}, {self.frames_total} frames; nothing to do (compared names and sizes of files:"
+                " `geomcache verify` reads their bytes)"
+            ]
         rate = self.views_per_s
         steady = (
             "one batch" if rate is None else f"then {human_time(self.steady_s)} at {rate:.1f} views/s, {self.engine}"
         )
-        processes = max(1, self.workers)
+        encoders = max(1, self.actors)
+        processes = max(1, self.workers) * encoders
         kept = (
             f"{self.frames_carried} frames carried over, {self.frames_linked} of them in whole shards;"
             f" {self.frames_encoded} encoded"
@@ -67,7 +78,9 @@ class ExtractReport:
             f"{self.path}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"
             f" shards; start-up {human_time(self.startup_s)}, {steady}",
             *([kept] if self.frames_carried else []),
-            f"busy: encode {self.encode_s / self.seconds:.0%}, write {self.write_s / self.seconds:.0%},"
+            *([f"actors: {self.actors}; shards given out again: {self.shards_again}"] if self.actors else []),
+            *([] if self.sealed else ["the other shards are those of other ranks"]),
+            f"busy: encode {self.encode_s / self.seconds / encoders:.0%}, write {self.write_s / self.seconds:.0%},"
             f" decode {self.decode_s / self.seconds / processes:.0%}"
             f" and preprocess {self.preprocess_s / self.seconds / processes:.0%} of {processes} process(es)",
         ]

@@ -43,10 +43,15 @@ def claimed_ranges(
     claim: Claim | None = first
     while claim is not None:
         on_claim(claim)
-        for start, stop in claim.rows:
-            for row in range(start, stop, batch_size):
-                yield row, min(row + batch_size, stop)
+        yield from batch_ranges(claim, batch_size)
         claim = claim_next()
+
+
+def batch_ranges(claim: Claim, batch_size: int) -> Iterator[RowRange]:
+    """Yield the row ranges of a claim's batches: the same ones whoever makes the shard, and so the same numbers."""
+    for start, stop in claim.rows:
+        for row in range(start, stop, batch_size):
+            yield row, min(row + batch_size, stop)
 
 
 class ForkServer:

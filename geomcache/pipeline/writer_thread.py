@@ -5,7 +5,6 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from geomcache.cache.signatures import Signatures
 from geomcache.cache.writer import Claim, StoreWriter
+from geomcache.pipeline.assembly import BatchMaps, ShardAssembly
 from geomcache.pipeline.carry import Carrier
 from geomcache.ranges import count_rows
 
@@ -23,9 +23,6 @@ QUEUED_BATCHES = 4  # between encoder and writing: enough to ride out an fsync, 
 
 POLL_S = 0.1
 WAIT_LINE_S = 30.0  # between lines about a disk that is waited for
-
-BatchMaps = Mapping[str, NDArray[np.float16]]
-"""Output name -> [n, V, h, w(, 6)], n consecutive rows."""
 
 
 class _Batch(NamedTuple):
@@ -133,50 +130,27 @@ class ShardWriterThread:
 
     def _write_claim(self) -> bool:
         """Collect the rows of the next claim and commit them; False at the end of the queue."""
-        shard: dict[str, NDArray[np.float16]] = {}  # output -> [V, rows, h, w(, 6)]: a camera's part is contiguous
-        signatures: Signatures | None = None
-        filled = 0
+        shard: ShardAssembly | None = None
         while (batch := self._next_batch()) is not None:
             began = time.perf_counter()
-            claim = self._claims[0]
-            size = count_rows(claim.rows)
-            if signatures is None:
-                signatures = Signatures.empty(size, batch.signatures.hashes.shape[1])
-                places = np.full(size, -1)
-            part = slice(filled, filled + len(batch.signatures))
-            for name, values in batch.maps.items():
-                if name not in shard:
-                    views, *cell = values.shape[1:]
-                    shard[name] = np.empty((views, size, *cell), np.float16)
-                shard[name][:, part] = np.moveaxis(values, 1, 0)
-            signatures[part] = batch.signatures
-            if batch.places is not None:
-                places[part] = batch.places
-            filled = part.stop
-            if filled == size:
-                self._commit(claim, shard, signatures, places)
+            if shard is None:
+                shard = ShardAssembly(self._claims[0], batch.signatures.hashes.shape[1])
+            is_complete = shard.add(batch.maps, batch.signatures, batch.places)
+            if is_complete:
+                self._commit(shard)
             self.write_s += time.perf_counter() - began
-            if filled == size:
+            if is_complete:
                 return True
         return False
 
-    def _commit(
-        self,
-        claim: Claim,
-        shard: Mapping[str, NDArray[np.float16]],
-        signatures: Signatures,
-        places: NDArray[np.int64],
-    ) -> None:
+    def _commit(self, shard: ShardAssembly) -> None:
+        claim, signatures = shard.claim, shard.signatures
         frames = count_rows(claim.rows)
-        nbytes = 0 if self._carrier is None else self._carrier.adopt(self._writer, claim, places, signatures)
+        nbytes = 0 if self._carrier is None else self._carrier.adopt(self._writer, claim, shard.places, signatures)
         if nbytes:
             self.frames_linked += frames
         else:
-            by_camera = {
-                key: {name: values[view] for name, values in shard.items()}
-                for view, key in enumerate(self._writer.spec.camera_keys)
-            }
-            nbytes = self._writer.commit(claim, by_camera, signatures)
+            nbytes = self._writer.commit(claim, shard.by_camera(self._writer.spec.camera_keys), signatures)
         self.nbytes_written += nbytes
         self._claims.popleft()
         self.frames_written += frames

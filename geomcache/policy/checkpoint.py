@@ -1,37 +1,39 @@
-"""Load a checkpoint into `pi05_geometry`, or raise: no weight is left at a random value unasked.
+"""Load a checkpoint into a policy with geometry, or raise: no weight is left at a random value unasked.
 
-LeRobot's own loader for Pi0.5 prints a line about a missing file, a missing key or a wrong shape and returns the model
-with random weights. Here each of them is an error. Keys of older checkpoints are still renamed by LeRobot's code.
+LeRobot's own loaders for Pi0 and Pi0.5 print a line about a missing file, a missing key or a wrong shape and return the
+model with random weights. Here each of them is an error. Keys of older checkpoints are still renamed by LeRobot's code.
 """
 
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import draccus
 import httpx
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from geomcache.errors import ModelError, ModelNotFoundError, UserInputError, one_line
-from geomcache.policy.configuration_pi05_geometry import (
+from geomcache.policy.options import (
     ADAPTER_NAME,
     MODES,
     PARTS,
     PROJECTOR_NAME,
-    PI05GeometryConfig,
+    SUFFIX,
+    GeometryOptions,
     check_same_spec,
 )
 from geomcache.waits import hub_call
 
-LOADABLE = ("pi05", "pi05_geometry")
+if TYPE_CHECKING:
+    from geomcache.policy.geometry_policy import GeometryPolicy
+
+PLAIN_TYPES = ("pi05", "pi0", "smolvla")  # LeRobot's policies that can have geometry
 LORA_CONFIG = "adapter_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
 
@@ -92,8 +94,13 @@ def _lora_message(folder: Path, name: str) -> str:
     )
 
 
-def read_config(path: str, **hub: Any) -> dict[str, Any]:
+def read_config(path: str, policy_type: str | None = None, **hub: Any) -> dict[str, Any]:
     """Read a checkpoint's ``config.json``, of a policy that can be loaded.
+
+    Args:
+        path: folder or Hub id.
+        policy_type: type of the policy with geometry that it goes into; None: any.
+        hub: options of `hf_hub_download`.
 
     Raises:
         ModelNotFoundError: the file does not exist.
@@ -105,17 +112,18 @@ def read_config(path: str, **hub: Any) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"policy {path}: expected JSON in {CONFIG_NAME}: {one_line(error)}") from error
     kind = config.get("type") if isinstance(config, dict) else None
-    if kind not in LOADABLE:
-        raise ModelError(
-            f"policy {path}: expected a checkpoint of {' or '.join(LOADABLE)}, found {kind!r}: give another checkpoint"
-        )
+    plain_types = PLAIN_TYPES if policy_type is None else (policy_type.removesuffix(SUFFIX),)
+    loadable = [name for plain in plain_types for name in (plain, f"{plain}{SUFFIX}")]
+    if kind not in loadable:
+        names = " or ".join((", ".join(loadable[:-1]), loadable[-1]))
+        raise ModelError(f"policy {path}: expected a checkpoint of {names}, found {kind!r}: give another checkpoint")
     assert isinstance(config, dict)
     return config
 
 
 def trained_parts(saved: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the geometry's modules that a checkpoint with this ``config.json`` holds."""
-    if saved["type"] != "pi05_geometry" or not saved.get("use_geom_prefix", True):
+    if not saved["type"].endswith(SUFFIX) or not saved.get("use_geom_prefix", True):
         return frozenset()
     return MODES.get(saved.get("geom_mode", "prefix"), frozenset())
 
@@ -130,7 +138,7 @@ def part_prefix(part: str) -> str:
     return f"model.{part}."
 
 
-def adopt_geometry(config: PI05GeometryConfig, saved: Mapping[str, Any]) -> None:
+def adopt_geometry(config: GeometryOptions, saved: Mapping[str, Any]) -> None:
     """Compare the run's geometry with that of a checkpoint's trained parts, and take over spec and statistics.
 
     A checkpoint without parts that the run has changes nothing, even where it has the spec of other ones.
@@ -146,7 +154,7 @@ def adopt_geometry(config: PI05GeometryConfig, saved: Mapping[str, Any]) -> None
 
 
 def check_options(
-    config: PI05GeometryConfig, saved: Mapping[str, Any], path: str, is_given: Callable[[str], bool]
+    config: GeometryOptions, saved: Mapping[str, Any], path: str, is_given: Callable[[str], bool]
 ) -> None:
     """Compare a run's options with those of the checkpoint whose weights it starts from (`pretrained_path`).
 
@@ -184,7 +192,7 @@ def check_options(
         )
 
 
-def load_weights(policy: PI05Policy, path: str, file: Path, *, trained: frozenset[str]) -> None:
+def load_weights(policy: "GeometryPolicy", path: str, file: Path, *, trained: frozenset[str]) -> None:
     """Load a weight file: every parameter and buffer comes from it, except those of fresh parts of the geometry.
 
     Args:
@@ -202,11 +210,10 @@ def load_weights(policy: PI05Policy, path: str, file: Path, *, trained: frozense
         raise ModelError(
             f"policy {path}: expected weights in {file.name}: {one_line(error)}: download the checkpoint again"
         ) from error
-    fixed: dict[str, Tensor] = policy._fix_pytorch_state_dict_keys(loaded, policy.config)
-    state = {key if key.startswith("model.") else f"model.{key}": value for key, value in fixed.items()}
+    state = policy.completed_weights(loaded)
     own = policy.state_dict()
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    parts: frozenset[str] = policy.config.parts
+    parts = policy.config.parts
     fresh = {part: {key for key in missing if key.startswith(part_prefix(part))} for part in parts - trained}
     # A part that is switched off is left out on purpose.
     unused = {part: {key for key in unexpected if key.startswith(part_prefix(part))} for part in PARTS.keys() - parts}

@@ -1,4 +1,4 @@
-"""Write a checkpoint that was trained with geometry and acts without it as a plain `pi05` folder, for stock LeRobot."""
+"""Write a checkpoint that was trained with geometry and acts without it as a plain folder, for stock LeRobot."""
 
 import dataclasses
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 import draccus
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.configs import PreTrainedConfig
 from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from geomcache.errors import ModelError, UserInputError, one_line
 from geomcache.policy.checkpoint import checkpoint_file, has_adapter, part_prefix, read_config
-from geomcache.policy.configuration_pi05_geometry import PARTS
+from geomcache.policy.options import PARTS, SUFFIX
 
 OURS = "geomcache"  # what the names of our processor steps begin with
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 def export_plain(checkpoint: str, output: Path) -> list[str]:
-    """Write a checkpoint's network, configuration and processors as a folder of plain `pi05`, equal to the bit.
+    """Write a checkpoint's network, configuration and processors as a folder of the plain policy, equal to the bit.
 
     What training with geometry added, the projector of the alignment loss, is left out. The folder appears when it is
     complete.
 
     Args:
-        checkpoint: folder or Hub id of a `pi05_geometry` checkpoint that acts without geometry.
+        checkpoint: folder or Hub id of a checkpoint with geometry that acts without it.
         output: the folder to make.
 
     Returns:
@@ -44,12 +44,16 @@ def export_plain(checkpoint: str, output: Path) -> list[str]:
     if output.exists():
         raise UserInputError(f"output {output}: expected a new folder, found one: choose another or remove it")
     saved = read_config(checkpoint)
-    if saved["type"] == "pi05":
-        raise ModelError(f"policy {checkpoint}: expected a pi05_geometry checkpoint, found plain pi05: use it as it is")
+    kind = saved["type"]
+    if not kind.endswith(SUFFIX):
+        raise ModelError(
+            f"policy {checkpoint}: expected a {kind}{SUFFIX} checkpoint, found plain {kind}: use it as it is"
+        )
+    kind = kind.removesuffix(SUFFIX)
     if has_adapter(saved):
         raise UserInputError(
             f"policy {checkpoint}: expected one that acts without geometry, found geom_mode={saved.get('geom_mode')}:"
-            " plain Pi0.5 has no geometry tokens: train with --policy.geom_mode=align"
+            f" plain {kind} has no geometry tokens: train with --policy.geom_mode=align"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as draft:
@@ -61,23 +65,26 @@ def export_plain(checkpoint: str, output: Path) -> list[str]:
         folder.rename(output)
     if saved.get("model_size") == "small":
         logger.warning(
-            "policy %s: model_size=small: stock LeRobot has no Pi0.5 of this size and cannot load %s",
+            "policy %s: model_size=small: stock LeRobot has no %s of this size and cannot load %s",
             checkpoint,
+            kind,
             output,
         )
     size = (output / SAFETENSORS_SINGLE_FILE).stat().st_size / 2**30
     return [
-        f"written: {output}: plain pi05, {size:.2f} GiB, with {', '.join(files) or 'no processors'}",
+        f"written: {output}: plain {kind}, {size:.2f} GiB, with {', '.join(files) or 'no processors'}",
         f"left out: {', '.join(left_out) or 'nothing'}",
     ]
 
 
 def plain_config(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the ``config.json`` of plain `pi05` for one of `pi05_geometry`: LeRobot's own options, as they are."""
-    known = {field.name for field in dataclasses.fields(PI05Config)}
+    """Return the ``config.json`` of the plain policy for one with geometry: LeRobot's own options, as they are."""
+    kind = saved["type"].removesuffix(SUFFIX)
+    plain_class = PreTrainedConfig.get_choice_class(kind)
+    known = {field.name for field in dataclasses.fields(plain_class)}
     config = {name: value for name, value in saved.items() if name in known}
-    draccus.decode(PI05Config, config)  # LeRobot takes it
-    return {"type": "pi05", **config}
+    draccus.decode(plain_class, config)  # LeRobot takes it
+    return {"type": kind, **config}
 
 
 def _copy_weights(checkpoint: str, folder: Path) -> list[str]:

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 from geomcache.errors import UserInputError
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
-from geomcache.policy.small_pi05 import SMALL_VOCABULARY
+from geomcache.policy.paligemma_options import PaliGemmaOptions
+from geomcache.policy.small_paligemma import SMALL_VOCABULARY
 
 PALIGEMMA_TOKENIZER = "google/paligemma-3b-pt-224"
 BYTES_TOKENIZER = "bytes"
@@ -78,7 +79,7 @@ def make_pi05_geometry_pre_post_processors(
             relative,
             steps.normalize,
             Pi05PrepareStateTokenizerProcessorStep(max_state_dim=config.max_state_dim),
-            _tokenizer_step(config),
+            tokenizer_step(config),
             steps.to_device,
         ],
         output_steps=[
@@ -90,7 +91,12 @@ def make_pi05_geometry_pre_post_processors(
     return pipelines
 
 
-def _tokenizer_step(config: PI05GeometryConfig) -> TokenizerProcessorStep:
+def tokenizer_step(config: PaliGemmaOptions) -> TokenizerProcessorStep:
+    """Make the tokenizer's step: the one that the options name, PaliGemma's or, for a small model, the built-in one.
+
+    Raises:
+        UserInputError: the tokenizer has more tokens than a small model embeds.
+    """
     small = config.model_size == "small"
     name = config.tokenizer_name or (BYTES_TOKENIZER if small else PALIGEMMA_TOKENIZER)
     options = {"max_length": config.tokenizer_max_length, "padding_side": "right", "padding": "max_length"}

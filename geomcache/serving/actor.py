@@ -10,10 +10,10 @@ import numpy as np
 
 from geomcache.errors import UserInputError
 from geomcache.evaluation.latency import ChunkTime, ChunkTimer, unwrapped
-from geomcache.evaluation.run import as_geometry_config
 from geomcache.lerobot_options import parse_options
 from geomcache.policy import environment
 from geomcache.policy.checkpoint import has_adapter, read_config
+from geomcache.policy.options import as_geometry_config
 from geomcache.serving.messages import IMAGES, STATE, Hello, Observation, Wanted
 
 EMPTY_CAMERA = f"{IMAGES}empty_camera_"  # what LeRobot adds for `empty_cameras`, which no robot has
@@ -75,7 +75,7 @@ class Actor:
         """
         saved = read_config(policy)
         config = _parse(policy, lerobot_args)
-        if config.use_geom_prefix:
+        if config.has_tokens:
             if not has_adapter(saved):
                 raise UserInputError(
                     f"policy.use_geom_prefix: expected false for {policy}, which has no geometry adapter, got true:"
@@ -182,7 +182,7 @@ def _wanted(policy: str, policy_type: str, config: Any) -> Wanted:
         for key, feature in config.image_features.items()
         if not key.startswith(EMPTY_CAMERA)
     }
-    if config.use_geom_prefix:
+    if config.has_tokens:
         cameras |= {camera.key: (camera.height, camera.width) for camera in config.geometry_spec.cameras}
     return Wanted(
         policy=policy,

@@ -22,7 +22,7 @@ class ServeOptions:
             not installed.
     """
 
-    policy: Annotated[str, Option(help="A pi05_geometry or pi05 checkpoint: a folder or a Hub id.")]
+    policy: Annotated[str, Option(help="A checkpoint, with geometry or plain: a folder or a Hub id.")]
     host: Annotated[str, Option(help="Address to listen on; other than this machine's own only with TLS.")] = (
         "127.0.0.1"
     )

@@ -47,8 +47,8 @@ def check_options(config: Any) -> None:
     """Refuse options of a `TrainPipelineConfig` that no run can have, which LeRobot finds late or never.
 
     Raises:
-        UserInputError: a number is out of range, streaming is asked for with a choice of episodes, or checkpoints are
-            to be saved in shards.
+        UserInputError: a number is out of range, streaming is asked for with a choice of episodes, or parameters or
+            checkpoints are to be split.
     """
     for name, least in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
         value = getattr(config, name)
@@ -64,6 +64,13 @@ def check_options(config: Any) -> None:
         raise UserInputError(
             f"checkpoint_format: expected 'safetensors', got {checkpoint_format.value!r}: geomcache loads every weight"
             " from model.safetensors and refuses to start from others: leave it out"
+        )
+    parallelism = getattr(config, "parallelism", None)  # of LeRobot after 0.6.1
+    if parallelism is not None and parallelism.is_sharded:
+        raise UserInputError(
+            f"parallelism: expected dp_shard=1 without context_parallel, got dp_shard={parallelism.dp_shard}: LeRobot"
+            " names no modules of this policy by which FSDP2 could split it: leave it out, and use several GPUs with"
+            " --parallelism.dp_replicate"
         )
 
 

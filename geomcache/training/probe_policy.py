@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geomcache.adapter import channel_statistics
 from geomcache.cache.store import GeometryStore
-from geomcache.errors import DatasetError, UserInputError, one_line
+from geomcache.errors import DatasetError, ModelError, UserInputError, one_line
 from geomcache.geometry import OUTPUTS, Geometry, GeometrySpec
 from geomcache.lerobot_options import short_ffmpeg_warning
 from geomcache.policy.alignment import geometry_target
@@ -82,7 +82,7 @@ def probe_policy(
     """Fit a linear probe from each layer's image tokens to cached geometry, and measure it on held-out episodes.
 
     Args:
-        checkpoint: folder or Hub id of a `pi05_geometry` or plain `pi05` checkpoint.
+        checkpoint: folder or Hub id of a checkpoint of Pi0.5 or Pi0, with geometry or plain.
         cache: path of a cache of the dataset.
         dataset: name of the dataset; None for the cache's.
         root: its folder, if it is on this machine.
@@ -163,7 +163,7 @@ class Subject:
     """A policy whose hidden states are read, its processor, and the statistics that targets are standardised by."""
 
     def __init__(self, policy: Any, preprocess: Any, store: GeometryStore) -> None:
-        """Watch a `PI05GeometryPolicy`; `preprocess` is LeRobot's pipeline of its checkpoint.
+        """Watch a `PaliGemmaPolicy`; `preprocess` is LeRobot's pipeline of its checkpoint.
 
         Raises:
             UserInputError: the policy does not see a camera of the cache.
@@ -187,23 +187,24 @@ class Subject:
 
         Raises:
             UserInputError: the policy does not see a camera of the cache.
-            ModelError: the checkpoint is not available or does not fit.
+            ModelError: the checkpoint is not available, does not fit, or is of a policy without such tokens.
         """
         from lerobot.configs import PreTrainedConfig
-        from lerobot.policies.factory import make_pre_post_processors
+        from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
         from geomcache.policy.checkpoint import read_config
-        from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
-        from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
+        from geomcache.policy.options import as_geometry_config
 
-        read_config(checkpoint)
-        config = PreTrainedConfig.from_pretrained(checkpoint)
-        if not isinstance(config, PI05GeometryConfig):
-            plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-            config = PI05GeometryConfig(**plain, use_geom_prefix=False)
+        saved = read_config(checkpoint)
+        if saved["type"].startswith("smolvla"):
+            raise ModelError(
+                f"policy {checkpoint}: expected Pi0.5 or Pi0, whose image tokens are patches of the picture, found"
+                f" {saved['type']}: give another checkpoint"
+            )
+        config = as_geometry_config(PreTrainedConfig.from_pretrained(checkpoint))
         if device is not None:
             config.device = device
-        policy = PI05GeometryPolicy.from_pretrained(checkpoint, config=config)
+        policy = get_policy_class(config.type).from_pretrained(checkpoint, config=config)
         if config.has_tokens:
             logger.warning(
                 "policy %s reads geometry tokens: its image tokens may copy geometry from them, which no picture told",

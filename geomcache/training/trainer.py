@@ -26,9 +26,9 @@ from geomcache.lerobot_options import given, parse_options, replaced, short_ffmp
 from geomcache.waits import hub_call
 
 if TYPE_CHECKING:
-    from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+    from geomcache.policy.options import GeometryOptions
 
-POLICY_TYPE = "pi05_geometry"
+POLICY_TYPE = "pi05_geometry"  # of a run that names none
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def with_defaults(lerobot_args: Sequence[str]) -> list[str]:
 
 
 def with_plain_checkpoint(lerobot_args: Sequence[str]) -> list[str]:
-    """Return the options with a plain Pi0.5 checkpoint's own, where ``--policy.path`` names one.
+    """Return the options with a plain checkpoint's own, where ``--policy.path`` names one.
 
     LeRobot would make a policy without geometry of it. As ``--policy.pretrained_path`` it gains geometry; the options
     that it was saved with come first, so that those of the command line win. Its cameras and action size come from the
@@ -134,7 +134,7 @@ def with_plain_checkpoint(lerobot_args: Sequence[str]) -> list[str]:
 
     Raises:
         ModelNotFoundError: there is no such checkpoint.
-        ModelError: it is of another policy than Pi0.5.
+        ModelError: it is of a policy that geometry cannot be added to.
     """
     import json
 
@@ -146,18 +146,20 @@ def with_plain_checkpoint(lerobot_args: Sequence[str]) -> list[str]:
         return list(lerobot_args)
 
     from geomcache.policy.checkpoint import RUN_OPTIONS, read_config
-    from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+    from geomcache.policy.options import SUFFIX, geometry_config_class
 
     saved = read_config(path, revision=parser.parse_arg("policy.pretrained_revision", lerobot_args))
-    if saved["type"] == POLICY_TYPE:
+    if saved["type"].endswith(SUFFIX):
         return list(lerobot_args)
-    defaults = draccus.encode(PI05GeometryConfig(device="cpu"))
+    config_class = geometry_config_class(saved["type"])
+    defaults = draccus.encode(config_class(device="cpu"))
     kept = {
         name: value for name, value in saved.items() if name not in RUN_OPTIONS and defaults.get(name, ...) != value
     }
-    logger.info("policy %s: plain Pi0.5, with its own options; what geometry adds to it starts fresh", path)
+    plain = config_class.plain_name
+    logger.info("policy %s: plain %s, with its own options; what geometry adds to it starts fresh", path, plain)
     return [
-        f"--policy.type={POLICY_TYPE}",
+        f"--policy.type={saved['type']}{SUFFIX}",
         f"--policy.pretrained_path={path}",
         *(f"--policy.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in kept.items()),
         *parser.filter_arg("policy.path", lerobot_args),
@@ -220,20 +222,22 @@ def bind(config: Any, store: GeometryStore, lerobot_args: Sequence[str] = ()) ->
         compatibility.compare_fingerprints(trained_from, store.fingerprint)
 
 
-def _our_policy(config: Any) -> "PI05GeometryConfig":
+def _our_policy(config: Any) -> "GeometryOptions":
     """Return the policy's configuration of a run that a cache can be bound to.
 
     Raises:
         UserInputError: another policy, machine or kind of dataset is asked for, or a rate that LeRobot would ignore.
     """
-    from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
+    from geomcache.policy.checkpoint import PLAIN_TYPES
+    from geomcache.policy.options import SUFFIX, GeometryOptions
 
     policy = config.policy
-    if not isinstance(policy, PI05GeometryConfig):
+    if not isinstance(policy, GeometryOptions):
         kind = "a reward model" if policy is None else policy.type
+        *ours, last = (f"{plain}{SUFFIX}" for plain in PLAIN_TYPES)
         raise UserInputError(
-            f"policy: expected {POLICY_TYPE}, got {kind}: leave --policy.type out; a plain Pi0.5 checkpoint goes into"
-            " --policy.path, which keeps its options, or --policy.pretrained_path"
+            f"policy: expected {', '.join(ours)} or {last}, got {kind}: leave --policy.type out; a plain checkpoint"
+            " goes into --policy.path, which keeps its options, or --policy.pretrained_path"
         )
     if config.job.is_remote:
         raise UserInputError(
@@ -251,7 +255,7 @@ def _our_policy(config: Any) -> "PI05GeometryConfig":
     return policy
 
 
-def _check_environment(config: Any, policy: "PI05GeometryConfig") -> None:
+def _check_environment(config: Any, policy: "GeometryOptions") -> None:
     """Check that the policy will be able to act when LeRobot evaluates it, as `geomcache eval` does."""
     from geomcache.policy import environment
 
@@ -260,7 +264,7 @@ def _check_environment(config: Any, policy: "PI05GeometryConfig") -> None:
     environment.check_cameras(spec, config, allow_resize=None)
     environment.check_source(spec, config)
     if spec.source == DA3 and is_main_process():  # the others do not evaluate, and may be on a machine without network
-        environment.find_da3(POLICY_TYPE, spec, policy.geom_model_id)
+        environment.find_da3(policy.type, spec, policy.geom_model_id)
 
 
 def is_main_process(environ: Mapping[str, str] = os.environ) -> bool:

@@ -189,6 +189,8 @@ def test_what_is_given_is_kept(folder: Path) -> None:
         (["--policy.device=cpu"], (None, None)),
         (["--policy.model_size=small"], (None, None)),
         (["--policy.path=p"], (None, None)),  # the checkpoint's own
+        (["--policy.type=pi0_geometry"], ("bfloat16", "true")),
+        (["--policy.type=smolvla_geometry"], (None, None)),  # it has no such options
     ],
 )
 def test_the_full_model_fits_a_gpu(

@@ -172,7 +172,8 @@ def test_the_rate_leaves_out_the_start_up_and_the_first_batch(reference: Extract
 def test_a_finished_cache_says_so(options: ExtractOptions, reference: ExtractReport) -> None:
     report, _ = run(options)
     assert report.frames == 0
-    assert report.lines() == [f"{report.path}: complete, {FRAMES} frames; nothing to do"]
+    (line,) = report.lines()
+    assert line.startswith(f"{report.path}: complete, {FRAMES} frames; nothing to do")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -232,7 +233,9 @@ def committed(path: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_stopped_goes_on_where_it_was(
     options: ExtractOptions, reference: ExtractReport, tmp_path: Path, number: signal.Signals
 ) -> None:

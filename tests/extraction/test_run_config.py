@@ -28,6 +28,7 @@ from tests.support.cli import call
 from tests.support.logs import logged_lines
 from tests.support.stores import CAMERAS, make_dataset_spec, make_spec, make_store
 
+CLUSTER = ("cluster", "cluster_address", "actors", "gpus_per_actor")
 KNOWN = recorded_options()
 
 
@@ -138,11 +139,11 @@ def test_what_a_file_lacks_or_has_wrong_is_one_line(
     assert asked == []
 
 
-def test_the_command_has_the_options_of_the_dataclass_and_all_but_three_are_recorded() -> None:
+def test_the_command_has_the_options_of_the_dataclass_and_those_of_what_it_makes_are_recorded() -> None:
     command = typing.cast("typing.Any", typer.main.get_command(cli.app)).commands["extract"]
     names = {field.name for field in fields(ExtractOptions)}
     assert {option.name for option in command.params} == names | {"config"}
-    assert names - set(KNOWN) == {"dry_run", "overwrite", "follow"}
+    assert names - set(KNOWN) == {"dry_run", "overwrite", "follow", *CLUSTER}
 
 
 def test_the_commands_defaults_are_the_dataclasss(monkeypatch: pytest.MonkeyPatch, asked: list[ExtractOptions]) -> None:
@@ -205,7 +206,17 @@ def test_every_option_reaches_the_dataclass(monkeypatch: pytest.MonkeyPatch, ask
     defaults = ExtractOptions(model="", dataset="")
     assert [
         field.name for field in fields(options) if getattr(options, field.name) == getattr(defaults, field.name)
-    ] == ["follow"]  # which some of these do not go with
+    ] == ["follow", *CLUSTER]  # which some of these do not go with
+
+
+def test_every_option_of_a_cluster_reaches_the_dataclass(
+    monkeypatch: pytest.MonkeyPatch, asked: list[ExtractOptions]
+) -> None:
+    words = ["--cluster", "ray", "--cluster-address", "head:6379", "--actors", "3", "--gpus-per-actor", "0.5"]
+    assert call(monkeypatch, "extract", "--model", "m", "--dataset", "d", *words) == 0
+    expected = {"cluster": "ray", "cluster_address": "head:6379", "actors": 3, "gpus_per_actor": 0.5}
+    assert {*expected} == {*CLUSTER}
+    assert {name: getattr(asked[0], name) for name in CLUSTER} == expected
 
 
 def test_following_prints_each_report(

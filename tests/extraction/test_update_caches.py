@@ -295,7 +295,8 @@ def test_nothing_to_do_is_said_without_a_write(here: Path, shop: Workshop) -> No
     shop.update(cache, here / "after")
     inodes = {file: file.stat().st_ino for file in cache.rglob("*")}
     report = shop.update(cache, here / "after")
-    assert report.lines() == [f"{cache}: complete, 93 frames; nothing to do"]
+    (line,) = report.lines()
+    assert line.startswith(f"{cache}: complete, 93 frames; nothing to do")
     assert {file: file.stat().st_ino for file in cache.rglob("*")} == inodes
 
 

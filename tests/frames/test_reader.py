@@ -303,7 +303,7 @@ def test_whatever_a_decoder_raises_is_named(monkeypatch: pytest.MonkeyPatch, err
     def fail(*_args: object, **_options: object) -> None:
         raise error
 
-    monkeypatch.setattr("lerobot.datasets.video_utils.decode_video_frames", fail)
+    monkeypatch.setattr("geomcache.frames.video.VideoFile.read", fail)
     dataset, _ = open_dataset("demo", root=DEMO)
     with pytest.raises(FrameDecodeError, match="^episode 1 frame 1, camera ") as caught:
         dataset.reader.read(126, 130)

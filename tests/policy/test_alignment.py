@@ -23,7 +23,7 @@ from geomcache.policy.alignment import GeometryProjector, confidence_weights, ge
 from geomcache.policy.gradients import compare_gradients, shared_parameters
 from geomcache.policy.image_tokens import PictureArea
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
-from geomcache.policy.small_pi05 import SMALL_GEMMA
+from geomcache.policy.small_paligemma import SMALL_GEMMA
 from tests.support.policy import (
     CAMERAS,
     GRID,

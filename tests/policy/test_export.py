@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from geomcache.errors import ModelError, UserInputError
 from geomcache.policy.checkpoint import part_prefix
-from geomcache.policy.configuration_pi05_geometry import PARTS
 from geomcache.policy.export import export_plain, plain_config
-from geomcache.policy.modeling_pi05_geometry import PI05GeometryPytorch
+from geomcache.policy.modeling_pi05_geometry import PI05GeometryPytorch, SmallPI05
+from geomcache.policy.options import PARTS
 from geomcache.policy.processor_pi05_geometry import make_bytes_tokenizer, make_pi05_geometry_pre_post_processors
-from geomcache.policy.small_pi05 import SMALL_GEMMA, SmallPaliGemmaWithExpert
+from geomcache.policy.small_paligemma import SMALL_GEMMA
 from tests.support.cli import call
 from tests.support.policy import loss_and_chunk, make_batch, make_config, make_plain_policy, make_policy, make_spec
 
@@ -58,7 +58,7 @@ def test_stock_lerobot_loads_it_to_the_bit(
     assert type(config) is PI05Config
     with monkeypatch.context() as patch:  # LeRobot's classes, in the small size
         patch.setattr(modeling_pi05, "get_gemma_config", lambda variant: SMALL_GEMMA)
-        patch.setattr(modeling_pi05, "PaliGemmaWithExpertModel", lambda *_, **__: SmallPaliGemmaWithExpert(config))
+        patch.setattr(modeling_pi05, "PaliGemmaWithExpertModel", lambda *_, **__: SmallPI05(config))
         stock = modeling_pi05.PI05Policy.from_pretrained(tmp_path / "plain")
     assert "All keys loaded successfully!" in capsys.readouterr().out
     for name, value in stock.state_dict().items():

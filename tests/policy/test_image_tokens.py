@@ -17,7 +17,7 @@ from geomcache.policy.image_tokens import (
     prefix_norms,
     tokens_of_views,
 )
-from geomcache.policy.small_pi05 import SMALL_GEMMA
+from geomcache.policy.small_paligemma import SMALL_GEMMA
 from tests.support.policy import CAMERAS, IMAGE_TOKENS, TEXT, make_batch, make_policy
 
 LAYERS = SMALL_GEMMA.depth

@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from geomcache.da3.engine import EngineName
 from geomcache.errors import CacheFormatError, CacheMismatchError, ModelError, ModelNotFoundError, UserInputError
 from geomcache.policy.checkpoint import check_options
-from geomcache.policy.configuration_pi05_geometry import ENGINES, PI05GeometryConfig
+from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
+from geomcache.policy.options import ENGINES
 from geomcache.policy.processor_pi05_geometry import (
     PALIGEMMA_TOKENIZER,
     make_bytes_tokenizer,

@@ -25,8 +25,9 @@ from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 
 from geomcache.errors import GeometryError, ModelError, UserInputError
 from geomcache.geometry import Geometry, GeometrySpec
-from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy, PrefixInputs
+from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.online import OnlineEncoder, to_uint8
+from geomcache.policy.prefix import PrefixInputs
 from tests.support.geometry import example_geometry
 from tests.support.logs import logged_lines
 from tests.support.policy import (
@@ -410,7 +411,7 @@ def test_compiled_model_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(modeling_pi05.torch, "compile", traced)
         compiled = build_policy(compile_model=True, num_inference_steps=1)
-    assert compiled_functions == ["PI05GeometryPytorch.sample_actions", "PI05GeometryPytorch.forward"]
+    assert compiled_functions == ["ExtendedPrefix.sample_actions", "ExtendedPrefix.forward"]
     for shift in (0.0, 0.5):  # a graph that had kept the first tokens would fail the second time
         batch = make_batch() | make_geometry(shift=shift).to_batch()
         for ours, theirs in zip(loss_and_chunk(compiled, batch), loss_and_chunk(eager, batch), strict=True):
@@ -815,10 +816,10 @@ def test_a_policy_has_all_that_lerobots_constructor_makes(monkeypatch: pytest.Mo
     options = {"rtc_config": RTCConfig(), "gradient_checkpointing": True}
     plain, policy = make_plain_policy(monkeypatch, **options), make_policy(**options)
     assert vars(policy).keys() - vars(plain).keys() == {
-        *("allow_resize", "online", "_adapter_grad_norm", "_spec", "measures_gradients"),
+        *("allow_resize", "online", "_adapter_grad_norm", "_spec"),
     }
     assert vars(plain).keys() <= vars(policy).keys()
-    assert vars(policy.model).keys() - vars(plain.model).keys() == {"image_token_norm", "hidden_states"}
+    assert vars(policy.model).keys() - vars(plain.model).keys() == {"hidden_states"}
     assert vars(plain.model).keys() <= vars(policy.model).keys()
     children = dict(policy.model.named_children()).keys()
     assert children - {"geometry_adapter"} == dict(plain.model.named_children()).keys()

@@ -8,18 +8,30 @@ from typing import Any
 
 import pytest
 import torch
+from lerobot.policies.pi0.modeling_pi0 import PI0Policy, PI0Pytorch
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy, PI05Pytorch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
 
 from geomcache.errors import UserInputError
 from geomcache.policy import lerobot_version
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy, PI05GeometryPytorch
+from geomcache.policy.pi0.modeling_pi0_geometry import PI0GeometryPolicy, PI0GeometryPytorch
+from geomcache.policy.smolvla.modeling_smolvla_geometry import SmolVLAGeometryNetwork, SmolVLAGeometryPolicy
 from geomcache.training.checks import check_options
 from tests.support.policy import CHUNK, QUICK, loss_and_chunk, make_batch, make_config, make_plain_policy, make_policy
 
+SUBCLASSES = [
+    (PI05GeometryPytorch, PI05Pytorch),
+    (PI05GeometryPolicy, PI05Policy),
+    (PI0GeometryPytorch, PI0Pytorch),
+    (PI0GeometryPolicy, PI0Policy),
+    (SmolVLAGeometryNetwork, VLAFlowMatching),
+    (SmolVLAGeometryPolicy, SmolVLAPolicy),
+]
 OVERRIDES = [
     (ours, theirs, name)
-    for ours, theirs in ((PI05GeometryPytorch, PI05Pytorch), (PI05GeometryPolicy, PI05Policy))
-    for name, value in vars(ours).items()
+    for ours, theirs in SUBCLASSES
+    for name in sorted({name for base in ours.__mro__[: ours.__mro__.index(theirs)] for name in vars(base)})
     if inspect.isfunction(getattr(ours, name)) and hasattr(theirs, name) and name != "__init__"
 ]
 KINDS = inspect.Parameter
@@ -48,9 +60,10 @@ def test_an_override_takes_every_call_that_lerobots_takes(ours: type, theirs: ty
 
 
 def test_the_overrides_are_found() -> None:
-    names = {name for _, _, name in OVERRIDES}
-    assert {"embed_prefix", "forward", "sample_actions", "predict_action_chunk", "select_action"} <= names
-    assert len(OVERRIDES) >= 9
+    for network, policy in zip(SUBCLASSES[::2], SUBCLASSES[1::2], strict=True):
+        names = {name for ours, _, name in OVERRIDES if ours in (network[0], policy[0])}
+        assert {"embed_prefix", "forward", "sample_actions", "select_action"} <= names
+        assert names & {"predict_action_chunk", "_get_action_chunk"}
 
 
 @pytest.mark.parametrize("name", ["embed_prefix", "forward", "sample_actions"])
@@ -96,6 +109,16 @@ def test_checkpoints_in_shards_are_refused_by_name() -> None:
     check_options(config)
     config.checkpoint_format = SimpleNamespace(value="safetensors_dcp")
     with pytest.raises(UserInputError, match=r"checkpoint_format: .*'safetensors_dcp'"):
+        check_options(config)
+
+
+def test_split_parameters_are_refused_by_name() -> None:
+    dataset = SimpleNamespace(streaming=False, episodes=None)
+    config = SimpleNamespace(steps=1, batch_size=1, num_workers=0, dataset=dataset)
+    config.parallelism = SimpleNamespace(is_sharded=False, dp_shard=1)
+    check_options(config)
+    config.parallelism = SimpleNamespace(is_sharded=True, dp_shard=-1)
+    with pytest.raises(UserInputError, match=r"parallelism: .*dp_shard=-1.*dp_replicate"):
         check_options(config)
 
 

@@ -170,6 +170,8 @@ MISTAKES = [
     Mistake("updating a cache that is missing", "update TMP/none.zarr"),
     Mistake("updating with a dataset of other cameras", "update TMP/cache.zarr --dataset x --root DEMO", sealed),
     Mistake("following a dataset of the Hub", "extract --model DA3-SMALL --dataset x --follow"),
+    Mistake("an option of a cluster without one", "extract --model DA3-SMALL --dataset x --actors 2"),
+    Mistake("a dry run on a cluster", "extract --model DA3-SMALL --dataset x --cluster ray --dry-run"),
     # Training and evaluation
     Mistake("training from a cache that is missing", f"train --cache TMP/none.zarr {TRAIN}"),
     Mistake("training from an incomplete cache", f"train --cache TMP/cache.zarr {TRAIN}", incomplete),

@@ -117,7 +117,7 @@ before = {{name.partition(".")[0] for name in sys.modules}}
 from lerobot.utils.import_utils import register_third_party_plugins
 register_third_party_plugins()
 from lerobot.configs import PreTrainedConfig
-assert "pi05_geometry" in PreTrainedConfig.get_known_choices()
+assert {{"pi05_geometry", "pi0_geometry", "smolvla_geometry"}} <= set(PreTrainedConfig.get_known_choices())
 import {plugin}
 print({plugin}.__file__)
 print(sorted({{name.partition(".")[0] for name in sys.modules}} - before))
@@ -135,8 +135,9 @@ def test_the_installed_pair_is_found_by_lerobots_commands(wheel: Path, tmp_path:
         assert {"geomcache", PLUGIN} <= imported
         # What another policy's run waits for: nothing heavy that LeRobot has not imported itself.
         assert not imported & {"torch", "transformers", "zarr", "tensorstore", "depth_anything_3", "matplotlib"}
-    described = run_in(tmp_path, python, "-m", "lerobot.scripts.lerobot_train", "--policy.type=pi05_geometry", "--help")
-    assert "geom_target_hw" in described
+    for policy in ("pi05", "pi0", "smolvla"):
+        asked = ["-m", "lerobot.scripts.lerobot_train", f"--policy.type={policy}_geometry", "--help"]
+        assert "geom_target_hw" in run_in(tmp_path, python, *asked)
     with zipfile.ZipFile(plugin) as archive:
         metadata = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
     assert f"Name: {PLUGIN}\n" in metadata  # LeRobot imports the module of this very name

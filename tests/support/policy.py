@@ -1,20 +1,26 @@
 """Small policies, batches and checkpoints for the tests of the plugin."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pi0 import modeling_pi0
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05 import modeling_pi05
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
 from geomcache.geometry import Camera, Geometry, GeometrySpec
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
-from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
-from geomcache.policy.small_pi05 import SMALL_GEMMA, SmallPaliGemmaWithExpert
+from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy, SmallPI05
+from geomcache.policy.pi0.configuration_pi0_geometry import PI0GeometryConfig
+from geomcache.policy.pi0.modeling_pi0_geometry import PI0GeometryPolicy, SmallPI0
+from geomcache.policy.small_paligemma import SMALL_GEMMA
 from geomcache.statistics import Moments
 from tests.support.geometry import example_geometry
 
@@ -73,9 +79,41 @@ def features() -> dict[str, dict[str, PolicyFeature]]:
     }
 
 
-def make_config(*, spec: GeometrySpec | None = None, bound: bool = True, **options: Any) -> PI05GeometryConfig:
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A policy on PaliGemma: our classes and LeRobot's."""
+
+    config: Any
+    policy: Any
+    small: Any
+    plain_config: Any
+    plain: ModuleType
+    plain_policy: str
+
+
+KINDS = {
+    "pi05": Kind(
+        config=PI05GeometryConfig,
+        policy=PI05GeometryPolicy,
+        small=SmallPI05,
+        plain_config=PI05Config,
+        plain=modeling_pi05,
+        plain_policy="PI05Policy",
+    ),
+    "pi0": Kind(
+        config=PI0GeometryConfig,
+        policy=PI0GeometryPolicy,
+        small=SmallPI0,
+        plain_config=PI0Config,
+        plain=modeling_pi0,
+        plain_policy="PI0Policy",
+    ),
+}
+
+
+def make_config(*, kind: str = "pi05", spec: GeometrySpec | None = None, bound: bool = True, **options: Any) -> Any:
     """A quick configuration of the small variant, with the spec of a cache unless it is not to be bound."""
-    config = PI05GeometryConfig(**(QUICK | features() | {"model_size": "small", "geom_target_hw": TARGET} | options))
+    config = KINDS[kind].config(**(QUICK | features() | {"model_size": "small", "geom_target_hw": TARGET} | options))
     if bound:
         spec = spec or make_spec()
         config.bind_cache(spec, make_statistics(spec), "f" * 64)
@@ -86,7 +124,7 @@ _built: dict[str, Any] = {}
 
 
 def make_policy(seed: int = 0, **options: Any) -> Any:  # not typed: tests reach into LeRobot's parts
-    """Return a copy of a quick `PI05GeometryPolicy` with weights of this seed, in evaluation mode."""
+    """Return a copy of a quick policy with weights of this seed, Pi0.5 or `kind`, in evaluation mode."""
     key = repr((seed, options))
     if key not in _built:
         _built[key] = build_policy(seed, **options)
@@ -96,7 +134,7 @@ def make_policy(seed: int = 0, **options: Any) -> Any:  # not typed: tests reach
 def build_policy(seed: int = 0, **options: Any) -> Any:
     """Build a quick policy, as `make_policy` copies it."""
     torch.manual_seed(seed)
-    policy = PI05GeometryPolicy(make_config(**options))
+    policy = KINDS[options.get("kind", "pi05")].policy(make_config(**options))
     shake(policy)
     return policy.eval()
 
@@ -109,14 +147,15 @@ def shake(policy: torch.nn.Module) -> None:
                 parameter.normal_(std=0.05)
 
 
-def make_plain_policy(monkeypatch: pytest.MonkeyPatch, seed: int = 0, **options: Any) -> modeling_pi05.PI05Policy:
-    """LeRobot's own PI05Policy in the small size: its hard-wired sizes are replaced while it is built."""
-    config = PI05Config(**(QUICK | features() | options))
+def make_plain_policy(monkeypatch: pytest.MonkeyPatch, seed: int = 0, *, kind: str = "pi05", **options: Any) -> Any:
+    """LeRobot's own policy in the small size: its hard-wired sizes are replaced while it is built."""
+    theirs = KINDS[kind]
+    config = theirs.plain_config(**(QUICK | features() | options))
     torch.manual_seed(seed)
     with monkeypatch.context() as patch:
-        patch.setattr(modeling_pi05, "get_gemma_config", lambda variant: SMALL_GEMMA)
-        patch.setattr(modeling_pi05, "PaliGemmaWithExpertModel", lambda *_, **__: SmallPaliGemmaWithExpert(config))
-        policy = modeling_pi05.PI05Policy(config)
+        patch.setattr(theirs.plain, "get_gemma_config", lambda variant: SMALL_GEMMA)
+        patch.setattr(theirs.plain, "PaliGemmaWithExpertModel", lambda *_, **__: theirs.small(config))
+        policy = getattr(theirs.plain, theirs.plain_policy)(config)
     shake(policy)
     return policy.eval()
 

@@ -1,5 +1,5 @@
-"""Register the policy `pi05_geometry` with LeRobot, which imports this module by the name of its distribution."""
+"""Register geomcache's policies with LeRobot, which imports this module by the name of its distribution."""
 
-from geomcache.policy import PI05GeometryConfig
+from geomcache.policy import PI0GeometryConfig, PI05GeometryConfig, SmolVLAGeometryConfig
 
-__all__ = ["PI05GeometryConfig"]
+__all__ = ["PI0GeometryConfig", "PI05GeometryConfig", "SmolVLAGeometryConfig"]

@@ -1,29 +1,35 @@
-"""The small variant of Pi0.5: LeRobot's classes with 2.7 million parameters instead of 3.6 billion.
+"""The small variant of Pi0 and Pi0.5: LeRobot's classes with 2.7 million parameters instead of 3.6 billion.
 
-`PI05Pytorch` knows only the published sizes of Gemma and SigLIP. The parts whose shapes depend on a size are made here,
-with the same names, so that everything else, training and sampling included, is LeRobot's own.
+LeRobot's networks know only the published sizes of Gemma and SigLIP. The parts whose shapes depend on a size are made
+here, with the same names, so that everything else, training and sampling included, is LeRobot's own.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
-from lerobot.policies.pi05.modeling_pi05 import GemmaConfig, PaliGemmaWithExpertModel, PI05Pytorch
+from lerobot.policies.pi05.modeling_pi05 import GemmaConfig
 from lerobot.policies.pi_gemma import PaliGemmaForConditionalGenerationWithPiGemma, PiGemmaForCausalLM
 from torch import nn
 from transformers.models.auto import CONFIG_MAPPING
 
 from geomcache.geometry import PATCH_SIZE
+from geomcache.policy.options import LeRobotClass
 
 # LeRobot's attention is written for 8 heads; language model and action expert share depth, heads and head size.
 SMALL_GEMMA = GemmaConfig(width=128, depth=4, mlp_dim=256, num_heads=8, num_kv_heads=1, head_dim=32)
 SMALL_VOCABULARY = 512
 
 
-class SmallPaliGemmaWithExpert(PaliGemmaWithExpertModel):  # type: ignore[misc]  # LeRobot is not typed
-    """LeRobot's pair of language model and action expert, in the small size. All methods are inherited."""
+class SmallPaliGemmaWithExpert(LeRobotClass):  # type: ignore[misc]
+    """What LeRobot's pair of language model and action expert inherits first, for the small size.
 
-    def __init__(self, config: PI05Config) -> None:
-        nn.Module.__init__(self)  # the parent's constructor would build the published sizes
+    All other methods are LeRobot's.
+    """
+
+    adaptive: ClassVar[bool] = False
+    """Whether the action expert's norms adapt to the time step."""
+
+    def __init__(self, config: Any) -> None:  # a configuration of LeRobot's
+        nn.Module.__init__(self)  # LeRobot's constructor would build the published sizes
         self.freeze_vision_encoder = config.freeze_vision_encoder
         self.train_expert_only = config.train_expert_only
         vision = _configuration(
@@ -47,24 +53,14 @@ class SmallPaliGemmaWithExpert(PaliGemmaWithExpertModel):  # type: ignore[misc] 
                 hidden_size=SMALL_GEMMA.width,
             )
         )
-        self.gemma_expert = PiGemmaForCausalLM(config=_gemma(adaptive=True))
+        self.gemma_expert = PiGemmaForCausalLM(config=_gemma(adaptive=self.adaptive))
         self.gemma_expert.model.embed_tokens = None  # the expert is given embeddings
         self.to_bfloat16_for_selected_params(config.dtype)
         self._set_requires_grad()
 
 
-def make_small(model: PI05Pytorch, config: PI05Config) -> None:
-    """Replace every part of a model whose shape depends on the size."""
-    width = SMALL_GEMMA.width
-    model.paligemma_with_expert = SmallPaliGemmaWithExpert(config)
-    model.action_in_proj = nn.Linear(config.max_action_dim, width)
-    model.action_out_proj = nn.Linear(width, config.max_action_dim)
-    model.time_mlp_in = nn.Linear(width, width)
-    model.time_mlp_out = nn.Linear(width, width)
-
-
 def _gemma(*, adaptive: bool) -> Any:
-    """Return Transformers' configuration of either model; the action expert's norms adapt to the time step."""
+    """Return Transformers' configuration of either model."""
     return _configuration(
         "gemma",
         hidden_size=SMALL_GEMMA.width,

@@ -1,0 +1,1 @@
+"""The LeRobot policy plugin `smolvla_geometry`: SmolVLA with geometry."""
