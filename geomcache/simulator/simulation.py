@@ -158,7 +158,7 @@ class VariedMixin:
         assert oracle is not None
         assert names[0] == FIRST_CAMERA
         height, width = self.observation_height, self.observation_width
-        options = {"grid_hw": oracle.grid_hw, "aspect": width / height}
+        options: dict[str, Any] = {"grid_hw": oracle.grid_hw, "aspect": width / height}
 
         @sensor(modality=PLACES)  # type: ignore[untyped-decorator]  # robosuite is not typed
         def look(cache: dict[str, Any]) -> NDArray[np.uint8]:
