@@ -8,6 +8,7 @@ states, and success at the end.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def record(
     cache: Path,
     *,
     fps: int = 10,
+    as_images: bool = False,
 ) -> None:
     """Replay every demonstration, seen by all cameras at once, and write a dataset and its cache.
 
@@ -118,6 +120,7 @@ def record(
         folder: of the new LeRobotDataset; it must not exist.
         cache: path of the new cache.
         fps: of the new dataset; LIBERO's own datasets say 10.
+        as_images: keep pictures as they are instead of as video, which loses detail and takes longer to write.
 
     Raises:
         UserInputError: no geometry was asked for, or a demonstration does not repeat.
@@ -131,7 +134,7 @@ def record(
     config.prepare()
     keys = config.view_keys()
     picture = {
-        "dtype": "video",
+        "dtype": "image" if as_images else "video",
         "shape": (config.observation_height, config.observation_width, 3),
         "names": ["height", "width", "channels"],
     }
@@ -139,10 +142,14 @@ def record(
     features[STATE] = {"dtype": "float32", "shape": demonstrations[0].states.shape[1:], "names": None}
     features[ACTION] = {"dtype": "float32", "shape": demonstrations[0].actions.shape[1:], "names": None}
     repo_id = f"geomcache/{folder.name}"
-    dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=folder, robot_type="panda")
+    dataset = LeRobotDataset.create(
+        repo_id, fps=fps, features=features, root=folder, robot_type="panda", use_videos=not as_images
+    )
     maps: dict[str, list[NDArray[np.float16]]] = {output: [] for output in options.outputs}
     for demonstration in demonstrations:
+        began = time.monotonic()
         moments = list(replay(demonstration, config, cameras))
+        logger.info("%s: replayed in %.0f s", demonstration.name, time.monotonic() - began)
         for place, camera in enumerate(cameras):
             for frame in (moment[place] for moment in moments):
                 for output, values in frame.maps.items():

@@ -319,6 +319,8 @@ def main() -> None:
         rehearse(options.arm, options)
         return
     files = [sorted(options.frames.glob(f"{kind}_??.npz")) for kind in ("train", "test")]
+    if not all(files):
+        sys.exit(f"learn.py: expected train_*.npz and test_*.npz in {options.frames}: record demonstrations first")
     learn(options.arm, files, options)
 
 

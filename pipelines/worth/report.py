@@ -155,7 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output or arguments.results
     found = read(arguments.results / "open_loop")
-    seeds = sorted(set.intersection(*({*rows} for rows in found.values())))
+    seeds = sorted(set.intersection(*({*rows} for rows in found.values()))) if found else []
     if BASELINE not in found or not seeds:
         raise SystemExit("report.py: expected errors of every arm from at least one seed, found none: run learn.py")
     results: dict[str, list[ArmResult]] = {}

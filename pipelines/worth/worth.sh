@@ -67,7 +67,7 @@ record-one() { # NAME EPISODE CAMERAS
     rm -rf "$WORK/recorded/$1" "$WORK/recorded/$1.zarr"
     "$PYTHON" pipelines/record_demonstrations.py --demonstrations "$WORK/demonstrations" --episodes "$2" \
         --cameras "$3" --output "$WORK/recorded/$1" --cache "$WORK/recorded/$1.zarr" --size "$PICTURE" \
-        --outputs ray,depth --grid 8x8 >"$WORK/logs/record_$1.log" 2>&1 || { tail -n 3 "$WORK/logs/record_$1.log"; return 1; }
+        --outputs ray,depth --grid 8x8 --images >"$WORK/logs/record_$1.log" 2>&1 || { tail -n 3 "$WORK/logs/record_$1.log"; return 1; }
     "$PYTHON" $worth/frames.py --recorded "$WORK/recorded" --name "$1" --cameras "$3" --output "$WORK/frames"
     echo "$1: recorded"
 }
@@ -75,7 +75,8 @@ record-one() { # NAME EPISODE CAMERAS
 extract() {
     local model="$WORK/da3-small-random"
     if [[ ! -e "$model/model.safetensors" ]]; then "$PYTHON" pipelines/make_random_da3.py --output "$model"; fi
-    cut -d ' ' -f 1 "$WORK/parts.txt" | xargs -P "${EXTRACTORS:-1}" -L 1 "$self" extract-one
+    # What was recorded, should a time limit have cut recording short.
+    find "$WORK/frames" -name '*_??.npz' -printf '%f\n' | sort | cut -d . -f 1 | xargs -P "${EXTRACTORS:-1}" -L 1 "$self" extract-one
 }
 
 extract-one() { # NAME
