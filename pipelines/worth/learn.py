@@ -9,12 +9,10 @@ decode every frame dozens of times.
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,10 @@ from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
 from geomcache.cache.store import GeometryStore
-from geomcache.geometry import Camera, GeometrySpec
+from geomcache.geometry import GeometrySpec
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
-from geomcache.simulator.oracle import OracleOptions, oracle_spec
 from geomcache.statistics import Moments
 from pipelines.worth.design import ARMS, Arm
 from pipelines.worth.frames import Frames, cache_of, geometry_keys
@@ -40,7 +37,6 @@ COLUMNS = ("arm", "seed", "steps", "camera", "seen", "demonstration", "frames", 
 WARM_UP, LAST_RATE = 0.05, 0.01  # share of the steps, and of the learning rate
 TEXT = 116  # bytes of "Task: ..., State: ...;"
 BATCH_TO_MEASURE = 256
-REHEARSED = (6, 30)  # steps: the first ones, the timed ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,16 +141,6 @@ def shuffled(frames: Frames) -> Frames:
     return dataclasses.replace(frames, maps={output: values[order] for output, values in frames.maps.items()})
 
 
-@contextlib.contextmanager
-def compiled(policy: Any) -> Iterator[None]:
-    """While this lasts, the network's training step is compiled: fewer and larger kernels."""
-    policy.model.forward = torch.compile(policy.model.forward, dynamic=False)
-    try:
-        yield
-    finally:
-        del policy.model.forward  # of this object; its class has it
-
-
 def train(policy: Any, prepared: Prepared, arm: Arm, seed: int, options: argparse.Namespace) -> list[float]:
     """Train the policy; return the loss of each step."""
     optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
@@ -233,7 +219,6 @@ def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> No
     config = make_config(arm, frames[0], options, *read_spec(arm, frames[0], options.caches))
     processors = make_pi05_geometry_pre_post_processors(config, statistics_of(frames[0]))
     prepared = [prepare(each, processors[0], options.device) for each in frames]
-    policy: Any = PI05GeometryPolicy(config)
     trained_cameras, took = {*frames[0].camera.tolist()}, 0.0
     for seed in map(int, options.seeds.split(",")):
         file = options.output / "open_loop" / f"{name}.{seed}.csv"
@@ -244,9 +229,8 @@ def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> No
             break
         began = time.time()
         torch.manual_seed(seed)
-        policy.load_state_dict(PI05GeometryPolicy(config).state_dict())  # into one object: it is compiled once
-        with compiled(policy) if options.compile else contextlib.nullcontext():
-            train(policy, prepared[0], arm, seed, options)
+        policy: Any = PI05GeometryPolicy(config)
+        train(policy, prepared[0], arm, seed, options)
         table = measure(policy, processors[1], frames[1], prepared[1], arm)
         save(policy, processors, options.output / "policies" / name / str(seed))
         rows = [
@@ -258,52 +242,14 @@ def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> No
         print(f"{name}, seed {seed}: {took:.0f} s, error {new:.4f} under new cameras, {old:.4f} under trained ones")
 
 
-def rehearse(name: str, options: argparse.Namespace) -> None:
-    """Print the milliseconds of a step on made-up frames, as it is and compiled, and the two losses."""
-    arm, generator, count = ARMS[name], np.random.default_rng(0), 256
-    shapes = {"ray": (count, 2, 8, 8, 6), "depth": (count, 2, 8, 8)}
-    side = options.resolution
-    frames = Frames(
-        pictures=torch.from_numpy(generator.integers(0, 255, (count, 2, 3, side, side), dtype=np.uint8)),
-        maps={
-            output: torch.from_numpy(generator.random(shapes[output]).astype(np.float16))
-            for output in arm.outputs
-            if arm.source
-        },
-        state=generator.random((count, 8)).astype(np.float32),
-        actions=generator.random((count, options.chunk, 7)).astype(np.float32),
-        is_pad=np.zeros((count, options.chunk), bool),
-        tasks=("pick up something and place it in the basket",) * count,
-        part=np.repeat("test_00", count),
-        camera=np.repeat("", count),
-    )
-    cameras = [Camera(key=key, height=side, width=side) for key in KEYS]
-    spec = oracle_spec(cameras, OracleOptions.parse("ray,depth", "8x8")) if arm.source else None
-    config = make_config(arm, frames, options, spec, "0" * 64)
-    processors = make_pi05_geometry_pre_post_processors(config, statistics_of(frames))
-    prepared = prepare(frames, processors[0], options.device)
-    for way in ("eager", "compiled"):
-        torch.manual_seed(0)
-        policy: Any = PI05GeometryPolicy(config)
-        with compiled(policy) if way == "compiled" else contextlib.nullcontext():
-            began = time.perf_counter()
-            first = train(policy, prepared, arm, 0, argparse.Namespace(**vars(options) | {"steps": REHEARSED[0]}))
-            warm = time.perf_counter()
-            train(policy, prepared, arm, 0, argparse.Namespace(**vars(options) | {"steps": REHEARSED[1]}))
-            each = 1000 * (time.perf_counter() - warm) / REHEARSED[1]
-        losses = " ".join(f"{loss:.4f}" for loss in first)
-        print(f"rehearsed {name} {way} {each:.1f} ms a step after {warm - began:.0f} s: {losses}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arm", required=True, choices=ARMS)
     parser.add_argument("--seeds", default="0,1,2", help="%(default)s")
-    parser.add_argument("--frames", type=Path, help="folder that frames.py wrote")
-    parser.add_argument("--caches", type=Path, help="folder of the recordings' caches")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--rehearse", action="store_true", help="time some steps on made-up frames, and end")
-    parser.add_argument("--steps", type=int, default=1500, help="%(default)s")
+    parser.add_argument("--frames", type=Path, required=True, help="folder that frames.py wrote")
+    parser.add_argument("--caches", type=Path, required=True, help="folder of the recordings' caches")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=800, help="%(default)s")
     parser.add_argument("--batch-size", type=int, default=48, help="%(default)s")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (%(default)s)")
     parser.add_argument("--resolution", type=int, default=112, help="of the policy's pictures (%(default)s)")
@@ -311,13 +257,9 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16, help="actions a prediction (%(default)s)")
     parser.add_argument("--every", type=int, default=4, help="measure one of so many frames (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="by torch.compile")
     parser.add_argument("--until", type=float, help="do not begin a seed that would end after this time, in seconds")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    if options.rehearse:
-        rehearse(options.arm, options)
-        return
     files = [sorted(options.frames.glob(f"{kind}_??.npz")) for kind in ("train", "test")]
     if not all(files):
         sys.exit(f"learn.py: expected train_*.npz and test_*.npz in {options.frames}: record demonstrations first")

@@ -22,7 +22,7 @@ SIZE="${SIZE:-cpu}"
 case "$SIZE" in
     smoke) defaults="TASKS=0:1 STATES=0:2 EVERY=6 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12" ;;
     cpu) defaults="TASKS=0:4 STATES=0:3 EVERY=1 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=500 BATCH=16 SEEDS=0,1,2 MEASURE_EVERY=8 VARIANTS=30 EPISODE=220" ;;
-    gpu) defaults="TASKS=0:10 STATES=0:3 EVERY=1 PICTURE=112 DA3=112 TOKENS=8 CHUNK=16 STEPS=1500 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=220" ;;
+    gpu) defaults="TASKS=0:10 STATES=0:3 EVERY=1 PICTURE=112 DA3=112 TOKENS=8 CHUNK=16 STEPS=800 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=220" ;;
     *) echo "worth.sh: SIZE: expected smoke, cpu or gpu, got '$SIZE'" >&2; exit 2 ;;
 esac
 for setting in $defaults; do
@@ -120,6 +120,7 @@ closed-one() { # ARM SEED VARIANTS NUMBER
 }
 
 report() {
+    "$PYTHON" $worth/redundancy.py --frames "$WORK/frames" --caches "$WORK/recorded" | tee "$WORK/redundancy.md"
     "$PYTHON" $worth/report.py --results "$WORK" --output "$WORK/report"
     local files=()
     for arm in none rays rays_depth; do

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from geomcache.simulator import libero, plus
-from pipelines.worth import design, report
+from pipelines.worth import design, redundancy, report
 from pipelines.worth.demonstrate import CLOSED, OPEN, PHASES, Demonstrator
 from pipelines.worth.frames import Frames
 from tests.support.simulator import needs_libero, needs_plus
@@ -98,3 +98,25 @@ def test_a_report_wants_every_pair(tmp_path: Path) -> None:
     (folder / "rays.0.csv").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(SystemExit, match="some are missing"):
         report.table(report.read(folder)["rays"], [0], "xyz", 0)
+
+
+def test_what_the_state_says_is_told_from_what_it_does_not_say() -> None:
+    generator = np.random.default_rng(5)
+    state = np.tile(generator.normal(size=(60, 8)), (3, 1, 1))  # the same motion under three cameras
+    place = np.arange(3.0)[:, None, None]
+    seen = redundancy.Seen(
+        state=state,
+        maps={
+            "follows": 2 * state[..., :2],  # from the state, whatever the camera
+            "moves": 0.1 * state[..., :2] + 5 * place,  # from the state and the camera
+            "unknown": np.tile(generator.normal(size=(60, 2)), (3, 1, 1)),
+            "still": np.ones((3, 60, 2)),
+        },
+    )
+    found = {name: (alone, together) for name, alone, together in redundancy.rows(seen)}
+    assert min(found["follows"][0]) > 0.99
+    assert found["follows"][1] > 0.99
+    assert min(found["moves"][0]) > 0.99
+    assert found["moves"][1] < 0.1
+    assert max(found["unknown"][0]) < 0.1
+    assert np.isnan(found["still"][1])
