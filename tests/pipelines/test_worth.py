@@ -102,15 +102,15 @@ def test_a_report_wants_every_pair(tmp_path: Path) -> None:
 
 def test_what_the_state_says_is_told_from_what_it_does_not_say() -> None:
     generator = np.random.default_rng(5)
-    state = np.tile(generator.normal(size=(60, 8)), (3, 1, 1))  # the same motion under three cameras
+    state = np.tile(generator.normal(size=(600, 8)), (3, 1, 1))  # the same motion under three cameras
     place = np.arange(3.0)[:, None, None]
     seen = redundancy.Seen(
         state=state,
         maps={
             "follows": 2 * state[..., :2],  # from the state, whatever the camera
             "moves": 0.1 * state[..., :2] + 5 * place,  # from the state and the camera
-            "unknown": np.tile(generator.normal(size=(60, 2)), (3, 1, 1)),
-            "still": np.ones((3, 60, 2)),
+            "unknown": np.tile(generator.normal(size=(600, 2)), (3, 1, 1)),
+            "still": np.ones((3, 600, 2)),
         },
     )
     found = {name: (alone, together) for name, alone, together in redundancy.rows(seen)}
