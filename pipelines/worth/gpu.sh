@@ -11,8 +11,8 @@
 #           as soon as the first seed of an arm is learned: closed loop, on the processor next to the learners
 #   760 s   tables, plots
 #
-# With five compilers next to the recordings, sixteen cores had recorded 2 of 25 demonstrations after 180 s, and a
-# compiled step was no faster than a plain one: the processor is what is short. LIMIT_S is the whole time in seconds.
+# With five compilers next to the recordings, sixteen cores had recorded 2 of 25 demonstrations after 180 s: the processor
+# is what is short. LIMIT_S is the whole time in seconds.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 out=$(realpath -m "${1:-outputs/worth/gpu}")
