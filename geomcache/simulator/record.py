@@ -133,14 +133,7 @@ def record(
         raise UserInputError("oracle_outputs: expected ray or ray,depth to cache, got none")
     config.prepare()
     keys = config.view_keys()
-    picture = {
-        "dtype": "image" if as_images else "video",
-        "shape": (config.observation_height, config.observation_width, 3),
-        "names": ["height", "width", "channels"],
-    }
-    features: dict[str, dict[str, Any]] = {key: dict(picture) for key in keys}
-    features[STATE] = {"dtype": "float32", "shape": demonstrations[0].states.shape[1:], "names": None}
-    features[ACTION] = {"dtype": "float32", "shape": demonstrations[0].actions.shape[1:], "names": None}
+    features = _features(keys, demonstrations[0], config, as_images=as_images)
     repo_id = f"geomcache/{folder.name}"
     dataset = LeRobotDataset.create(
         repo_id, fps=fps, features=features, root=folder, robot_type="panda", use_videos=not as_images
@@ -160,6 +153,21 @@ def record(
             logger.info("%s, camera %s: %d frames", demonstration.name, camera or "as it is", len(moments))
     dataset.finalize()
     write_cache(repo_id, folder, cache, keys, config, {output: np.stack(values) for output, values in maps.items()})
+
+
+def _features(
+    keys: Sequence[str], demonstration: Demonstration, config: LiberoGeometry, *, as_images: bool
+) -> dict[str, dict[str, Any]]:
+    """Return the columns of the new dataset, as LeRobot describes them."""
+    picture = {
+        "dtype": "image" if as_images else "video",
+        "shape": (config.observation_height, config.observation_width, 3),
+        "names": ["height", "width", "channels"],
+    }
+    features: dict[str, dict[str, Any]] = {key: dict(picture) for key in keys}
+    features[STATE] = {"dtype": "float32", "shape": demonstration.states.shape[1:], "names": None}
+    features[ACTION] = {"dtype": "float32", "shape": demonstration.actions.shape[1:], "names": None}
+    return features
 
 
 def write_cache(
