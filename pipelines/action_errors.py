@@ -35,9 +35,9 @@ from torch import Tensor
 import geomcache.policy  # noqa: F401 - registers the policy and its processor steps
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import GeomcacheError
-from geomcache.evaluation.record import ACTION, STATE
 from geomcache.geometry import Geometry
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
+from geomcache.simulator.record import ACTION, STATE
 
 RIGHT = "right"
 WRONG = ("swapped", "missing", "other")

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.errors import GeomcacheError, UserInputError
-from geomcache.evaluation.environments import LiberoGeometry, make_environment
-from geomcache.evaluation.record import ACTION, STATE, state_of
 from geomcache.ranges import parse_episodes, rows_of
+from geomcache.simulator.environments import LiberoGeometry, make_environment
+from geomcache.simulator.record import ACTION, STATE, state_of
 
 SUITE = "libero_object"
 FPS = 10  # as LIBERO's own datasets say, though the simulator runs at 20
