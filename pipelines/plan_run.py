@@ -20,7 +20,7 @@ from geomcache.progress import human_bytes
 
 # Views/s: DA3-LARGE at 504 px, two joint views, compiled, on one H200. benchmarks/RESULTS.md, "On a GPU".
 RATE = 174.0
-# MB/s that a process commits: next to that H200 a thread that wrote 169 views/s of 18.1 kB was busy 4 % of the time.
+# MB/s that a process of four threads commits, on two CPU cores. benchmarks/RESULTS.md, "Engines".
 DRIVER_RATE = 75.0
 # Dollars for 1,000 requests: S3 Standard, US East (N. Virginia), aws.amazon.com/s3/pricing.
 PUT_PRICE, GET_PRICE = 0.005, 0.0004
@@ -148,7 +148,7 @@ def main() -> None:
         "--driver-rate",
         type=rate,
         default=DRIVER_RATE,
-        help="MB/s that the driver of a Ray cluster writes (%(default)g: one thread, next to an H200)",
+        help="MB/s that the driver of a Ray cluster writes (%(default)g: four threads on two CPU cores)",
     )
     s3 = "S3 Standard, US East"
     parser.add_argument("--put-price", type=price, default=PUT_PRICE, help=f"$ for 1,000 writes (%(default)g: {s3})")

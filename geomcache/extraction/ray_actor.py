@@ -88,7 +88,7 @@ class ShardMaker:
         self._log = _LogLines()
         self._encoder: DA3Encoder | None = None
         self._dataset: FrameDataset | None = None
-        self._decoder: ray.ObjectRef[BatchDecoder] | None = None
+        self._decoder: Any = None  # the reference of a BatchDecoder
         self._batch_size = 0
 
     def start(self) -> ActorFacts:
@@ -160,7 +160,7 @@ class ShardMaker:
         streams = deque[Any]()
         for start, stop in pairwise(bounds):
             ranges = [rows for claim in claims[start:stop] for rows in batch_ranges(claim, self._batch_size)]
-            task = decode_ranges.options(scheduling_strategy=here)  # type: ignore[attr-defined]
+            task = DECODING_TASK.options(scheduling_strategy=here)
             streams.append(task.remote(self._decoder, ranges))
         try:
             while streams:
@@ -179,12 +179,6 @@ class ShardMaker:
                 ray.cancel(stream)
 
 
-@ray.remote(
-    num_cpus=0,  # its actor has reserved the processor
-    num_returns="streaming",
-    max_retries=0,  # the driver gives the shards out again
-    _generator_backpressure_num_objects=QUEUED_BATCHES,
-)
 def decode_ranges(decoder: BatchDecoder, ranges: Sequence[RowRange]) -> Iterator[NetworkBatch]:
     """Yield the network's input of each range of rows: a decoding task.
 
@@ -195,6 +189,14 @@ def decode_ranges(decoder: BatchDecoder, ranges: Sequence[RowRange]) -> Iterator
     torch.set_num_threads(1)
     for start, stop in ranges:
         yield decoder.decode(start, stop)
+
+
+DECODING_TASK = ray.remote(
+    num_cpus=0,  # its actor has reserved the processor
+    num_returns="streaming",
+    max_retries=0,  # the driver gives the shards out again
+    _generator_backpressure_num_objects=QUEUED_BATCHES,
+)(decode_ranges)
 
 
 def _share_tensors() -> None:

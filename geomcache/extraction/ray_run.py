@@ -89,8 +89,10 @@ def _for_all_nodes(options: ExtractOptions, dataset: FrameDataset) -> ExtractOpt
 @contextlib.contextmanager
 def _connected(options: ExtractOptions) -> Iterator[None]:
     """Connect to the cluster; what actors log comes with their shards, so that there is one progress line."""
+    address = options.cluster_address
     try:
-        ray.init(options.cluster_address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+        with waiting(f"waiting for the Ray cluster at {address}: see whether it is up, and its port open"):
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"cluster {options.cluster_address}: expected a Ray cluster, found none ({one_line(error)}): start one with"

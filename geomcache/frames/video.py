@@ -63,9 +63,10 @@ class VideoFile:
 
     def _seek(self, first: float) -> list[tuple[float, "av.VideoFrame"]]:
         """Go to the key frame at or before a time stamp, with a margin of one frame, as LeRobot does."""
-        offset = round(first / self._stream.time_base) - 1
-        self._container.seek(offset, backward=True, any_frame=False, stream=self._stream)
         time_base = self._stream.time_base
+        assert time_base is not None, "a video stream without a time base"
+        offset = round(first / time_base) - 1
+        self._container.seek(offset, backward=True, any_frame=False, stream=self._stream)
         frames = (frame for frame in self._container.decode(self._stream) if frame.pts is not None)
         self._decoded = ((float(frame.pts * time_base), frame) for frame in frames)
         return []

@@ -36,6 +36,7 @@ from tests.support.datasets import DEMO, ROOT
 NODE = {"num_cpus": 2, "object_store_memory": 200_000_000}  # an actor and its decoding task
 UNLIKE = {JOURNAL, "lock"}  # files that depend on the order of events
 MADE = "GEOMCACHE_TEST_MADE"  # the file in which actors count what they make
+TOGETHER = "GEOMCACHE_TEST_TOGETHER"  # set: an actor goes on when another one has made a shard, too
 
 
 class CountedShardMaker(ShardMaker):
@@ -45,6 +46,8 @@ class CountedShardMaker(ShardMaker):
         descriptor = os.open(os.environ[MADE], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         for made in super().make(*arguments):
             os.write(descriptor, f"{made.shard} {os.getpid()}\n".encode())
+            while TOGETHER in os.environ and len({pid for _, pid in _made_shards()}) < 2:
+                time.sleep(0.1)
             yield made
 
 
@@ -55,9 +58,15 @@ def drive(file: Path) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     values = json.loads(file.read_text())
     paths = {name: Path(values[name]) for name in ("root", "output")}
-    ray_run.ShardMaker = CountedShardMaker  # type: ignore[misc]
+    vars(ray_run)["ShardMaker"] = CountedShardMaker
     report = extract(ExtractOptions(**(values | paths)))
     print("\n".join(report.lines()), f"given out again: {report.shards_again}", sep="\n", flush=True)
+
+
+def _made_shards() -> list[tuple[int, int]]:
+    file = Path(os.environ[MADE])
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [(int(shard), int(pid)) for shard, pid in map(str.split, lines)]
 
 
 def demo_options(model: Path, output: Path, **changes: Any) -> ExtractOptions:
@@ -99,6 +108,7 @@ class Scene:
 
         self.folder, self.model = folder, model
         self.made = folder / "made"
+        self.fresh()
         os.environ[MADE] = str(self.made)  # for the nodes, and so for the actors
         os.environ["PYTHONPATH"] = str(ROOT)
         os.environ["OMP_NUM_THREADS"] = "1"  # numbers of a CPU depend on it; Ray would set an actor's processors
@@ -124,9 +134,7 @@ class Scene:
 
     def made_shards(self) -> list[tuple[int, int]]:
         """Return (shard, process) of all shards that actors have made since the last call of `fresh`."""
-        if not self.made.exists():
-            return []
-        return [(int(shard), int(pid)) for shard, pid in map(str.split, self.made.read_text().splitlines())]
+        return _made_shards()
 
     def fresh(self) -> Path:
         self.made.unlink(missing_ok=True)
@@ -284,8 +292,13 @@ KINDS = {"equal": equal, "actors": actors, "nodes": nodes, "drivers": drivers, "
 
 
 def run(kind: str, count: int, folder: Path, model: Path) -> dict[str, Any]:
-    with Scene(folder, model, nodes=1 if kind == "later" else 2) as scene:
-        return KINDS[kind](scene, count)
+    if kind == "later":
+        os.environ[TOGETHER] = "1"
+    try:
+        with Scene(folder, model, nodes=1 if kind == "later" else 2) as scene:
+            return KINDS[kind](scene, count)
+    finally:
+        os.environ.pop(TOGETHER, None)
 
 
 def main(arguments: Sequence[str]) -> None:
