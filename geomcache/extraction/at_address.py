@@ -49,7 +49,7 @@ def open_at_address(
         overwrite=options.overwrite,
     )
     try:
-        with errors_name(writer.address, writer.path):
+        with errors_name(str(options.place), writer.path):
             compare_with_cache(writer.path, dataset)
         if writer.frames_done():
             with open_store(address) as store:
