@@ -106,22 +106,7 @@ def open_writer(
                 logger.warning(line)
 
     def open_or_create(*, overwrite: bool) -> StoreWriter:
-        path = options.output_path
-        version = SCHEMA_VERSION
-        if is_cache(path) and not overwrite:
-            version = Header.read(path).schema_version
-            compare_with_cache(path, dataset)
-        return StoreWriter.create_or_open(
-            path,
-            spec if features is None else features.encoder.spec,
-            dataset.describe(version),  # a cache of an earlier version is continued as it was begun
-            dataset.reader.episode_length,
-            rows,
-            identities=dataset.identities,
-            feature_basis=None if features is None else features.encoder.feature_basis,
-            codec=codec,
-            overwrite=overwrite,
-        )
+        return _open_or_create(options, dataset, rows, features.encoder if features else spec, overwrite=overwrite)
 
     with process.main_first():  # the others open what the main process has created or replaced
         overwrite = options.overwrite and process.is_main
@@ -145,6 +130,32 @@ def open_writer(
                 writer.close()
                 raise
         return writer
+
+
+def _open_or_create(
+    options: ExtractOptions,
+    dataset: FrameDataset,
+    rows: Sequence[tuple[int, int]],
+    encoder: DA3Encoder | GeometrySpec,
+    *,
+    overwrite: bool,
+) -> StoreWriter:
+    spec, basis = (encoder.spec, encoder.feature_basis) if isinstance(encoder, DA3Encoder) else (encoder, None)
+    path, version = options.output_path, SCHEMA_VERSION
+    if is_cache(path) and not overwrite:
+        version = Header.read(path).schema_version
+        compare_with_cache(path, dataset)
+    return StoreWriter.create_or_open(
+        path,
+        spec,
+        dataset.describe(version),  # a cache of an earlier version is continued as it was begun
+        dataset.reader.episode_length,
+        rows,
+        identities=dataset.identities,
+        feature_basis=basis,
+        codec=Codec.of(options.codec),
+        overwrite=overwrite,
+    )
 
 
 def announce(writer: StoreWriter, options: ExtractOptions, process: Process) -> int:

@@ -146,6 +146,8 @@ class _Extraction:
             warn_of_missing_quantiles(options, dataset)
         if self.encoder is None:
             self.encoder = load_encoder(options, dataset.cameras, options.device or machinery.process.device)
+        if not options.dry_run:
+            recover(path.resolve())
         features, codec = FeatureEncoder(options, self.encoder), Codec.of(options.codec)
         encoder = features.encoder
         machinery.batch_size = choose_batch_size(options, encoder, machinery.process)
@@ -153,7 +155,6 @@ class _Extraction:
             for line in describe_plan(options.place, dataset, encoder, rows, machinery.batch_size, codec):
                 logger.info(line)
             return ExtractReport(path=path)
-        recover(path.resolve())
         if not options.overwrite and has_grown(path, dataset, encoder.spec, codec):
             if self._share is not None:
                 raise UserInputError(
