@@ -30,7 +30,7 @@ from geomcache.cache.journal import Drop, Journal, decode_line
 from geomcache.cache.manifest import JOURNAL, MANIFEST
 from geomcache.cache.signatures import Signatures
 from geomcache.cache.writer import Claim, ShardMaps, StoreWriter
-from geomcache.errors import CacheCorruptError, CacheExistsError, CacheLockedError
+from geomcache.errors import CacheCorruptError, CacheExistsError, CacheLockedError, UserInputError
 from geomcache.geometry import DatasetSpec, GeometrySpec
 from geomcache.ranges import Ranges
 from geomcache.sharing import lease as leases
@@ -78,6 +78,7 @@ class AddressWriter(StoreWriter):
         wanted: Iterable[tuple[int, int]],
         *,
         identities: NDArray[np.uint64] | None = None,
+        feature_basis: NDArray[np.float32] | None = None,
         codec: Codec = RAW,
         shard_frames: int | None = None,
         overwrite: bool = False,
@@ -89,8 +90,13 @@ class AddressWriter(StoreWriter):
         Raises:
             CacheLockedError: another driver writes to the address.
             RemoteError: the store refuses, or does not keep conditional writes.
+            UserInputError: the cache has features, whose basis every driver would have to find at the address.
         """
         remote = ConditionalRemote(str(path))
+        if feature_basis is not None:
+            raise UserInputError(
+                f"{remote.address}: expected outputs of DA3's heads, got features: write them to a path, then push"
+            )
         if not remote.is_atomic:
             logger.warning(
                 "%s: the driver does not create objects in one step: start no second run on this address",

@@ -91,7 +91,8 @@ def demonstrate(task: int, state: int, noise: float) -> list[dict[str, Any]]:
         world = environment._env.env
         target, basket = world.obj_of_interest[:2]
         demonstrator, generator = Demonstrator(), np.random.default_rng([state, task])
-        disturbance, frames = np.zeros(3), []
+        disturbance: NDArray[np.float64] = np.zeros(3)
+        frames: list[dict[str, Any]] = []
         for _ in range(MAX_STEPS):
             raw = world._get_observations()
             still = demonstrator.phase in ("grasp", "release")

@@ -51,7 +51,7 @@ def main() -> None:
     for file in sorted(assets):
         if "assets" in file.parts:
             print("asset", file)
-    modules = [Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+    modules = [Path(origin) for module in list(sys.modules.values()) if (origin := getattr(module, "__file__", None))]
     for package in sorted({file.relative_to(SITE).parts[0] for file in modules if file.is_relative_to(SITE)}):
         print("package", package)
 
