@@ -17,7 +17,7 @@ export POLICY SUITE TASKS N_EPISODES AXIS N OUTPUT ARGS LEROBOT
 # Where LeRobot's next version is installed for `make test-next`; what uv.lock names stays in .venv.
 NEXT := .venv-next
 
-.PHONY: help setup demo eval-libero eval-libero-plus e2e-libero test test-next faults test-all coverage lint format bench docs clean system-libraries
+.PHONY: help setup demo eval-libero eval-libero-plus e2e-libero worth worth-smoke test test-next faults test-all coverage lint format bench docs clean system-libraries
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,8 +47,14 @@ eval-libero: $(READY) system-libraries ## Evaluate the newest checkpoint in LIBE
 eval-libero-plus: $(READY) system-libraries ## Evaluate a checkpoint on LIBERO-Plus POLICY=... [AXIS=camera] [SUITE=libero_object] [N=100]
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/eval_libero_plus.sh
 
-e2e-libero: $(READY) system-libraries ## Extract, train and solve a task in LIBERO, on two CPU cores (half an hour)
+e2e-libero: $(READY) system-libraries ## Record, extract, train and solve a task in LIBERO, on two CPU cores (45 minutes) [SEEDS=1000,1001,1002]
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/e2e_libero.sh
+
+worth: $(READY) system-libraries ## Does geometry help? The experiment of docs/worth.md on two CPU cores (hours; SIZE=gpu: on a GPU)
+	@PATH="$(CURDIR)/$(RUN):$$PATH" pipelines/worth/worth.sh
+
+worth-smoke: $(READY) system-libraries ## Run every stage of the experiment in its smallest size (minutes)
+	@SIZE=smoke PATH="$(CURDIR)/$(RUN):$$PATH" pipelines/worth/worth.sh
 
 test: $(READY) system-libraries ## Run the tests (minutes)
 	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow"
@@ -70,7 +76,7 @@ lint: $(READY) ## Check style, types and shell scripts
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports pyproject.toml --no-cache
-	$(RUN)/shellcheck .ci/run pipelines/*.sh pipelines/slurm/*.sh
+	$(RUN)/shellcheck .ci/run pipelines/*.sh pipelines/slurm/*.sh pipelines/worth/*.sh
 
 coverage: $(READY) system-libraries ## Run the tests and list the lines of geomcache/ that they miss (slower than `test`)
 	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov --cov-report=term-missing:skip-covered

@@ -27,7 +27,7 @@ _MODULES = {
 
 
 def open(path: "str | Path") -> "GeometryStore":  # noqa: A001 - as in zarr.open: `geomcache.open`
-    """Open a cache for reading: a path, finished or not, or the address of a sealed one, such as ``s3://...``.
+    """Open a cache for reading, finished or not, by its path or an address such as ``s3://...``.
 
     What is elsewhere stays there: every read goes over the network, through zarr-python. `geomcache pull` is for more
     than a look.
@@ -38,15 +38,9 @@ def open(path: "str | Path") -> "GeometryStore":  # noqa: A001 - as in zarr.open
         CacheCorruptError: a file is damaged or missing.
         RemoteError: the place refuses, or cannot be reached.
     """
-    from geomcache.sharing.address import is_remote
+    from geomcache.sharing.remote_store import open_store
 
-    if is_remote(str(path)):
-        from geomcache.sharing.remote_store import RemoteGeometryStore
-
-        return RemoteGeometryStore.open(path)
-    from geomcache.cache.store import GeometryStore
-
-    return GeometryStore.open(path)
+    return open_store(path)
 
 
 if not TYPE_CHECKING:  # type checkers see the imports above, and report names that are not there

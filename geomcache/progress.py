@@ -1,6 +1,7 @@
 """What a long run shows: one bar on a terminal, a plain line now and then elsewhere."""
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,18 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size such as ``50GB``, ``1.5 TB`` or ``800000``, in decimal units.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGT]?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(text)
+    return round(float(match[1]) * 1000.0 ** ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper()))
 
 
 def human_time(seconds: float) -> str:

@@ -1,28 +1,34 @@
 #!/usr/bin/env bash
-# From a demonstration to a solved task, on two CPU cores in half an hour: record it again with this machine's assets,
-# extract its geometry into a cache, train a small Pi0.5 from the cache, and run that policy in LIBERO with DA3 online,
-# from the state where the demonstration began.
+# From demonstrations to a solved task, on two CPU cores in 45 minutes: record a scripted expert in LIBERO, extract the
+# geometry of its pictures into a cache, train a small Pi0.5 from the cache, and run that policy in LIBERO with DA3
+# online, from initial states that it has not seen. Three times, from three training seeds.
 #
 #   make e2e-libero
+#   SEEDS=1001 make e2e-libero        one seed; run with other seeds, the demonstrations and the cache are used again
 #
-# A policy that overfits one demonstration must solve its task. If it fails in its own training scene, training and
-# inference do not see the same geometry. The same weights are then evaluated without geometry tokens, and with the two
-# views' geometry swapped: the difference shows how much the policy uses its geometry.
+# A stopped run resumes: run the same command again. OUT (outputs/e2e_libero) is deleted by hand.
 #
-# DA3-SMALL has random weights: its maps have no meaning, but they differ from frame to frame.
+# Two things are shown for each seed, each with a bound that leaves room for another processor's rounding:
+#   1. The policy goes by its geometry. On every recorded frame, the error of the predicted actions grows when its
+#      geometry is swapped between the views, missing, or that of another frame: at least LEAST_TIMES times.
+#   2. Training and inference see the same geometry: the policy solves at least LEAST_SOLVED of EPISODES episodes.
+# A missed bound ends with exit code 1, after all seeds have run.
+#
+# DA3-SMALL has random weights: its maps have no meaning, but they differ from frame to frame. The text that the policy
+# reads ends before the robot's state: where the hand is, it must see.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-DEMONSTRATIONS="${DEMONSTRATIONS:-../shared/libero_object_mini}"
-EPISODE=0   # of task 0 from initial state 0, 138 frames; the evaluation below begins there too
-STEPS="${STEPS:-1600}"
 SEEDS="${SEEDS:-1000,1001,1002}"
+TASK="${TASK:-0}"                  # of libero_object: pick up the alphabet soup and place it in the basket
+STATES="${STATES:-10:50}"          # that demonstrations may begin in; LIBERO has 50
+DEMONSTRATIONS="${DEMONSTRATIONS:-12}"
+EPISODES="${EPISODES:-10}"         # with geometry, from the states 0, 1, 2, ...
+ABLATED="${ABLATED:-2}"            # without geometry, and with swapped views
+STEPS="${STEPS:-1200}"
+LEAST_SOLVED="${LEAST_SOLVED:-7}"
+LEAST_TIMES="${LEAST_TIMES:-1.5}"
 OUT="${OUT:-outputs/e2e_libero}"
-
-if [[ ! -d "$DEMONSTRATIONS" ]]; then
-    echo "e2e_libero.sh: $DEMONSTRATIONS: expected a folder of demonstrations, found none: name one in DEMONSTRATIONS" >&2
-    exit 2
-fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 # By default glibc returns large blocks to the system after every step; keeping them saves a third of the time.
@@ -34,37 +40,92 @@ stage() {
     printf '\n%s== %s%s (%d s since the start)\n' "$BOLD" "$*" "$PLAIN" "$SECONDS"
 }
 
-rm -rf "$OUT"
-mkdir -p "$OUT"
+# once NAME FOLDER COMMAND...: unless it was done before. What a stopped command left in FOLDER is removed.
+once() {
+    local name=$1 folder=$2
+    shift 2
+    if [[ -e "$OUT/done/$name" ]]; then
+        echo "done before"
+        return
+    fi
+    rm -rf "${OUT:?}/$folder"
+    "$@"
+    touch "$OUT/done/$name"
+}
 
-stage "The demonstration again, with the assets that the policy will act in"
-python pipelines/record_demonstrations.py --demonstrations "$DEMONSTRATIONS" --episodes "$EPISODE" \
-    --output "$OUT/demonstrations" --cache "$OUT/oracle.zarr" --outputs ray
+# shellcheck disable=SC2329  # `once` calls it
+record() {
+    python pipelines/record_expert.py --task "$TASK" --states "$STATES" --count "$DEMONSTRATIONS" \
+        --output "$OUT/demonstrations" 2>"$OUT/record.log" || { tail -n 1 "$OUT/record.log" >&2; exit 1; }
+}
+
+# shellcheck disable=SC2329  # `once` calls it
+train() { # SEED
+    # Chunks are short and half of each is acted on: what is seen corrects the hand 12 times in an episode. Padded action
+    # dimensions would stay noise in a model trained from scratch.
+    python pipelines/train_with_average.py --cache "$OUT/cache.zarr" --average "$OUT/$1/policy" \
+        --dataset.repo_id=geomcache/demonstrations --dataset.root="$OUT/demonstrations" \
+        --policy.model_size=small --policy.device=cpu --policy.image_resolution='[56,56]' \
+        --policy.chunk_size=16 --policy.n_action_steps=8 --policy.max_action_dim=7 --policy.max_state_dim=8 \
+        --policy.tokenizer_max_length=64 \
+        --policy.geom_target_hw='[4,4]' --policy.geom_init_alpha=0.5 --policy.geom_lr_scale=1 \
+        --policy.optimizer_lr=1e-3 --policy.scheduler_warmup_steps=50 --policy.scheduler_decay_steps="$STEPS" \
+        --policy.scheduler_decay_lr=1e-5 \
+        --steps="$STEPS" --batch_size=16 --num_workers=1 --seed="$1" --log_freq=100 --save_freq="$STEPS" \
+        --output_dir="$OUT/$1/train" 2>&1 | tee "$OUT/train-$1.log" | grep --line-buffered -E 'step:|Error' |
+        sed -E 's/.*(step:)/\1/'
+}
+
+mkdir -p "$OUT/done"
+settings="task $TASK, $DEMONSTRATIONS demonstrations from states $STATES, steps $STEPS, episodes $EPISODES and $ABLATED"
+if [[ "$(cat "$OUT/settings" 2>/dev/null || echo "$settings")" != "$settings" ]]; then
+    echo "e2e_libero.sh: $OUT: expected a run of $settings, found one of $(cat "$OUT/settings"): delete it, or name another in OUT" >&2
+    exit 2
+fi
+echo "$settings" >"$OUT/settings"
+
+stage "$DEMONSTRATIONS demonstrations of a scripted expert"
+once demonstrations demonstrations record
 
 stage "A DA3-SMALL folder with seeded random weights"
-python pipelines/make_random_da3.py --output "$OUT/da3-small-random"
+once da3 da3-small-random python pipelines/make_random_da3.py --output "$OUT/da3-small-random"
 
-stage "Stage one: geometry of episode $EPISODE into a cache"
-geomcache extract --model "$OUT/da3-small-random" --dataset geomcache/demonstrations \
+stage "Stage one: their geometry into a cache"
+once cache cache.zarr geomcache extract --model "$OUT/da3-small-random" --dataset geomcache/demonstrations \
     --root "$OUT/demonstrations" --process-res 112 --output "$OUT/cache.zarr"
 
-stage "Stage two: $STEPS steps from the cache"
-# A chunk is as long as the demonstration. Padded action dimensions would stay noise in a model trained from scratch.
-python pipelines/train_with_average.py --cache "$OUT/cache.zarr" --average "$OUT/policy" \
-    --dataset.repo_id=geomcache/demonstrations --dataset.root="$OUT/demonstrations" \
-    --dataset.video_backend=pyav \
-    --policy.model_size=small --policy.device=cpu --policy.image_resolution='[112,112]' \
-    --policy.chunk_size=140 --policy.n_action_steps=70 --policy.max_action_dim=7 --policy.max_state_dim=8 \
-    --policy.tokenizer_max_length=112 \
-    --policy.geom_target_hw='[4,4]' --policy.geom_init_alpha=0.5 --policy.geom_lr_scale=1 \
-    --policy.optimizer_lr=1e-3 --policy.scheduler_warmup_steps=50 --policy.scheduler_decay_steps="$STEPS" \
-    --policy.scheduler_decay_lr=1e-5 \
-    --steps="$STEPS" --batch_size=16 --num_workers=1 --seed=1000 --log_freq=100 --save_freq="$STEPS" \
-    --output_dir="$OUT/train" 2>&1 | tee "$OUT/train.log" | grep --line-buffered -E 'step:|Error' | sed -E 's/.*(step:)/\1/'
+missed=0
+# bounded FILE COMMAND...: whose output goes to FILE too. Exit code 1 is a missed bound: the other seeds run on.
+bounded() {
+    local file=$1 code=0
+    shift
+    "$@" 2>"$file.log" | tee "$file" | grep -v '^\[info\]' || code=${PIPESTATUS[0]}
+    if [[ $code -gt 1 ]]; then
+        tail -n 3 "$file.log" >&2
+        exit "$code"
+    elif [[ $code -eq 1 ]]; then
+        tail -n 1 "$file.log" >&2
+        missed=1
+    fi
+}
 
-stage "Closed loop: DA3 online, encoded anew every 70 steps"
-python pipelines/evaluate_ablations.py --policy "$OUT/policy" --output "$OUT/eval" --seeds "$SEEDS" \
-    --env.task=libero_object --env.task_ids='[0]' --eval.n_episodes=1 --eval.batch_size=1 2>"$OUT/eval.log" |
-    tee "$OUT/eval.txt" | grep -v '^\[info\]'
+for seed in ${SEEDS//,/ }; do
+    stage "Seed $seed, stage two: $STEPS steps from the cache"
+    once "train-$seed" "$seed" train "$seed"
+    stage "Seed $seed: actions on every recorded frame, with right and with wrong geometry"
+    bounded "$OUT/errors-$seed.txt" python pipelines/action_errors.py --policy "$OUT/$seed/policy" \
+        --cache "$OUT/cache.zarr" --root "$OUT/demonstrations" --output "$OUT/errors-$seed.csv" --at-least "$LEAST_TIMES"
+    stage "Seed $seed: closed loop, DA3 online, encoded anew every 8 steps"
+    bounded "$OUT/eval-$seed.txt" python pipelines/evaluate_ablations.py --policy "$OUT/$seed/policy" \
+        --output "$OUT/$seed/eval" --episodes "$EPISODES" --ablated "$ABLATED" --at-least "$LEAST_SOLVED" \
+        --env.task=libero_object --env.task_ids="[$TASK]" --env.episode_length=160 --eval.batch_size=2 --seed=1000
+done
 
-printf '\n%d s in all; videos under %s\n' "$SECONDS" "$OUT/eval"
+stage "All seeds"
+for seed in ${SEEDS//,/ }; do
+    printf 'seed %s\n' "$seed"
+    sed -n '/^geometry/,$p' "$OUT/errors-$seed.txt"
+    sed -n '/^-- success/,$p' "$OUT/eval-$seed.txt"
+done
+printf '\n%d s in all; videos under %s\n' "$SECONDS" "$OUT/SEED/eval"
+exit "$missed"

@@ -2,12 +2,12 @@
 
     python pipelines/record_demonstrations.py --demonstrations DIR --output DIR --cache PATH.zarr \
         [--suite libero_object] [--episodes 0,3] [--cameras ,45_0_100_0_0,0_15_150_0_0] [--size 256] \
-        [--outputs ray,depth] [--grid 14x14]
+        [--outputs ray,depth] [--grid 14x14] [--images]
 
 A camera is azimuth_elevation_scale_turnz_turny, in degrees and percent, as LIBERO-Plus names its variants; an empty one
 leaves it where LIBERO has it. Each demonstration is replayed under each camera, from the initial state that it began
-in: the first one of a task from state 0, the second one from state 1, and so on. One that does not move and succeed as
-recorded ends the run.
+in: the one of the column `initial_state`; without it the first one of a task from state 0, the second one from state 1,
+and so on. One that does not move and succeed as recorded ends the run.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="of the pictures, in pixels; %(default)s")
     parser.add_argument("--outputs", default="ray,depth", help="%(default)s")
     parser.add_argument("--grid", default="14x14", help="%(default)s")
+    parser.add_argument("--images", action="store_true", help="keep pictures as they are; video")
     arguments = parser.parse_args()
     logger = logging.getLogger("geomcache")
     logger.setLevel(logging.INFO)
@@ -49,7 +50,8 @@ def main() -> None:
         demonstrations = read_demonstrations(
             "geomcache/demonstrations", arguments.demonstrations, arguments.suite, episodes
         )
-        record(demonstrations, arguments.cameras.split(","), config, arguments.output, arguments.cache)
+        cameras, as_images = arguments.cameras.split(","), arguments.images
+        record(demonstrations, cameras, config, arguments.output, arguments.cache, as_images=as_images)
     except GeomcacheError as error:
         sys.exit(f"record_demonstrations.py: {error}")
 

@@ -171,3 +171,11 @@ class LockFile:
             if self._file.users == 0:
                 os.close(self._file.descriptor)
                 self._open.pop(next(key for key, file in self._open.items() if file is self._file))
+
+
+def _after_fork() -> None:
+    """Give a forked child a guard of its own: a thread of its parent may have held the one that it inherited."""
+    LockFile._open_guard = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -53,8 +53,12 @@ class OpenShard:
         self._offsets = self._read_indexes(layout, local_rows, written)
 
     def __del__(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
     def read_map(self, column: int, slot: int, destination: NDArray[np.uint8]) -> None:
         """Read one map and compare its checksum.

@@ -29,7 +29,8 @@ _LISTED = 100  # lines of problems; --json has all
 class VerifyReport:
     """What `verify` found, and what repair did."""
 
-    path: Path
+    path: str | Path
+    """Of the cache, or its address."""
     sealed: bool
     frames: int
     """Rows that the cache says it has."""
@@ -85,7 +86,7 @@ def verify(path: str | Path, *, repair: bool = False) -> VerifyReport:
     check = CacheCheck(folder)
     check.run()
     repairs = tuple(_repair(folder, check)) if repair and check.problems else ()
-    return _report(check, repairs)
+    return report_of(check, folder, repairs)
 
 
 def require_intact(path: str | Path) -> None:
@@ -101,7 +102,7 @@ def require_intact(path: str | Path) -> None:
     """
     check = CacheCheck(Path(path).absolute())
     check.run(_share_of_shards(os.environ))
-    report = _report(check)
+    report = report_of(check, check.folder)
     if report.problems:
         raise CacheCorruptError(
             f"cache {report.path}: expected what was written, found {len(report.problems)} problems: list them with"
@@ -118,9 +119,10 @@ def _share_of_shards(environment: Mapping[str, str]) -> slice:
     return slice(None)
 
 
-def _report(check: CacheCheck, repairs: tuple[str, ...] = ()) -> VerifyReport:
+def report_of(check: CacheCheck, path: str | Path, repairs: tuple[str, ...] = ()) -> VerifyReport:
+    """Return what a check of the cache at a path or address found."""
     return VerifyReport(
-        path=check.folder,
+        path=path,
         sealed=check.manifest is not None,
         frames=count_rows(check.rows),
         shards=len(check.shards),

@@ -67,12 +67,15 @@ class StoreWriter:
 
     Attributes:
         path: the cache's folder, absolute.
+        address: of a cache whose shards are only made in the folder; None for others.
         spec: what the geometry depends on.
         dataset: the dataset that it belongs to.
         shard_frames: K, rows of a shard.
         wanted: the rows that were asked for, and those of shards that were dropped.
         removed_stale_files: how many files of interrupted runs were removed when it was opened.
     """
+
+    address: str | None = None
 
     def __init__(self, path: Path, header: Header, episode_lengths: NDArray[np.int64], wanted: Ranges) -> None:
         """Open an existing cache.

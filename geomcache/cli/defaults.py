@@ -60,7 +60,7 @@ def choose_cache(folder: Path) -> Path:
     return caches[0]
 
 
-def with_training_choices(cache: Path, lerobot_args: Sequence[str]) -> list[str]:
+def with_training_choices(cache: Path, lerobot_args: Sequence[str], store: "GeometryStore | None" = None) -> list[str]:
     """Return the options of `lerobot-train` with what they leave open: dataset, policy, precision and output folder.
 
     A configuration file (``--config_path``) names all of them, and nothing is added.
@@ -68,6 +68,7 @@ def with_training_choices(cache: Path, lerobot_args: Sequence[str]) -> list[str]
     Args:
         cache: path of the run's cache.
         lerobot_args: options as on the command line.
+        store: the cache, open; None opens the one at the path.
 
     Raises:
         UserInputError: the output folder of a run that names none exists.
@@ -75,7 +76,7 @@ def with_training_choices(cache: Path, lerobot_args: Sequence[str]) -> list[str]
     """
     from geomcache.cache.store import GeometryStore
 
-    store = GeometryStore.open(cache)  # before LeRobot is imported: a wrong path is reported at once
+    store = store or GeometryStore.open(cache)  # before LeRobot is imported: a wrong path is reported at once
 
     args = list(lerobot_args)
     if given("config_path", args):

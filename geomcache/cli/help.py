@@ -33,6 +33,9 @@ EXTRACT = epilog("""
     [bold]A Ray cluster[/bold], from its head node
       geomcache extract --cluster ray --model DA3-LARGE-1.1 --dataset ...
 
+    [bold]Into a bucket[/bold]: shards are sent as they are made; one driver at a time
+      geomcache extract --model DA3-LARGE-1.1 --output s3://my-bucket/libero.zarr
+
     [bold]Repeat the run that made libero.zarr[/bold]: its options are kept next to it
       geomcache extract --config libero.run.yaml --output again.zarr
 """)
@@ -71,6 +74,9 @@ TRAIN = epilog("""
       geomcache train --cache libero.zarr --steps=2000 --batch_size=8 \\
         --policy.path=lerobot/pi05_base --output_dir=outputs/other
       geomcache train --policy.geom_mode=align
+
+    [bold]A cache in a bucket or on the Hub[/bold]: shards are fetched when they are needed
+      geomcache train --cache s3://my-bucket/libero.zarr --cache-disk 50GB
 
     [bold]Resume[/bold]
       LAST=outputs/pi05_geometry/checkpoints/last/pretrained_model

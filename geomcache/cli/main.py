@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -26,6 +26,10 @@ from geomcache.cli import serve as cli_serve
 from geomcache.cli import share as cli_share
 from geomcache.cli import update as cli_update
 from geomcache.errors import GeomcacheError, UserInputError
+from geomcache.sharing.address import is_remote, public_address
+
+if TYPE_CHECKING:
+    from geomcache.cache.verify import VerifyReport
 
 EXIT_DAMAGE = 1
 EXIT_USER_ERROR = 2
@@ -65,7 +69,7 @@ cli_extract.register(app)
 
 @app.command(epilog=cli_help.INFO, rich_help_panel=cli_help.CACHES)
 def info(
-    path: Annotated[Path, typer.Argument(help="A cache.")],
+    path: Annotated[str, typer.Argument(help="A cache, or its address.", metavar="PATH")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
     """Print what is in a cache: model, dataset, grid, bytes, episodes, statistics."""
@@ -101,21 +105,40 @@ def train(
     cache: Annotated[
         str | None,
         typer.Option(
-            help="A sealed cache of the dataset; hf:// and s3:// caches are pulled first.",
+            help="A sealed cache of the dataset, or its address: hf://..., s3://...",
             metavar="PATH",
             show_default="the only one in the current folder",
         ),
     ] = None,
+    cache_disk: Annotated[
+        str | None,
+        typer.Option(
+            help="How much of a cache at an address this machine keeps: the shards that were used last.",
+            metavar="SIZE",
+            show_default="50GB",
+        ),
+    ] = None,
+    pull: Annotated[
+        bool, typer.Option("--pull", help="Download the whole cache of an address first, like `geomcache pull`.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read and check the whole cache first, like `geomcache verify`.")
     ] = False,
 ) -> None:
     """Train Pi0.5 with geometry from a cache, as tokens or by a loss, by LeRobot's trainer, without DA3 in the loop."""
+    from geomcache.sharing.fetching_store import open_for_training
     from geomcache.sharing.pull import local_copy
     from geomcache.training.trainer import train as run
 
-    path = defaults.choose_cache(Path()) if cache is None else local_copy(cache)
-    run(path, defaults.with_training_choices(path, context.args), verify=verify)
+    path = str(defaults.choose_cache(Path())) if cache is None else cache
+    if pull or not is_remote(path):
+        _refuse("with --pull" if pull else "for a cache on this machine", {"cache-disk": cache_disk})
+        path = str(local_copy(path))
+    else:
+        _refuse("for a cache at an address without --pull, as its shards are checked", {"verify": verify or None})
+    store = open_for_training(path, _parse_size("cache-disk", cache_disk or "50GB"))
+    path = public_address(path)  # for the commands in messages
+    run(path, defaults.with_training_choices(Path(path), context.args, store), verify=verify, store=store)
 
 
 @app.command(name="eval", context_settings=PASS_THROUGH, epilog=cli_help.EVAL, rich_help_panel=cli_help.STAGES)
@@ -148,7 +171,7 @@ cli_serve.register(app)
 
 @app.command(epilog=cli_help.VERIFY, rich_help_panel=cli_help.CACHES)
 def verify(
-    path: Annotated[Path, typer.Argument(help="A cache.")],
+    cache: Annotated[str, typer.Argument(help="A cache, or its address.", metavar="PATH")],
     repair: Annotated[
         bool, typer.Option("--repair", help="Drop damaged shards, so that extract makes just those again.")
     ] = False,
@@ -175,6 +198,12 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the choice of frames.")] = 0,
 ) -> None:
     """Check every byte of a cache; with --parity, compare cached frames with the online encoder."""
+    if is_remote(cache):
+        others = {"repair": repair or None, "parity": parity, "dataset": dataset, "root": root, "revision": revision}
+        _refuse("with an address", others | {"model": model, "device": device, "max-steps": max_steps})
+        _verify_address(cache, as_json=as_json)
+        return
+    path = Path(cache)
     if parity is None:
         _refuse("without --parity", {"model": model, "device": device, "max-steps": max_steps})
         _verify_files(path, repair=repair, as_json=as_json)
@@ -210,12 +239,21 @@ cli_share.register(app)
 cli_policies.register(app)
 
 
-def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
-    import json
+def _verify_address(address: str, *, as_json: bool) -> None:
+    from geomcache.sharing.remote_check import verify_address
 
+    _print_report(verify_address(address), as_json=as_json)
+
+
+def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
     from geomcache.cache.verify import verify as run
 
-    report = run(path, repair=repair)
+    _print_report(run(path, repair=repair), as_json=as_json)
+
+
+def _print_report(report: "VerifyReport", *, as_json: bool) -> None:
+    import json
+
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
     if report.problems:
         raise typer.Exit(EXIT_DAMAGE)
@@ -236,6 +274,15 @@ def _refuse(when: str, options: dict[str, object]) -> None:
     for name, value in options.items():
         if value is not None:
             raise UserInputError(f"--{name}: expected none {when}, got one: leave it out")
+
+
+def _parse_size(name: str, text: str) -> int:
+    from geomcache.progress import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError:
+        raise UserInputError(f"--{name}: expected a size such as 50GB, got {text!r}") from None
 
 
 class _Stopped(BaseException):

@@ -3,8 +3,9 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from geomcache.extraction.options import FromText
 
@@ -30,6 +31,8 @@ def with_options(
         for marker in markers:
             parsers[field.name] = marker
             annotation = Annotated[str if default is not None else str | None, option]
+        if {Path, str} <= {*get_args(field_type)}:  # typer knows no such type: a path or an address is text
+            annotation = Annotated[str | None if default is None else str, option]
         if field.name in choices:
             annotation, default = Annotated[field_type | None, option], None
         if isinstance(default, tuple):

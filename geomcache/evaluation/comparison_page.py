@@ -99,25 +99,26 @@ def write_page(comparisons: Sequence[Comparison], folder: Path) -> tuple[Path, P
 
 
 def draw(comparisons: Sequence[Comparison], file: Path) -> None:
-    """Draw each difference with its interval."""
-    labels = [(comparison, difference) for comparison in comparisons for difference in comparison.differences]
-    figure = Figure((7.5, 1.2 + 0.36 * len(labels)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axvline(0, color="#9e9e9e", linewidth=0.8)
-    for row, (comparison, difference) in enumerate(labels):
-        colour = f"C{comparisons.index(comparison)}"
-        centre = 100 * difference.difference
-        if difference.interval is not None:
-            axes.plot([100 * difference.interval.low, 100 * difference.interval.high], [row, row], color=colour)
-        axes.plot([centre], [row], "o", color=colour, markersize=5)
+    """Draw each difference with its interval; a circle alone is a group in which no pair differs."""
+    rows = [(comparison, difference) for comparison in comparisons for difference in comparison.differences]
     names = [
         f"{difference.group} ({difference.pairs})"
         if len(comparisons) == 1
         else f"{comparison.second}: {difference.group} ({difference.pairs})"
-        for comparison, difference in labels
+        for comparison, difference in rows
     ]
-    axes.set_yticks(range(len(labels)), names)
+    # Labels stand left of the axes: the figure grows with them, so that the axes keep their width.
+    figure = Figure((4.5 + 0.09 * max(map(len, names)), 1.4 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#9e9e9e", linewidth=0.8)
+    for row, (comparison, difference) in enumerate(rows):
+        colour, interval = f"C{comparisons.index(comparison)}", difference.interval
+        if interval is not None:
+            axes.plot([100 * interval.low, 100 * interval.high], [row, row], color=colour)
+        fill = "white" if interval is None else colour
+        axes.plot([100 * difference.difference], [row], "o", color=colour, markerfacecolor=fill, markersize=5)
+    axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("difference in success, percentage points, with its 95 % interval")
+    axes.set_xlabel("difference in success, percentage points\nwith its 95 % interval")
     axes.set_title(f"compared with {comparisons[0].first} (pairs of episodes)", loc="left", size=10)
     figure.savefig(file, dpi=120)

@@ -38,10 +38,12 @@ class ExtractShards(PipelineStep):  # type: ignore[misc]
         package, handler = logging.getLogger("geomcache"), _ToDatatrove()
         package.setLevel(logging.INFO)
         package.addHandler(handler)
+        package.propagate = False  # one line of each
         try:
             self._extract(rank, world_size)
         finally:
             package.removeHandler(handler)
+            package.propagate = True
 
     def _extract(self, rank: int, world_size: int) -> None:
         with self.track_time():

@@ -17,6 +17,7 @@ from typer import Argument, Option
 
 from geomcache.errors import UserInputError
 from geomcache.geometry import FEATURE
+from geomcache.sharing.address import check_output, is_remote, public_address
 
 # The panels of `--help`.
 _dataset = partial(Option, rich_help_panel="Dataset: which part of it, and where it is")
@@ -63,7 +64,14 @@ class ExtractOptions:
         Option(help="A LeRobotDataset on the Hub; with --root, the name of that folder.", show_default=DEFAULT_DATASET),
     ]
     output: Annotated[
-        Path | None, Option("--output", "-o", help="The cache.", show_default="the dataset's name + .zarr")
+        Path | str | None,
+        Option(
+            "--output",
+            "-o",
+            help="The cache: a path, or an address such as s3://bucket/name.zarr.",
+            metavar="PATH",
+            show_default="the dataset's name + .zarr",
+        ),
     ] = None
     dry_run: Annotated[bool, Option("--dry-run", help="Print frames, bytes and time; write nothing.")] = False
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing cache.")] = False
@@ -172,6 +180,7 @@ class ExtractOptions:
             raise UserInputError(
                 "follow: expected neither --dry-run, --overwrite nor --episodes, got one: leave it out"
             )
+        self._check_address()
         if self.feature_dim is not None and FEATURE not in self.outputs:
             raise UserInputError(
                 f"feature-dim: expected the output {FEATURE!r}, got {','.join(self.outputs)}: add it to --outputs, or"
@@ -180,6 +189,17 @@ class ExtractOptions:
         if self.cameras == ():
             raise UserInputError("cameras: expected at least one key, got none: leave the option out to use all")
         self._check_cluster()
+
+    def _check_address(self) -> None:
+        if self.address is None:
+            return
+        check_output(self.address)
+        for unfit, is_asked in (("--follow", self.follow), (f"the output {FEATURE!r}", FEATURE in self.outputs)):
+            if is_asked:
+                raise UserInputError(
+                    f"output: expected a path with {unfit}, got {public_address(self.address)}: extract to a path, then"
+                    " `geomcache push`"
+                )
 
     def _check_cluster(self) -> None:
         if self.cluster is None:
@@ -210,9 +230,23 @@ class ExtractOptions:
             raise UserInputError("gpus-per-actor: expected no --device cpu with it, got both: leave one out")
 
     @property
+    def address(self) -> str | None:
+        """The cache's address, perhaps with credentials; None if it has a path."""
+        return str(self.output) if is_remote(str(self.output)) else None
+
+    @property
     def output_path(self) -> Path:
-        """The cache's path."""
-        return self.output or Path(self.dataset.rstrip("/").rpartition("/")[2] + ".zarr")
+        """The cache's path; of a cache at an address, the folder in which its shards are made."""
+        if self.address is not None:
+            from geomcache.sharing.address_writer import work_folder
+
+            return work_folder(public_address(self.address))
+        return Path(self.output or self.dataset.rstrip("/").rpartition("/")[2] + ".zarr")
+
+    @property
+    def place(self) -> Path | str:
+        """What messages call the cache: its path, or its address without credentials."""
+        return self.output_path if self.address is None else public_address(self.address).rstrip("/")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.cache.codecs import Codec
-from geomcache.cache.layout import HUB_FOLDER_ENTRIES, choose_shard_frames, shards_nbytes
+from geomcache.cache.layout import HUB_FOLDER_ENTRIES, Layout, choose_shard_frames, shards_nbytes
 from geomcache.cache.signatures import TOLERANCE, Signatures
 from geomcache.cache.store import GeometryStore
 from geomcache.da3.encoder import DA3Encoder
@@ -32,7 +32,12 @@ _MUCH_MEMORY = 1 << 30
 
 
 def describe_plan(
-    path: Path, dataset: FrameDataset, encoder: DA3Encoder, rows: list[tuple[int, int]], batch_size: int, codec: Codec
+    path: Path | str,
+    dataset: FrameDataset,
+    encoder: DA3Encoder,
+    rows: list[tuple[int, int]],
+    batch_size: int,
+    codec: Codec,
 ) -> Iterator[str]:
     """Yield lines about what a run would do; a few batches are decoded and encoded, one by one, to estimate the time.
 
@@ -50,13 +55,28 @@ def describe_plan(
         yield f"feature   {spec.feature.dim} of {spec.feature.width} numbers a patch; a first pass fits the basis"
     yield from _enlarged(spec)
     size = human_bytes(shards_nbytes(spec, frames)) + (f", less what {codec.name} saves" if codec.compresses else "")
-    yield f"output    {path}: {size}; free {human_bytes(_free_bytes(path))}"
+    if isinstance(path, Path):
+        yield f"output    {path}: {size}; free {human_bytes(_free_bytes(path))}"
+    else:
+        yield f"output    {path}: {size}"
+        requests = count_requests(spec, dataset.spec.frames)
+        yield f"requests  about {requests} writes: the files of shards, and lines of the journal"
     yield from describe_shards(spec, dataset.spec.frames)
     encode_s, decode_s = _time_batches(dataset, encoder, rows[0], batch_size)
     yield (
         f"time      about {human_time(frames * encode_s)} for this process, {1e3 * encode_s:.0f} ms a frame;"
         f" decoding takes {1e3 * decode_s:.0f} ms a frame in each worker, in parallel"
     )
+
+
+def count_requests(spec: GeometrySpec, frames: int) -> int:
+    """Return how many objects an extraction of so many frames in a row writes to an object store, about.
+
+    Each shard has a file for each camera and output, three tables and a journal line. Files of more than 64 MiB are
+    sent in parts, which count as requests, too.
+    """
+    layout = Layout.of(spec, frames, choose_shard_frames(spec, frames))
+    return layout.shards * (len(layout.keys) + 1)
 
 
 def describe_shards(spec: GeometrySpec, frames: int) -> Iterator[str]:

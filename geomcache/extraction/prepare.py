@@ -9,9 +9,11 @@ from geomcache.cache.codecs import Codec
 from geomcache.cache.create import is_cache
 from geomcache.cache.header import Header
 from geomcache.cache.layout import SCHEMA_VERSION
+from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import CacheMismatchError
+from geomcache.extraction.at_address import open_at_address
 from geomcache.extraction.feature_pass import BASIS_FIELD, FeatureEncoder
 from geomcache.extraction.missing_shards import drop_missing_shards
 from geomcache.extraction.options import ExtractOptions
@@ -94,6 +96,8 @@ def open_writer(
         process: the others wait until the main one has created the cache.
         features: fits the basis of a cache that is created, and adopts that of one that exists.
     """
+    if options.address is not None:
+        return open_at_address(options.address, options, dataset, episodes, spec)
     codec, rows = Codec.of(options.codec), dataset.rows(episodes)
     if not options.output_path.exists():
         require_space(options.output_path, spec, count_rows(rows), codec)
@@ -120,7 +124,8 @@ def open_writer(
             writer = open_or_create(overwrite=False)  # now it wants the rows of those shards, too
         if process.is_main:
             try:
-                check_cached_pictures(writer.path, dataset, episodes)
+                with GeometryStore.open_by_journal(writer.path) as store:
+                    check_cached_pictures(store, dataset, episodes)
             except BaseException:
                 writer.close()
                 raise
@@ -159,8 +164,9 @@ def announce(writer: StoreWriter, options: ExtractOptions, process: Process) -> 
     if process.is_main:
         write_run_config(writer.path, resolve(options, writer.spec, writer.dataset), is_new=done == 0)
         if writer.removed_stale_files:
-            logger.info("%s: removed %d stale files of an interrupted run", writer.path, writer.removed_stale_files)
+            logger.info("%s: removed %d stale files of an interrupted run", options.place, writer.removed_stale_files)
         if 0 < done < total:
-            logger.info("%s: %d of %d frames exist; resuming with the rest", writer.path, done, total)
-    require_space(writer.path, writer.spec, total - done, Codec.of(options.codec))
+            logger.info("%s: %d of %d frames exist; resuming with the rest", options.place, done, total)
+    if options.address is None:
+        require_space(writer.path, writer.spec, total - done, Codec.of(options.codec))
     return total

@@ -323,7 +323,7 @@ class _Run:
         self._commits: list[Future[int]] = []
         self._first_shard: float | None = None
         self._worked = time.monotonic()  # when an actor worked last, or that was said
-        self._report = ExtractReport(path=writer.path, workers=pool.decoders)
+        self._report = ExtractReport(path=writer.path, address=writer.address, workers=pool.decoders)
 
     def until_sealed(self, total: int) -> ExtractReport:
         """Work until every requested row is durable and the cache is sealed."""

@@ -13,6 +13,7 @@ from geomcache.cache.create import recover
 from geomcache.cache.writer import StoreWriter
 from geomcache.da3.encoder import DA3Encoder
 from geomcache.errors import DatasetError, UserInputError
+from geomcache.extraction.at_address import check_processes
 from geomcache.extraction.feature_pass import FeatureEncoder
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.plan import describe_plan
@@ -138,6 +139,7 @@ class _Extraction:
     def run(self) -> ExtractReport:
         """Do it."""
         options, machinery, path = self._options, self._machinery, self._options.output_path
+        check_processes(options, machinery.process.count if self._share is None else self._share.count)
         dataset, episodes = find_dataset(options, options.episodes)
         rows = dataset.rows(episodes)
         if machinery.process.is_main:
@@ -150,7 +152,7 @@ class _Extraction:
         encoder = features.encoder
         machinery.batch_size = choose_batch_size(options, encoder, machinery.process)
         if options.dry_run:
-            for line in describe_plan(path, dataset, encoder, rows, machinery.batch_size, codec):
+            for line in describe_plan(options.place, dataset, encoder, rows, machinery.batch_size, codec):
                 logger.info(line)
             return ExtractReport(path=path)
         if not options.overwrite and has_grown(path, dataset, encoder.spec, codec):

@@ -90,7 +90,7 @@ def resolve(options: ExtractOptions, spec: "GeometrySpec", dataset: "DatasetSpec
         **extract_settings(spec, dataset, options.codec),
         "dataset": options.dataset,
         "model": options.model,
-        "output": options.output_path.absolute(),
+        "output": options.output_path.absolute() if options.address is None else options.place,
     }
     if spec.model_revision is None:  # a folder
         resolved["model"] = Path(options.model).expanduser().absolute()

@@ -30,11 +30,11 @@ def compare_with_cache(path: Path, dataset: FrameDataset) -> None:
             compare_episodes(store, dataset.spec.repo_id, current, root=dataset.root)
 
 
-def check_cached_pictures(path: Path, dataset: FrameDataset, episodes: Sequence[tuple[int, int]]) -> None:
+def check_cached_pictures(store: GeometryStore, dataset: FrameDataset, episodes: Sequence[tuple[int, int]]) -> None:
     """Compare a sample of a dataset's pictures with those that the frames of an unfinished cache were made of.
 
     Args:
-        path: of the cache, whose header fits the dataset.
+        store: the cache, by its journal; its header fits the dataset.
         dataset: its dataset.
         episodes: ranges of the episodes whose files are there.
 
@@ -42,9 +42,8 @@ def check_cached_pictures(path: Path, dataset: FrameDataset, episodes: Sequence[
         CacheMismatchError: pictures differ; the message says which episodes, in what, and names a frame.
         CacheFormatError, CacheCorruptError: the cache cannot be read.
     """
-    with GeometryStore.open_by_journal(path) as store:
-        if store.episode_identity is not None:
-            _check_sample(store, dataset, rows_of(tuple(episodes)))
+    if store.episode_identity is not None:
+        _check_sample(store, dataset, rows_of(tuple(episodes)))
 
 
 def open_pictures(

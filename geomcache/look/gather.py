@@ -24,6 +24,7 @@ from geomcache.look.info import describe
 from geomcache.look.options import ReportOptions
 from geomcache.look.value_counts import ValueCounts
 from geomcache.ranges import RowSet
+from geomcache.sharing.remote_store import open_store
 
 SAMPLES, OUTLIERS = 6, 12  # frames on the page
 
@@ -76,7 +77,7 @@ class Report:
 def gather(options: ReportOptions) -> Report:
     """Read the cache once. Raises what `report` raises."""
     facts = describe(options.path)
-    with GeometryStore.open(options.path) as store:
+    with open_store(options.path) as store:
         if store.frames_present == 0:
             raise CacheIncompleteError(f"cache {store.path}: expected frames to report on, found none: extract some")
         require_few_views(store)

@@ -5,21 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from geomcache.cache.commands import recorded_machines
-from geomcache.cache.store import GeometryStore
 from geomcache.geometry import OUTPUTS
 from geomcache.progress import human_bytes
 from geomcache.ranges import format_ranges, rows_of
+from geomcache.sharing.address import public_address
+from geomcache.sharing.remote_store import open_store
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Return the facts of a cache, as JSON types.
+def describe(path: Path | str) -> dict[str, Any]:
+    """Return the facts of a cache at a path or an address, as JSON types.
 
     Raises:
         CacheError: the path has no cache, or the cache is damaged.
     """
-    with GeometryStore.open(path) as store:
+    with open_store(path) as store:
         return {
-            "path": str(path),
+            "path": public_address(str(path)),
             "sealed": store.sealed,
             "encoded_on": [machine._asdict() for machine in recorded_machines(store.path)],
             "fingerprint": store.fingerprint,

@@ -25,7 +25,7 @@ class PictureOptions:
         UserInputError: a dataset is named, and its pictures are to be left out.
     """
 
-    path: Annotated[Path, Argument(help="A cache.")]
+    path: Annotated[Path | str, Argument(help="A cache, or its address.", metavar="PATH")]
     dataset: Annotated[str | None, Option(help="The dataset's name.", show_default="as in the cache")] = None
     root: Annotated[Path | None, Option(help="The folder of a local dataset.", metavar="DIR")] = None
     revision: Annotated[str | None, Option(help="The dataset's branch, tag or commit.", metavar="REV")] = None
@@ -77,7 +77,8 @@ class ViewOptions(PictureOptions):
         """File to write."""
         if self.output is not None:
             return self.output
-        return Path(f"{self.path.name.removesuffix('.zarr')}-episode-{self.episode}-frame-{self.frame or 0}.png")
+        name = Path(self.path).name.removesuffix(".zarr")
+        return Path(f"{name}-episode-{self.episode}-frame-{self.frame or 0}.png")
 
     @property
     def suffix(self) -> str:

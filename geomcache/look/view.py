@@ -14,6 +14,7 @@ from geomcache.frames.reader import FrameReader
 from geomcache.look.episode import Episode, require_cached, require_frame, survey
 from geomcache.look.options import ViewOptions
 from geomcache.progress import human_bytes
+from geomcache.sharing.remote_store import open_store
 
 PRINT_SCALE = 2  # a picture has twice a video's pixels a side
 
@@ -28,7 +29,7 @@ def view(options: ViewOptions) -> None:
         CacheError: there is no such cache, it lacks the episode, is damaged, or is of another dataset.
         DatasetError: the dataset cannot be found or read.
     """
-    with GeometryStore.open(options.path) as store:
+    with open_store(options.path) as store:
         require_cached(store, options.episode)
         frame = options.frame or 0
         require_frame(store, options.episode, frame)

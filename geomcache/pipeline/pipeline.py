@@ -101,7 +101,7 @@ class Pipeline:
         self._first_batch: float | None = None  # when the first batch was done: the end of the start-up
         self._waiting_logged = time.monotonic()
         self._machines: set[Machine] = set()
-        self._report = ExtractReport(path=config_of, workers=machinery.workers)
+        self._report = ExtractReport(path=config_of, address=writer.address, workers=machinery.workers)
 
     def until_sealed(self, total: int) -> ExtractReport:
         """Work until every requested row is durable, no matter which process wrote it, and the cache is sealed.

@@ -11,6 +11,8 @@ class ExtractReport:
     """What this process did, except for `frames_total`, which counts all processes and runs."""
 
     path: Path
+    address: str | None = None
+    """Of a cache that is not at the path; without credentials."""
     frames_total: int = 0
     """Frames that were asked for, and those of shards that had to be made again; all of them are in the cache now."""
     frames: int = 0
@@ -58,10 +60,11 @@ class ExtractReport:
 
     def lines(self) -> list[str]:
         """Return the report as text for the user."""
+        place = self.address or self.path
         if not self.frames:
             state = "complete" if self.sealed else "not complete yet"
             return [
-                f"{self.path}: {state}, {self.frames_total} frames; nothing to do (compared names and sizes of files:"
+                f"{place}: {state}, {self.frames_total} frames; nothing to do (compared names and sizes of files:"
                 " `geomcache verify` reads their bytes)"
             ]
         rate = self.views_per_s
@@ -75,7 +78,7 @@ class ExtractReport:
             f" {self.frames_encoded} encoded"
         )
         return [
-            f"{self.path}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"
+            f"{place}: {self.frames} frames, {self.views} views, {human_bytes(self.nbytes)} in {self.shards}"
             f" shards; start-up {human_time(self.startup_s)}, {steady}",
             *([kept] if self.frames_carried else []),
             *([f"actors: {self.actors}; shards given out again: {self.shards_again}"] if self.actors else []),

@@ -21,7 +21,7 @@ def warn_if_untested() -> None:
     installed = version("lerobot")
     if not Version(FIRST_TESTED) <= Version(installed) <= Version(LAST_TESTED):
         logger.warning(
-            "lerobot %s: pi05_geometry was tested with %s to %s: if it fails, install one of these (pip install"
+            "lerobot %s: geomcache was tested with %s to %s: if it fails, install one of these (pip install"
             " lerobot==%s)",
             installed,
             FIRST_TESTED,

@@ -50,6 +50,20 @@ def check_address(address: str) -> None:
         )
 
 
+def check_output(address: str) -> None:
+    """Refuse an address at which no cache can be made shard by shard.
+
+    Raises:
+        UserInputError: as `check_address`, or it is one of the Hub, which has commits instead of conditional writes.
+    """
+    check_address(address)
+    if address.startswith(HUB_SCHEME):
+        raise UserInputError(
+            f"output: expected a path, or the address of an object store, got {public_address(address)} on the Hub,"
+            " which keeps every change for ever: extract to a path, then `geomcache push`"
+        )
+
+
 def without_secrets(text: str, address: str = "") -> str:
     """Return a message without credentials and signatures: those of any address in it, and those of `address`."""
     if address:

@@ -1,4 +1,4 @@
-"""What pushing and pulling share: transfers in parallel, checks of files, and errors as one line.
+"""What all that talks to a remote shares: parallel transfers, checks of files, errors as one line, a place for copies.
 
     hf://datasets/owner/name[@revision]   a dataset repository of the Hugging Face Hub: `hub`
     s3://  gs://  memory://  file://  ... any address that fsspec has a driver for: `object_store`
@@ -10,6 +10,8 @@ failures are tried again by the drivers themselves; what remains of them ends th
 
 import contextlib
 import errno
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -20,6 +22,8 @@ from geomcache.progress import TransferBar
 from geomcache.sharing.address import reason
 from geomcache.waits import waiting
 
+ATTEMPTS = 5  # at what a failing connection interrupts, on top of the driver's own
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # between them, on average doubled each time
 PARALLEL_TRANSFERS = 8  # shards are small, and a distant store answers slowly
 Content = Path | bytes
 """A file to be sent: its path, or what is in it."""
@@ -107,6 +111,23 @@ def errors_name(address: str, folder: Path) -> Iterator[None]:
         raise
 
 
+def retried[T](operation: Callable[[], T]) -> T:
+    """Do it, again where the connection failed: five times at most. Only for what may be done twice.
+
+    Raises:
+        ConnectionFailedError: of the last attempt.
+    """
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+    attempts = Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=2 * FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
+        retry=retry_if_exception_type(ConnectionFailedError),
+        reraise=True,
+    )
+    return attempts(operation)
+
+
 def in_parallel[T](operation: Callable[[T], object], items: Iterable[T]) -> None:
     """Do it for all items, several at a time. The first failure cancels those that have not begun."""
     with ThreadPoolExecutor(PARALLEL_TRANSFERS, thread_name_prefix="transfer") as executor:
@@ -140,3 +161,23 @@ def file_size(content: Content) -> int | None:
         return content.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def home() -> Path:
+    """Return the folder of the copies: GEOMCACHE_HOME, otherwise one next to the Hub's own cache."""
+    if given := os.environ.get("GEOMCACHE_HOME"):
+        return Path(given).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "geomcache"
+
+
+@contextlib.contextmanager
+def one_rank_logs() -> Iterator[None]:
+    """Of many processes that use the same cache, let the first tell the user."""
+    package = logging.getLogger("geomcache")
+    level = package.level
+    if os.environ.get("RANK", "0") != "0":
+        package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(level)

@@ -4,9 +4,10 @@ Control files have limits of their own. All other names and sizes follow from th
 coordinates are checked here, shards when the manifest is parsed (`Layout.size_bounds`). Nothing else is asked for.
 """
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ from numpy.typing import NDArray
 
 from geomcache.cache.header import COORDINATE_CHUNK, GROUP, Header
 from geomcache.cache.inventory import CONTROL_LIMITS, Inventory, damaged_files, read_episodes
+from geomcache.cache.journal import Journal
 from geomcache.cache.layout import CRC_NBYTES, HUB_FOLDER_ENTRIES
 from geomcache.cache.manifest import JOURNAL, MANIFEST
 from geomcache.cache.records import Files
-from geomcache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, UserInputError
+from geomcache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, RemoteError, UserInputError
 from geomcache.progress import human_bytes
-from geomcache.sharing.base import errors_name
+from geomcache.sharing.base import errors_name, in_parallel
 from geomcache.sharing.object_store import FsspecRemote
+from geomcache.sharing.remote_journal import fetch_journal, is_begun, is_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +52,7 @@ def fetch_description(
         if not remote.fetch(GROUP, CONTROL_LIMITS[GROUP], folder):
             raise CacheNotFoundError(f"{remote.address}: expected a cache, found no {GROUP}: check the address")
         if not remote.fetch(MANIFEST, CONTROL_LIMITS[MANIFEST], folder):
-            raise CacheIncompleteError(
-                f"{remote.address}: expected a sealed cache, found no {MANIFEST}: it was not pushed to its end; run"
-                " that `geomcache push` command again"
-            )
+            raise _unfinished(remote)
         remote.fetch(JOURNAL, CONTROL_LIMITS[JOURNAL], folder)  # the inventory names a missing one
         inventory = Inventory.read(folder)
         files = inventory.manifest.files
@@ -63,6 +63,48 @@ def fetch_description(
         for _, error in damaged_files(folder, table, files):
             raise error
         return inventory, read_episodes(folder, inventory.header).length
+
+
+def _unfinished(remote: FsspecRemote) -> CacheIncompleteError:
+    with contextlib.suppress(RemoteError):  # a web server, which lists nothing: no driver writes there
+        if is_unfinished(remote.listing()):
+            return CacheIncompleteError(
+                f"{remote.address}: expected a sealed cache, found one that is being made: run the `geomcache extract`"
+                " command that makes it again to finish it"
+            )
+    return CacheIncompleteError(
+        f"{remote.address}: expected a sealed cache, found no {MANIFEST}: it was not pushed to its end; run that"
+        " `geomcache push` command again"
+    )
+
+
+def fetch_state(remote: FsspecRemote, folder: Path) -> None:
+    """Download the few files that describe a cache, sealed or not, to an empty folder: with them it opens there.
+
+    Raises:
+        CacheNotFoundError, CacheIncompleteError, CacheFormatError, CacheCorruptError: there is no cache, neither a
+            sealed one nor one that `extract` makes.
+        RemoteError: the remote refuses, or the connection fails.
+    """
+    try:
+        fetch_description(remote, folder, metadata=True)
+    except CacheIncompleteError:
+        names = {*remote.listing()}
+        if not (is_unfinished(names) and is_begun(names)):
+            raise
+        _fetch_unfinished(remote, names, folder)
+
+
+def _fetch_unfinished(remote: FsspecRemote, names: Collection[str], folder: Path) -> None:
+    """Download the same of a cache that `extract` makes: it opens by its journal."""
+    with errors_name(remote.address, folder):
+        header = Header.read(folder)
+        fetch_journal(remote, names, folder)
+        journal = Journal(folder / JOURNAL, header.layout, header.fingerprint)
+        journal.read()
+        _check_sizes(header, journal.files, folder / JOURNAL)
+        small = [*header.metadata(), *(f"{name}/c.0" for name in header.episode_table)]
+        in_parallel(lambda name: remote.fetch(name, journal.files[name][0], folder), small)
 
 
 def _check_sizes(header: Header, files: Files, manifest: Path) -> None:

@@ -56,6 +56,7 @@ class FsspecRemote:
                 " s3://bucket/name.zarr"
             ) from error
         self._root, self._has_folders = f"{root.rstrip('/')}/", scheme not in _OBJECT_STORES
+        self._takes_ranges = scheme in _OBJECT_STORES  # a web server may answer with more than it was asked for
 
     def listing(self) -> dict[str, Stored]:
         """Return size and sha256 of every file, by name; the hash is empty where the remote does not know it."""
@@ -100,6 +101,25 @@ class FsspecRemote:
             f"{where}: expected at most {limit} bytes, found more: something else than `geomcache push` wrote it; push"
             " the cache again"
         )
+
+    def fetch_whole(self, name: str, size: int, folder: Path) -> bool:
+        """Download the first `size` bytes of a file to ``folder / name``: of a small one, in one request if possible.
+
+        Returns:
+            False where the remote has none.
+        """
+        if not self._takes_ranges or size > _BLOCK:
+            return self.fetch(name, size, folder)
+        where, target = f"{self.address}/{name}", folder / name
+        with remote_errors(where, self.url):
+            try:
+                content = self._fs.cat_file(self._root + name, start=0, end=size)
+            except FileNotFoundError:
+                return False
+        with durable.file_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        return True
 
     def prepare(self, *, private: bool) -> None:
         """Make the remote ready for writing. A bucket has to exist.

@@ -9,12 +9,10 @@ rows are downloaded as they are, with the rows of other episodes that share them
 other, whose journal, manifest and statistics cover these shards alone; pulling more adds to it.
 """
 
-import contextlib
 import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +40,7 @@ from geomcache.ranges import (
 )
 from geomcache.sharing import draft as drafts
 from geomcache.sharing.address import is_remote
-from geomcache.sharing.base import damaged, file_size, in_parallel
+from geomcache.sharing.base import damaged, file_size, home, in_parallel, one_rank_logs
 from geomcache.sharing.limits import fetch_description
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.open import open_remote
@@ -125,32 +123,12 @@ def local_copy(cache: str) -> Path:
     """
     if not is_remote(cache):
         return Path(cache)
-    with _one_rank_logs():
+    with one_rank_logs():
         logger.info("a copy below %s is used; set GEOMCACHE_HOME for another folder", home())
         report = pull(cache, None, trust_copy=True)
         for line in report.lines():
             logger.info("%s", line)
     return report.path
-
-
-@contextlib.contextmanager
-def _one_rank_logs() -> Iterator[None]:
-    """Of many processes that pull the same, let the first tell the user."""
-    package = logging.getLogger("geomcache")
-    level = package.level
-    if os.environ.get("RANK", "0") != "0":
-        package.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
-
-
-def home() -> Path:
-    """Return the folder of the copies: GEOMCACHE_HOME, otherwise one next to the Hub's own cache."""
-    if given := os.environ.get("GEOMCACHE_HOME"):
-        return Path(given).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "geomcache"
 
 
 def _wanted_rows(address: str, inventory: Inventory, lengths: NDArray[np.int64], episodes: str | None) -> Ranges:

@@ -26,11 +26,13 @@ from geomcache.cache.manifest import JOURNAL, MANIFEST, Manifest
 from geomcache.errors import CacheCorruptError, CacheExistsError, CacheFormatError, CacheLockedError
 from geomcache.progress import TransferBar, human_bytes
 from geomcache.ranges import common_ranges, count_rows
+from geomcache.sharing import lease, remote_journal
 from geomcache.sharing.base import Content, damaged, errors_name, file_size, in_parallel
 from geomcache.sharing.card import published_header, write_card
 from geomcache.sharing.limits import check_hub_limits
 from geomcache.sharing.object_store import FsspecRemote
 from geomcache.sharing.open import open_remote
+from geomcache.sharing.remote_journal import is_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,11 @@ class _Push:
     def run(self, *, overwrite: bool, verify: bool) -> PushReport:
         """Send what the remote lacks."""
         listing = self._remote.listing()
+        if is_unfinished(listing) and not overwrite:
+            raise CacheExistsError(
+                f"{self._remote.address}: expected nothing, or this cache, found one that `geomcache extract` makes"
+                " there: run that command again to finish it, choose another address, or replace it with --overwrite"
+            )
         remote = self._remote_header(listing)
         manifests = self._manifests(listing, remote)
         stale = self._check_destination(listing, remote, None if overwrite else manifests)
@@ -292,4 +299,5 @@ class _Push:
 def _belongs(name: str, header: Header) -> bool:
     """Return whether a file is a part of the cache with this header, which other readers would take for data."""
     folders = {*header.spec.camera_keys, *COORDINATES, EPISODES, *(table.key for table in header.layout.tables)}
+    folders |= {lease.FOLDER, remote_journal.FOLDER}
     return name in (*_CONTROL, UNSEALED) or name.partition("/")[0] in folders

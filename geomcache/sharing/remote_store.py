@@ -1,6 +1,6 @@
-"""A sealed cache that stays remote: frames are read over the network, through zarr-python alone.
+"""A cache that stays remote: frames are read over the network, through zarr-python alone.
 
-For a look at some frames. Training pulls the cache first: it reads every frame, in any order, again and again.
+For a look at some frames. Training fetches whole shards instead: it reads every frame, in any order, again and again.
 """
 
 import shutil
@@ -15,13 +15,18 @@ from numpy.typing import NDArray
 
 from geomcache.cache.layout import CHECKSUMS, Table, crc32c
 from geomcache.cache.store import GeometryStore
-from geomcache.errors import CacheCorruptError, GeomcacheError, RemoteError
+from geomcache.errors import CacheCorruptError, GeomcacheError, MissingFrameError, RemoteError
 from geomcache.geometry import Geometry
-from geomcache.sharing.address import public_address, reason
+from geomcache.sharing.address import is_remote, public_address, reason
 from geomcache.sharing.base import errors_name
-from geomcache.sharing.limits import fetch_description
+from geomcache.sharing.limits import fetch_state
 from geomcache.sharing.open import open_remote
 from geomcache.waits import waiting
+
+
+def open_store(cache: str | Path) -> GeometryStore:
+    """Open a cache for reading, by its path or its address. Raises what `geomcache.open` raises."""
+    return RemoteGeometryStore.open(cache) if is_remote(str(cache)) else GeometryStore.open(cache)
 
 
 class RemoteGeometryStore(GeometryStore):
@@ -41,16 +46,18 @@ class RemoteGeometryStore(GeometryStore):
     @classmethod
     @override
     def open(cls, path: str | Path) -> Self:
-        """Open the sealed cache at an address: ``hf://datasets/owner/name``, or one that fsspec knows.
+        """Open the cache at an address: ``hf://datasets/owner/name``, or one that fsspec knows.
+
+        One that `geomcache extract` has not finished is opened with the frames that it has now.
 
         Raises:
-            CacheNotFoundError, CacheIncompleteError, CacheFormatError, CacheCorruptError: there is no sealed cache.
+            CacheNotFoundError, CacheIncompleteError, CacheFormatError, CacheCorruptError: there is no cache.
             RemoteError: the remote refuses, or the connection fails again and again.
         """
         folder = Path(tempfile.mkdtemp(prefix="geomcache-"))
         try:
             remote = open_remote(str(path))
-            fetch_description(remote, folder, metadata=True)
+            fetch_state(remote, folder)
             with errors_name(remote.address, folder):
                 store = cls._read(folder)
             store._url, store.address = remote.url, public_address(remote.url)
@@ -106,6 +113,10 @@ class RemoteGeometryStore(GeometryStore):
             raise CacheCorruptError(
                 f"{self.address}/{table.key}: expected what was pushed, found a damaged file: push the cache again"
             ) from error
+
+    @override
+    def _missing(self, row: int) -> MissingFrameError:
+        return MissingFrameError(str(super()._missing(row)).replace(str(self.path), self.address))
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:

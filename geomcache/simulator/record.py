@@ -8,6 +8,7 @@ states, and success at the end.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,15 @@ from geomcache.errors import DatasetError, UserInputError
 from geomcache.frames.signature import sign_pictures
 from geomcache.frames.source import open_dataset
 from geomcache.ranges import rows_of
-from geomcache.simulator import libero
+from geomcache.simulator import libero, plus
+from geomcache.simulator.camera import CameraMove, Pose
 from geomcache.simulator.environments import LiberoGeometry, make_environment
 from geomcache.simulator.oracle import oracle_spec
-from geomcache.simulator.simulation import maps_of
+from geomcache.simulator.simulation import scene_camera
 
 STATE, ACTION = "observation.state", "action"
+EXECUTED = "executed_action"  # optional column: what the simulator was given, where `action` is what a policy learns
+INITIAL_STATE = "initial_state"  # optional column: number of the initial state that the episode began in
 STATE_TOLERANCE = 1e-3  # metres and radians; a replay of the same initial state stays within 1e-5
 
 logger = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ class Demonstration:
     """Number of the task in its suite."""
     initial_state: int
     actions: NDArray[np.float32]  # [T, 7]
+    executed: NDArray[np.float32]  # [T, 7]; the actions, unless the demonstrator was disturbed
     states: NDArray[np.float32]  # [T, 8] before each action
 
 
@@ -50,8 +55,9 @@ def read_demonstrations(
 ) -> list[Demonstration]:
     """Read the demonstrations of a suite's tasks out of a LeRobotDataset.
 
-    A dataset does not say which initial state an episode began in: the first episode of a task is taken to begin in the
-    state 0, the second in 1, and so on. `record` finds out if that is wrong.
+    A column `initial_state` says which initial state an episode began in. Without it, the first episode of a task is
+    taken to begin in the state 0, the second in 1, and so on; `record` finds out if that is wrong. A column
+    `executed_action` has what the simulator was given, if that was not `action`.
 
     Args:
         repo_id: name of the dataset.
@@ -84,8 +90,9 @@ def read_demonstrations(
             Demonstration(
                 name=f"{repo_id} episode {episode}",
                 task=numbers[text],
-                initial_state=state,
+                initial_state=int(np.asarray(part[INITIAL_STATE]).flat[0]) if INITIAL_STATE in part else state,
                 actions=np.asarray(part[ACTION], np.float32),
+                executed=np.asarray(part[EXECUTED if EXECUTED in part else ACTION], np.float32),
                 states=np.asarray(part[STATE], np.float32),
             )
         )
@@ -100,8 +107,11 @@ def record(
     cache: Path,
     *,
     fps: int = 10,
+    as_images: bool = False,
 ) -> None:
-    """Replay every demonstration under every camera, and write a dataset and its cache.
+    """Replay every demonstration, seen by all cameras at once, and write a dataset and its cache.
+
+    Episodes are in the order of the demonstrations, and for each in that of the cameras.
 
     Args:
         demonstrations: what to replay.
@@ -110,13 +120,12 @@ def record(
         folder: of the new LeRobotDataset; it must not exist.
         cache: path of the new cache.
         fps: of the new dataset; LIBERO's own datasets say 10.
+        as_images: keep pictures as they are instead of as video, which loses detail and takes longer to write.
 
     Raises:
         UserInputError: no geometry was asked for, or a demonstration does not repeat.
         SimulatorError: LIBERO cannot be started.
     """
-    import dataclasses
-
     from lerobot.datasets import LeRobotDataset
 
     options = config.oracle()
@@ -124,30 +133,41 @@ def record(
         raise UserInputError("oracle_outputs: expected ray or ray,depth to cache, got none")
     config.prepare()
     keys = config.view_keys()
-    picture = {
-        "dtype": "video",
-        "shape": (config.observation_height, config.observation_width, 3),
-        "names": ["height", "width", "channels"],
-    }
-    features: dict[str, dict[str, Any]] = {key: dict(picture) for key in keys}
-    features[STATE] = {"dtype": "float32", "shape": demonstrations[0].states.shape[1:], "names": None}
-    features[ACTION] = {"dtype": "float32", "shape": demonstrations[0].actions.shape[1:], "names": None}
+    features = _features(keys, demonstrations[0], config, as_images=as_images)
     repo_id = f"geomcache/{folder.name}"
-    dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=folder, robot_type="panda")
+    dataset = LeRobotDataset.create(
+        repo_id, fps=fps, features=features, root=folder, robot_type="panda", use_videos=not as_images
+    )
     maps: dict[str, list[NDArray[np.float16]]] = {output: [] for output in options.outputs}
-    for camera in cameras:
-        for demonstration in demonstrations:
-            for frame in replay(demonstration, dataclasses.replace(config, camera=camera)):
+    for demonstration in demonstrations:
+        began = time.monotonic()
+        moments = list(replay(demonstration, config, cameras))
+        logger.info("%s: replayed in %.0f s", demonstration.name, time.monotonic() - began)
+        for place, camera in enumerate(cameras):
+            for frame in (moment[place] for moment in moments):
                 for output, values in frame.maps.items():
                     maps[output].append(values)
                 pictures = dict(zip(keys, frame.pictures, strict=True))
                 dataset.add_frame({**pictures, STATE: frame.state, ACTION: frame.action, "task": frame.task})
             dataset.save_episode()
-            logger.info(
-                "%s, camera %s: %d frames", demonstration.name, camera or "as it is", len(demonstration.actions)
-            )
+            logger.info("%s, camera %s: %d frames", demonstration.name, camera or "as it is", len(moments))
     dataset.finalize()
     write_cache(repo_id, folder, cache, keys, config, {output: np.stack(values) for output, values in maps.items()})
+
+
+def _features(
+    keys: Sequence[str], demonstration: Demonstration, config: LiberoGeometry, *, as_images: bool
+) -> dict[str, dict[str, Any]]:
+    """Return the columns of the new dataset, as LeRobot describes them."""
+    picture = {
+        "dtype": "image" if as_images else "video",
+        "shape": (config.observation_height, config.observation_width, 3),
+        "names": ["height", "width", "channels"],
+    }
+    features: dict[str, dict[str, Any]] = {key: dict(picture) for key in keys}
+    features[STATE] = {"dtype": "float32", "shape": demonstration.states.shape[1:], "names": None}
+    features[ACTION] = {"dtype": "float32", "shape": demonstration.actions.shape[1:], "names": None}
+    return features
 
 
 def write_cache(
@@ -192,8 +212,10 @@ class RecordedFrame:
     task: str
 
 
-def replay(demonstration: Demonstration, config: LiberoGeometry) -> Iterator[RecordedFrame]:
-    """Yield the frames of a demonstration, replayed in the environment that `config` describes.
+def replay(
+    demonstration: Demonstration, config: LiberoGeometry, cameras: Sequence[str] = ("",)
+) -> Iterator[tuple[RecordedFrame, ...]]:
+    """Yield the frames of a demonstration, seen by each of the cameras.
 
     Raises:
         UserInputError: the hand moves in another way than recorded, or the task is not solved at the end.
@@ -202,24 +224,30 @@ def replay(demonstration: Demonstration, config: LiberoGeometry) -> Iterator[Rec
 
     environment: Any = make_environment(config, config.task, demonstration.task, demonstration.initial_state, 1)
     try:
+        environment.watch_from([_pose(environment.variation.bddl, camera) for camera in cameras])
         observation, _ = environment.reset(seed=demonstration.initial_state)
         solved = False
-        for number, action in enumerate(demonstration.actions):
-            state = _state(LiberoProcessorStep(), observation)
+        for number, (action, executed) in enumerate(zip(demonstration.actions, demonstration.executed, strict=True)):
+            state = state_of(LiberoProcessorStep(), observation)
             off = np.abs(state - demonstration.states[number]).max()
             if off > STATE_TOLERANCE:
                 raise UserInputError(
                     f"{demonstration.name}: expected the recorded state in frame {number}, it is {off:.2g} off: its"
                     f" initial state is not {demonstration.initial_state}, or it was recorded in another simulator"
                 )
-            yield RecordedFrame(
-                pictures=tuple(np.ascontiguousarray(pixels[::-1, ::-1]) for pixels in observation["pixels"].values()),
-                maps=maps_of(observation),
-                state=state,
-                action=action,
-                task=environment.task_description,
+            firsts, maps = environment.views_from()
+            others = [_upright(pixels) for pixels in list(observation["pixels"].values())[1:]]
+            yield tuple(
+                RecordedFrame(
+                    pictures=(_upright(first), *others),
+                    maps={output: values[place] for output, values in maps.items()},
+                    state=state,
+                    action=action,
+                    task=environment.task_description,
+                )
+                for place, first in enumerate(firsts)
             )
-            observation, _, _, _, info = environment.step(action)
+            observation, _, _, _, info = environment.step(executed)
             solved |= info["is_success"]
         if not solved:
             raise UserInputError(
@@ -230,8 +258,18 @@ def replay(demonstration: Demonstration, config: LiberoGeometry) -> Iterator[Rec
         environment.close()
 
 
-def _state(step: Any, observation: dict[str, Any]) -> NDArray[np.float32]:
-    """Return the state [8] that LeRobot makes of LIBERO's observation."""
+def _pose(bddl: Path, camera: str) -> Pose:
+    """Return where a camera of `LiberoGeometry.camera` is in a task's scene."""
+    pose = scene_camera(plus.read_problem(bddl))
+    return CameraMove.parse(camera).apply(pose) if camera else pose
+
+
+def _upright(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(pixels[::-1, ::-1])  # LeRobot's LiberoProcessorStep turns them so
+
+
+def state_of(step: Any, observation: dict[str, Any]) -> NDArray[np.float32]:
+    """Return the state [8] that LeRobot makes of LIBERO's observation; `step` is LeRobot's `LiberoProcessorStep`."""
     import torch
 
     robot = observation["robot_state"]

@@ -9,8 +9,9 @@ Everything that LeRobot's class does (initial states, settling, success) stays i
 environment is made: this module can be imported without it.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from geomcache.simulator.task import TaskFacts
 
 FIRST_CAMERA = "agentview"  # what LIBERO-Plus moves, and the reference of true geometry
 OBSERVATION_PREFIX = "observation."
+PLACES = "seen_from_places"  # robosuite's name of what `watch_from` adds
 
 
 class Task(NamedTuple):
@@ -144,6 +146,59 @@ class VariedMixin:
 
             inner.add_observable(Observable(name=batch_key(output), sensor=read, sampling_rate=inner.control_freq))
 
+    def watch_from(self, poses: Sequence[Pose]) -> None:
+        """Let `views_from` also tell what the first view's camera would see from other places. Call it before `reset`.
+
+        The camera is placed there in the same substep in which the pictures are taken, and put back.
+        """
+        from robosuite.utils.observables import Observable, sensor
+
+        self._ensure_env()
+        inner, oracle, names = self.__dict__["_env"].env, self.oracle, self.mujoco_cameras
+        assert oracle is not None
+        assert names[0] == FIRST_CAMERA
+        height, width = self.observation_height, self.observation_width
+        options: dict[str, Any] = {"grid_hw": oracle.grid_hw, "aspect": width / height}
+
+        @sensor(modality=PLACES)  # type: ignore[untyped-decorator]  # robosuite is not typed
+        def look(cache: dict[str, Any]) -> NDArray[np.uint8]:
+            pictures = np.zeros((len(poses), height, width, 3), np.uint8)
+            shapes = {output: map_shape(output, oracle.grid_hw, len(names)) for output in oracle.outputs}
+            maps = {output: np.zeros((len(poses), *shape), np.float16) for output, shape in shapes.items()}
+            if cache:  # otherwise robosuite asks for the shape
+                buffers = {name: cache[f"{name}_depth"][..., 0] for name in names if f"{name}_depth" in cache}
+                for place, pose in enumerate(poses):
+                    with camera_at(inner.sim, FIRST_CAMERA, pose):
+                        pictures[place], depth = inner.sim.render(
+                            camera_name=FIRST_CAMERA, width=width, height=height, depth=True
+                        )
+                        for output in oracle.outputs:
+                            found = buffers | {FIRST_CAMERA: depth}
+                            maps[output][place] = oracle_map(output, inner.sim, names, buffers=found, **options)
+            cache.update({f"{PLACES}_{output}": values for output, values in maps.items()})
+            return pictures
+
+        inner.add_observable(Observable(name=PLACES, sensor=look, sampling_rate=inner.control_freq))
+        for output in oracle.outputs:
+
+            @sensor(modality=f"{PLACES}_{output}")  # type: ignore[untyped-decorator]
+            def read(cache: dict[str, Any], output: str = output) -> NDArray[np.float16]:
+                if f"{PLACES}_{output}" not in cache:
+                    return np.zeros((len(poses), *map_shape(output, oracle.grid_hw, len(names))), np.float16)
+                maps: NDArray[np.float16] = cache[f"{PLACES}_{output}"]
+                return maps
+
+            inner.add_observable(Observable(name=f"{PLACES}_{output}", sensor=read, sampling_rate=inner.control_freq))
+
+    def views_from(self) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.float16]]]:
+        """Return pictures [P, H, W, 3] of the first view's camera at the P places, and each output's [P, V, h, w, ...].
+
+        Pictures are upside down and mirrored, as LIBERO's own are.
+        """
+        assert self.oracle is not None
+        current = self.__dict__["_env"].env._get_observations()
+        return current[PLACES], {output: current[f"{PLACES}_{output}"] for output in self.oracle.outputs}
+
     def _format_raw_obs(self, raw_obs: Mapping[str, Any]) -> dict[str, Any]:
         """Add the maps to LeRobot's observation, under the names from which LeRobot makes those of the batch."""
         observation: dict[str, Any] = super()._format_raw_obs(raw_obs)  # type: ignore[misc]  # of LiberoEnv
@@ -158,6 +213,26 @@ def environment_class() -> type:
     from lerobot.envs.libero import LiberoEnv
 
     return type("VariedEnvironment", (VariedMixin, LiberoEnv), {})
+
+
+@contextlib.contextmanager
+def camera_at(simulation: Any, name: str, pose: Pose) -> Iterator[None]:
+    """While this lasts, a camera that is fixed in the world is at another place. Nothing else changes."""
+    import mujoco
+
+    model, data = simulation.model, simulation.data
+    camera = model.camera_name2id(name)
+    before = model.cam_pos[camera].copy(), model.cam_quat[camera].copy()
+
+    def place(position: NDArray[np.float64], quaternion: NDArray[np.float64]) -> None:
+        model.cam_pos[camera], model.cam_quat[camera] = position, quaternion
+        mujoco.mj_camlight(model._model, data._data)
+
+    place(pose.position, pose.quaternion / np.linalg.norm(pose.quaternion))  # MuJoCo's compiler does that to a scene's
+    try:
+        yield
+    finally:
+        place(*before)
 
 
 def _observation_name(output: str) -> str:

@@ -33,15 +33,18 @@ POLICY_TYPE = "pi05_geometry"  # of a run that names none
 logger = logging.getLogger(__name__)
 
 
-def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = False) -> None:
+def train(
+    cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = False, store: GeometryStore | None = None
+) -> None:
     """Train a policy with geometry from a cache.
 
     An exception that interrupts the run, such as `KeyboardInterrupt`, gets a note that says from which step the run can
     be resumed, and how.
 
     Args:
-        cache: path of a sealed cache.
+        cache: path or address of a sealed cache, for the commands in messages.
         lerobot_args: options of `lerobot-train`, as on its command line.
+        store: the same cache, open; None opens the one at the path.
         verify: read the whole cache first, and stop if it is damaged. The processes of a machine share the work, and
             none waits for another.
 
@@ -50,7 +53,7 @@ def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = Fals
         CacheError: there is no such cache, it lacks episodes, or it is not of this run's dataset, cameras or policy.
         GeomcacheError: the dataset or checkpoint is not available, or geometry cannot be read.
     """
-    store = GeometryStore.open(cache)  # before LeRobot is imported: a wrong path is reported at once
+    store = store or GeometryStore.open(cache)  # before LeRobot is imported: a wrong path is reported at once
     if verify:
         require_intact(cache)
     _refuse_finished_output(cache, lerobot_args)
@@ -60,11 +63,13 @@ def train(cache: str | Path, lerobot_args: Sequence[str], *, verify: bool = Fals
     from lerobot.scripts import lerobot_train
 
     from geomcache.policy.environment import watched_environment
+    from geomcache.training.ahead import fetching_ahead
     from geomcache.training.loading import watched_loader
 
     with contextlib.ExitStack() as seams:
         seams.enter_context(short_ffmpeg_warning())
         seams.enter_context(geometry_datasets(store if config.policy.use_geom_prefix else None))
+        seams.enter_context(fetching_ahead(store if config.policy.use_geom_prefix else None))
         seams.enter_context(watched_loader(lambda: resume_note(cache, Path(config.output_dir))))
         if config.env is not None:
             seams.enter_context(watched_environment())

@@ -158,14 +158,17 @@ def test_a_demonstration_seen_by_a_moved_camera_and_its_cache(
     demonstrations = read_demonstrations("local/mini", MINI, "libero_object", [0])
     assert [(each.task, each.initial_state, len(each.actions)) for each in demonstrations] == [(0, 0, 138)]
     move = "20_15_130_0_0"
-    record(demonstrations, [move], config, tmp_path / "moved", tmp_path / "cache.zarr")
+    record(demonstrations, ["", move], config, tmp_path / "moved", tmp_path / "cache.zarr")
     assert not verify(tmp_path / "cache.zarr").problems
     recorded = LeRobotDataset("geomcache/moved", root=tmp_path / "moved", video_backend="pyav")
     original = LeRobotDataset("local/mini", root=MINI, episodes=[0], video_backend="pyav")
-    assert len(recorded) == len(original) == 138
-    assert recorded[5]["task"] == original[5]["task"]
-    torch.testing.assert_close(recorded[90]["action"], original[90]["action"])
-    torch.testing.assert_close(recorded[90]["observation.state"], original[90]["observation.state"], atol=1e-4, rtol=0)
+    assert len(original) == 138
+    assert len(recorded) == 2 * 138
+    for first in (0, 138):  # the camera as it is, and moved: the same motion
+        seen = recorded[first + 90]
+        assert seen["task"] == original[90]["task"]
+        torch.testing.assert_close(seen["action"], original[90]["action"])
+        torch.testing.assert_close(seen["observation.state"], original[90]["observation.state"], atol=1e-4, rtol=0)
 
     # What the environment gives while acting is what the cache has, to the bit.
     environment: Any = make_environment(LiberoGeometry(**vars(config) | {"camera": move}), "libero_object", 0, 0, 1)
@@ -173,7 +176,7 @@ def test_a_demonstration_seen_by_a_moved_camera_and_its_cache(
     with GeometryStore.open(tmp_path / "cache.zarr") as store:
         assert store.spec.source == "oracle:mujoco"
         for row in range(8):
-            stored = store.batch([row])
+            stored = store.batch([138 + row])
             for name, values in maps_of(observation).items():
                 np.testing.assert_array_equal(dict(stored.items())[name][0], values)
             observation, *_ = environment.step(demonstrations[0].actions[row])
@@ -181,9 +184,10 @@ def test_a_demonstration_seen_by_a_moved_camera_and_its_cache(
 
     # One that ends before the task is solved, and one that was recorded with other actions.
     (whole,) = demonstrations
+    cut = {name: getattr(whole, name)[:4] for name in ("actions", "executed", "states")}
     for wrong, named in (
-        (dataclasses.replace(whole, actions=whole.actions[:4], states=whole.states[:4]), "solve the task"),
-        (dataclasses.replace(whole, actions=-whole.actions), "recorded state in frame 1"),
+        (dataclasses.replace(whole, **cut), "solve the task"),
+        (dataclasses.replace(whole, executed=-whole.executed), "recorded state in frame 1"),
     ):
         with pytest.raises(UserInputError, match=f"episode 0: .*{named}"):
             list(replay(wrong, config))

@@ -87,15 +87,15 @@ def test_view_report_and_parity_compare_pictures(scene: Scene, swapped: Path, tm
 def test_an_unfinished_cache_is_not_continued_with_other_pictures(
     scene: Scene, swapped: Path, foreign: Path, tmp_path: Path
 ) -> None:
-    part = make_scene(tmp_path, wanted=[(0, 7)], like=scene).cache
+    store = GeometryStore.open_by_journal(make_scene(tmp_path, wanted=[(0, 7)], like=scene).cache)
     for root, fits in ((scene.root, True), (swapped, True), (foreign, False)):
         dataset, episodes = open_dataset("geomcache/test", root=root)
         if fits:  # the cache has the first episode alone
-            check_cached_pictures(part, dataset, episodes)
+            check_cached_pictures(store, dataset, episodes)
         else:
             with pytest.raises(CacheMismatchError, match="content: episodes 0"):
-                check_cached_pictures(part, dataset, episodes)
-            check_cached_pictures(part, dataset, [(1, 2)])
+                check_cached_pictures(store, dataset, episodes)
+            check_cached_pictures(store, dataset, [(1, 2)])
 
 
 def test_verify_compares_a_dataset_that_is_named(

@@ -24,13 +24,25 @@ def test_bytes_are_those_of_a_caches_files(tmp_path: Path, grid_hw: tuple[int, i
     assert plan_run.cache_nbytes(sum(LENGTHS), 2, grid_hw, outputs) == sum(file.stat().st_size for file in files)
 
 
-def test_hours_are_views_over_the_rate() -> None:
+def test_hours_are_views_over_the_rate_or_bytes_over_the_drivers() -> None:
     assert plan_run.gpu_hours(3600, 2, 10.0) == 0.2
-    (_, _, line) = plan_run.table(
-        [plan_run.Run(name="x", frames=36_000, views=2, grids=((14, 14),))], [10.0], ["ray"], 4
-    )
-    assert line.startswith("| x | 36,000 | 2 | 14x14 | ")
-    assert line.endswith(" | 0.5 |")
+    run = plan_run.Run(name="x", frames=36_000, views=2, grids=((14, 14),))
+    (_, _, line) = plan_run.table([run], ["ray"], plan_run.Rates(views_per_s=10.0, gpus=4, driver_mb_per_s=0.01))
+    cells = line.split(" | ")
+    assert cells[:4] == ["| x", "36,000", "2", "14x14"]
+    assert cells[5:7] == ["2.0", "0.5"]
+    nbytes = plan_run.cache_nbytes(36_000, 2, (14, 14), ["ray"])
+    assert cells[7] == f"{nbytes / 0.01e6 / 3600:,.1f}"
+
+
+def test_requests_are_those_of_a_caches_objects(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "cache.zarr", spec=make_spec(grid_hw=(3, 4)))
+    shards = len(list(path.glob("frame_crc32c/c.*")))
+    files = len([*path.rglob("c.*")]) - len([*path.glob("episode*/**/c.*"), *path.glob("frame_index/c.*")])
+    assert plan_run.count_requests(sum(LENGTHS), 2, (3, 4)) == (files + shards, files + shards)
+    writes, reads = plan_run.count_requests(161_500_000, 2, (36, 36))
+    assert writes * plan_run.PART_NBYTES > plan_run.cache_nbytes(161_500_000, 2, (36, 36))  # parts, and small objects
+    assert reads * plan_run.BLOCK_NBYTES > plan_run.cache_nbytes(161_500_000, 2, (36, 36))
 
 
 def test_the_documents_tables_are_the_scripts() -> None:
@@ -44,6 +56,7 @@ def test_the_documents_tables_are_the_scripts() -> None:
         (["--frames", "9"], "--frames and --views: expected both or none"),
         (["--grid", "14x14"], "--grid: expected --frames and --views"),
         (["--rate", "0"], "--rate: expected more than 0"),
+        (["--put-price", "-1"], "--put-price: expected 0 or more"),
         (["--frames", "0", "--views", "1"], "expected at least 1, got 0"),
         (["--outputs", "rays"], "outputs: expected 'ray'"),
     ],

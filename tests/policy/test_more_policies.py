@@ -13,13 +13,16 @@ from lerobot.policies.common.vla_utils import make_att_2d_masks
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pi0 import processor_pi0
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
+from safetensors.torch import load_file, save_file
 
 from geomcache.errors import ModelError, UserInputError
 from geomcache.evaluation.latency import ChunkTimer
 from geomcache.geometry import Geometry
 from geomcache.policy import PI0GeometryConfig, SmolVLAGeometryConfig
+from geomcache.policy.export import export_plain
 from geomcache.policy.pi0.modeling_pi0_geometry import PI0GeometryPolicy
 from geomcache.policy.pi0.processor_pi0_geometry import make_pi0_geometry_pre_post_processors
+from geomcache.policy.prefix import PrefixInputs
 from geomcache.policy.processor_pi05_geometry import make_bytes_tokenizer
 from geomcache.policy.smolvla.modeling_smolvla_geometry import SmolVLAGeometryPolicy
 from tests.support import smolvla
@@ -225,6 +228,28 @@ def test_pi0_can_be_aligned() -> None:
     assert off.forward(make_batch())[0].item() == pytest.approx(numbers["geom_action_loss"], rel=1e-6)
 
 
+def test_an_aligned_pi0_is_exported_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy(kind="pi0", geom_mode="align")
+    save(policy, tmp_path / "ours")
+    for processor in processor_pi0_without_tokenizer(policy.config):
+        processor.save_pretrained(tmp_path / "ours")
+    export_plain(str(tmp_path / "ours"), tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["type"] == "pi0"
+    plain = make_plain_policy(monkeypatch, seed=9, kind="pi0")
+    missing, unexpected = plain.load_state_dict(load_file(tmp_path / "plain" / "model.safetensors"), strict=False)
+    assert not unexpected
+    assert all(name.endswith("embed_tokens.weight") for name in missing)  # tied to the head, which is there
+    for ours, theirs in zip(loss_and_chunk(policy, make_batch()), loss_and_chunk(plain, make_batch()), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def processor_pi0_without_tokenizer(config: Any) -> list[Any]:
+    """LeRobot's processors of Pi0, without the tokenizer of the Hub."""
+    pipelines = make_pi0_geometry_pre_post_processors(config, STATISTICS)
+    pipelines[0].steps = [step for step in pipelines[0].steps if "Tokenizer" not in type(step).__name__]
+    return list(pipelines)
+
+
 def test_smolvla_has_no_alignment(language_model: Path) -> None:
     config = smolvla.make_smolvla_config(language_model)
     assert not hasattr(config, "geom_mode")
@@ -244,8 +269,6 @@ def test_states_of_several_steps_stay_behind_geometry(language_model: Path) -> N
     text = (batch["observation.language.tokens"], batch["observation.language.attention_mask"])
     states = torch.rand(2, 3, policy.config.max_state_dim)
     tokens = policy.model.geometry_adapter(make_geometry())
-    from geomcache.policy.prefix import PrefixInputs
-
     theirs = policy.model.embed_prefix(images, masks, *text, states)
     ours = policy.model.embed_prefix(PrefixInputs(images, tokens), masks, *text, states)
     assert torch.equal(ours[0][:, -3:], theirs[0][:, -3:])
@@ -334,8 +357,6 @@ def test_a_plain_checkpoint_gains_geometry(
 
 
 def test_a_missing_weight_is_an_error(kind: str, make: Make, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     save(make(), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.action_in_proj.weight"]

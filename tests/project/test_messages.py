@@ -172,6 +172,14 @@ MISTAKES = [
     Mistake("following a dataset of the Hub", "extract --model DA3-SMALL --dataset x --follow"),
     Mistake("an option of a cluster without one", "extract --model DA3-SMALL --dataset x --actors 2"),
     Mistake("a dry run on a cluster", "extract --model DA3-SMALL --dataset x --cluster ray --dry-run"),
+    # Caches at an address
+    Mistake("making a cache on the Hub", "extract --model DA3-SMALL --dataset x --output hf://datasets/me/cache"),
+    Mistake("following into a bucket", f"{EXTRACT} --model DA3-SMALL --follow --output s3://bucket/cache.zarr"),
+    Mistake("repairing a cache at an address", "verify s3://bucket/cache.zarr --repair"),
+    Mistake("an address without a cache", "info file://TMP/none.zarr"),
+    Mistake("a bound for a local cache", f"train --cache TMP/cache.zarr --cache-disk 5GB {TRAIN}", sealed),
+    Mistake("a bound that is no size", f"train --cache file://TMP/cache.zarr --cache-disk much {TRAIN}", sealed),
+    Mistake("a bound below a shard", f"train --cache file://TMP/cache.zarr --cache-disk 1kB {TRAIN}", sealed),
     # Training and evaluation
     Mistake("training from a cache that is missing", f"train --cache TMP/none.zarr {TRAIN}"),
     Mistake("training from an incomplete cache", f"train --cache TMP/cache.zarr {TRAIN}", incomplete),

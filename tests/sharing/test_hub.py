@@ -19,6 +19,7 @@ from geomcache.errors import (
     UserInputError,
 )
 from geomcache.sharing import limits
+from geomcache.sharing.fetching_store import FetchingGeometryStore, open_for_training
 from geomcache.sharing.open import open_remote
 from geomcache.sharing.pull import pull
 from geomcache.sharing.push import UNSEALED, push
@@ -186,3 +187,19 @@ def test_frames_are_read_at_the_commit_that_was_opened(tmp_path: Path, hub: HubH
     with GeometryStore.open(path) as local:
         for store in (remote, pickle.loads(pickle.dumps(remote))):
             np.testing.assert_array_equal(store.batch([3, 80]).ray, local.batch([3, 80]).ray)
+
+
+def test_shards_of_the_hub_are_fetched_at_the_commit_that_was_opened(
+    tmp_path: Path, hub: HubHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEOMCACHE_HOME", str(tmp_path / "home"))
+    path = make_small_store(tmp_path / "here.zarr")
+    push(path, ADDRESS)
+    store = open_for_training(ADDRESS, 10**9)
+    push(make_small_store(tmp_path / "other.zarr", shift=7), ADDRESS, overwrite=True)
+    rows = [80, 3, 45]
+    copy = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(copy.batch(rows).ray, GeometryStore.open(path).batch(rows).ray)
+    assert isinstance(copy, FetchingGeometryStore)
+    assert copy.local.fetched == 3
+    assert copy.address.startswith(f"{ADDRESS}@")

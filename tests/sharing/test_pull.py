@@ -28,8 +28,9 @@ from geomcache.errors import (
     UserInputError,
 )
 from geomcache.sharing import draft as drafts
+from geomcache.sharing.base import home
 from geomcache.sharing.object_store import FsspecRemote
-from geomcache.sharing.pull import home, local_copy, pull
+from geomcache.sharing.pull import local_copy, pull
 from tests.support.sharing import (
     BEGIN_FILES,
     FILES,

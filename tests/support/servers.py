@@ -1,11 +1,15 @@
 """Servers on loopback that stand for what is elsewhere: S3 by moto, and a way to it that can be cut."""
 
 import contextlib
+import queue
+import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from importlib import import_module
 
+import httpx
 import pytest
 
 
@@ -25,6 +29,10 @@ class Wire:
         self.port: int = self._listener.getsockname()[1]
         self.cuts = 0
         """Connections that were broken."""
+        self.latency_s = 0.0
+        """How much later everything arrives at the server."""
+        self._mean_nbytes: int | None = None
+        self._random = random.Random()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_after(self, nbytes: int, *, once: bool = False) -> None:
@@ -32,10 +40,15 @@ class Wire:
         with self._guard:
             self._left, self._once = nbytes, once
 
+    def cut_at_random(self, mean_nbytes: int, seed: int) -> None:
+        """Break each new connection after a random number of bytes, in both directions together."""
+        with self._guard:
+            self._mean_nbytes, self._random = mean_nbytes, random.Random(seed)
+
     def mend(self) -> None:
         """Pass everything on again."""
         with self._guard:
-            self._left = None
+            self._left = self._mean_nbytes = None
 
     def close(self) -> None:
         self._listener.close()
@@ -59,19 +72,27 @@ class Wire:
         server = socket.create_connection(("127.0.0.1", self._upstream))
         with self._guard:
             self._sockets |= {client, server}
-        forth = threading.Thread(target=self._pass_on, args=(client, server, False), daemon=True)
+            budget = None if self._mean_nbytes is None else [int(self._random.expovariate(1 / self._mean_nbytes))]
+        forth = threading.Thread(target=self._pass_on, args=(client, server, False, budget), daemon=True)
         forth.start()
-        self._pass_on(server, client, True)
+        self._pass_on(server, client, True, budget)
         forth.join()
         for each in (client, server):
             each.close()
         with self._guard:
             self._sockets -= {client, server}
 
-    def _pass_on(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+    def _pass_on(self, source: socket.socket, target: socket.socket, counted: bool, budget: list[int] | None) -> None:
+        """Pass on what a source sends; `budget` is how many bytes are left of a connection that breaks at random."""
+        send = target.sendall if counted or not self.latency_s else _Later(target, self.latency_s).send
         with contextlib.suppress(OSError):
-            while block := source.recv(4096):
+            while block := source.recv(4096 if self._left is not None else 65536):
                 with self._guard:
+                    if budget is not None:
+                        block, budget[0] = block[: max(0, budget[0])], budget[0] - len(block)
+                        if budget[0] <= 0:
+                            self.cuts += 1
+                            break
                     if self._left is not None:
                         if counted:
                             block, self._left = block[: max(0, self._left)], self._left - len(block)
@@ -82,10 +103,29 @@ class Wire:
                             with contextlib.suppress(OSError):
                                 target.sendall(block)
                             break
-                target.sendall(block)
+                send(block)
         for each in (source, target):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+
+
+class _Later:
+    """Sends everything so many seconds later, as a long way does: it takes no bandwidth away."""
+
+    def __init__(self, target: socket.socket, seconds: float) -> None:
+        self._target, self._seconds = target, seconds
+        self._queue: queue.Queue[tuple[float, bytes]] = queue.Queue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def send(self, block: bytes) -> None:
+        self._queue.put((time.monotonic() + self._seconds, block))
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                due, block = self._queue.get()
+                time.sleep(max(0.0, due - time.monotonic()))
+                self._target.sendall(block)
 
 
 @pytest.fixture
@@ -97,8 +137,18 @@ def s3_wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     s3fs = import_module("s3fs").S3FileSystem  # neither has types
     new_session = import_module("botocore.session").get_session
 
+    # moto looks whether an object exists, and then writes it: two requests at once could both find none. S3 does not.
+    responses, writes = import_module("moto.s3.responses").S3Response, threading.Lock()
+    put_object = responses.put_object
+
+    def put_one(self: object) -> object:
+        with writes:
+            return put_object(self)
+
+    monkeypatch.setattr(responses, "put_object", put_one)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    httpx.post(f"http://127.0.0.1:{server.get_host_and_port()[1]}/moto-api/reset")  # what other tests left
     wire = Wire(server.get_host_and_port()[1])
     url = f"http://127.0.0.1:{wire.port}"
     for name, value in {
@@ -121,3 +171,15 @@ def s3_wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
     s3fs.clear_instance_cache()
     wire.close()
     server.stop()
+
+
+@pytest.fixture
+def patient_s3(s3_wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Wire:
+    """The same server, whose driver tries again as it does by default."""
+    import fsspec.config
+
+    s3fs = import_module("s3fs").S3FileSystem
+    monkeypatch.setitem(fsspec.config.conf, "s3", {})
+    monkeypatch.setattr(s3fs, "retries", 5)
+    s3fs.clear_instance_cache()
+    return s3_wire

@@ -53,7 +53,8 @@ def make_language_model(folder: Path, *, tied: bool = False) -> Path:
         "image_size": SIDE,
         "patch_size": 8,
     }
-    config = CONFIG_MAPPING["smolvlm"](
+    make_config: Any = CONFIG_MAPPING["smolvlm"]
+    config = make_config(
         text_config=text,
         vision_config=vision,
         scale_factor=2,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
 from geomcache.cache.store import GeometryStore
+from geomcache.errors import ModelError
 from geomcache.evaluation.run import parse_evaluation
 from geomcache.policy.checkpoint import read_config
+from geomcache.policy.small_paligemma import SMALL_GEMMA
 from geomcache.training import trainer as training
+from geomcache.training.probe_policy import LEAST_FRAMES, probe_policy
 from tests.support import smolvla
 from tests.support.policy import make_plain_policy
 from tests.support.training import CAMERAS, make_cache, make_dataset, make_spec, options, row_maps, run_training
@@ -72,6 +76,13 @@ def test_a_run_and_a_prediction(kind: str, meta: LeRobotDatasetMetadata, cache: 
     actions = postprocess(policy.predict_action_chunk(raw))
     assert actions.shape == (2, 3, 2)
     assert torch.isfinite(actions).all()
+
+    ask: dict[str, Any] = {"root": Path(meta.root), "frames": LEAST_FRAMES, "batch_size": 5, "device": "cpu"}
+    if kind == "pi0":
+        assert len(probe_policy(str(folder), cache, **ask).layers) == 1 + SMALL_GEMMA.depth
+    else:  # its image tokens are no patches of the picture
+        with pytest.raises(ModelError, match="smolvla_geometry"):
+            probe_policy(str(folder), cache, **ask)
 
 
 def test_a_plain_pi0_gains_geometry_and_is_evaluated_as_plain(

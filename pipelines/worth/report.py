@@ -1,0 +1,183 @@
+"""Turn the errors of all arms and seeds into tables with intervals, and a plot.
+
+    python pipelines/worth/report.py --results DIR [--output DIR]
+
+DIR has open_loop/ARM.SEED.csv of learn.py. Everything is paired: two arms are compared on the same demonstration, under
+the same camera, from the same seed. The interval is that of a bootstrap that draws seeds, demonstrations and cameras,
+each by itself with replacement, and takes all of their combinations: the factors are crossed (Owen, "The pigeonhole
+bootstrap", Annals of Applied Statistics, 2007). So it says what would differ with other seeds, other demonstrations and
+other cameras.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomcache.look.drawing import house_style
+from pipelines.worth.design import ARMS
+
+BASELINE = "none"
+RESAMPLES, LEVEL = 9999, 0.95
+MEASURES = {"xyz": "error of the translation", "gripper": "wrong gripper"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean with the bounds of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, factor: float = 1.0, digits: int = 4, sign: str = "") -> str:
+        """Return it as text, multiplied."""
+        mean, low, high = (f"{value * factor:{sign}.{digits}f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult:
+    """An arm's error, and its difference from that without geometry."""
+
+    arm: str
+    error: Estimate
+    difference: Estimate
+    relative: Estimate
+    """The difference divided by the error without geometry."""
+    by_seed: tuple[float, ...]
+    """The relative difference of each seed."""
+
+
+def read(folder: Path) -> dict[str, dict[int, list[dict[str, str]]]]:
+    """Return the rows of each arm and seed."""
+    found: dict[str, dict[int, list[dict[str, str]]]] = {}
+    for file in sorted(folder.glob("*.csv")):
+        with file.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        found.setdefault(rows[0]["arm"], {})[int(rows[0]["seed"])] = rows
+    return {arm: found[arm] for arm in ARMS if arm in found}
+
+
+def table(rows: dict[int, list[dict[str, str]]], seeds: Sequence[int], measure: str, seen: int) -> NDArray[Any]:
+    """Return an arm's errors, [seeds, demonstrations, cameras]."""
+    chosen = {seed: [row for row in rows[seed] if int(row["seen"]) == seen] for seed in seeds}
+    demonstrations = sorted({row["demonstration"] for row in chosen[seeds[0]]})
+    cameras = sorted({row["camera"] for row in chosen[seeds[0]]})
+    values = np.full((len(seeds), len(demonstrations), len(cameras)), np.nan)
+    for place, seed in enumerate(seeds):
+        for row in chosen[seed]:
+            values[place, demonstrations.index(row["demonstration"]), cameras.index(row["camera"])] = row[measure]
+    if np.isnan(values).any():
+        raise SystemExit("report.py: expected every demonstration under every camera, some are missing: run learn.py")
+    return values
+
+
+def resampled(values: NDArray[Any]) -> NDArray[Any]:
+    """Return means of [seeds, demonstrations, cameras], each factor drawn with replacement, [RESAMPLES]."""
+    generator = np.random.default_rng(0)  # the same draws for every arm, so that differences are paired
+    weights = []
+    for count in values.shape:
+        drawn = generator.integers(count, size=(RESAMPLES, count))
+        weights.append(np.stack([np.bincount(row, minlength=count) for row in drawn]) / count)
+    means: NDArray[Any] = np.einsum("sdc,rs,rd,rc->r", values, *weights, optimize=True)
+    return means
+
+
+def estimate(mean: float, draws: NDArray[Any]) -> Estimate:
+    """Return the percentile interval."""
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(mean=float(mean), low=float(low), high=float(high))
+
+
+def compare(arm: str, values: NDArray[Any], baseline: NDArray[Any]) -> ArmResult:
+    """Compare an arm's errors [seeds, demonstrations, cameras] with those without geometry."""
+    drawn, drawn_baseline = resampled(values), resampled(baseline)
+    return ArmResult(
+        arm=arm,
+        error=estimate(values.mean(), drawn),
+        difference=estimate(values.mean() - baseline.mean(), drawn - drawn_baseline),
+        relative=estimate(values.mean() / baseline.mean() - 1, drawn / drawn_baseline - 1),
+        by_seed=tuple((values.mean((1, 2)) / baseline.mean((1, 2)) - 1).tolist()),
+    )
+
+
+def markdown(results: dict[str, list[ArmResult]], text: str) -> str:
+    """Return tables of all arms."""
+    lines = [text]
+    for title, rows in results.items():
+        lines += [
+            "",
+            f"### {title}",
+            "",
+            "| arm | error | against no geometry | each seed |",
+            "| --- | --- | --- | --- |",
+        ]
+        for row in rows:
+            change = "" if row.arm == BASELINE else f"{row.relative.text(100, 1, '+')} %"
+            seeds = "" if row.arm == BASELINE else ", ".join(f"{100 * value:+.1f}" for value in row.by_seed)
+            lines.append(f"| {ARMS[row.arm].text} | {row.error.text()} | {change} | {seeds} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: list[ArmResult], file: Path, title: str) -> None:
+    """Draw each arm's change of the error against no geometry: its interval, and each seed."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in results if row.arm != BASELINE]
+    with house_style():
+        figure = Figure(figsize=(9, 0.55 * len(shown) + 1.7), dpi=110, layout="constrained")
+        axes = figure.add_subplot()
+        for place, row in enumerate(reversed(shown)):
+            change = row.relative
+            is_control = ARMS[row.arm].of_another_frame or ARMS[row.arm].source == "da3" or not ARMS[row.arm].sees
+            colour = "#9e9e9e" if is_control else "#00695c"
+            axes.plot([100 * change.low, 100 * change.high], [place, place], color=colour, linewidth=5, alpha=0.45)
+            axes.plot(100 * change.mean, place, "o", color=colour, markersize=9)
+            axes.plot(100 * np.array(row.by_seed), np.full(len(row.by_seed), place - 0.27), "|", color=colour)
+        axes.axvline(0, color="black", linewidth=1)
+        axes.set_yticks(range(len(shown)), [ARMS[row.arm].text for row in reversed(shown)])
+        axes.set_xlabel("change of the error of predicted actions against no geometry, % (left is better)")
+        axes.set_title(title, loc="left")
+        figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--output", type=Path, help="folder; that of --results")
+    arguments = parser.parse_args()
+    output = arguments.output or arguments.results
+    found = read(arguments.results / "open_loop")
+    seeds = sorted(set.intersection(*({*rows} for rows in found.values()))) if found else []
+    if BASELINE not in found or not seeds:
+        raise SystemExit("report.py: expected errors of every arm from at least one seed, found none: run learn.py")
+    results: dict[str, list[ArmResult]] = {}
+    shape: tuple[int, ...] = ()
+    for measure, name in MEASURES.items():
+        for seen, cameras in ((0, "cameras never seen"), (1, "trained cameras")):
+            errors = {arm: table(rows, seeds, measure, seen) for arm, rows in found.items()}
+            baseline = errors[BASELINE]
+            shape = shape or baseline.shape
+            results[f"{name}, {cameras}"] = [compare(arm, values, baseline) for arm, values in errors.items()]
+    text = (
+        f"{shape[0]} seeds, {shape[1]} held-out demonstrations, {shape[2]} cameras never seen. Errors of translation"
+        " are in action units, of the gripper shares of wrong signs; 95 % intervals."
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "open_loop.md").write_text(markdown(results, text))
+    content = {name: [asdict(row) for row in rows] for name, rows in results.items()}
+    (output / "open_loop.json").write_text(json.dumps({"seeds": seeds, "results": content}, indent=1))
+    first = next(iter(results.values()))
+    draw(first, output / "open_loop.png", f"{shape[0]} seeds x {shape[1]} demonstrations x {shape[2]} new cameras")
+    print((output / "open_loop.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Does geometry help a small Pi0.5 whose camera moves? One command a stage; start any of them again to resume.
+#
+#   pipelines/worth/worth.sh                   all stages, in the size for two CPU cores
+#   pipelines/worth/worth.sh demonstrate       one of them: demonstrate, record, extract, learn, closed, report
+#   SIZE=smoke pipelines/worth/worth.sh        all stages in some minutes: that they run, not an answer
+#   SIZE=gpu pipelines/worth/worth.sh          on a GPU; `gpu.sh` runs the stages side by side
+#
+#   demonstrate   scripted demonstrations of libero_object, with a disturbed arm            WORK/demonstrations
+#   record        replayed under 12 trained and 12 other cameras of LIBERO-Plus, true geometry   WORK/recorded, frames
+#   extract       the same frames through DA3 with random weights, a control                WORK/recorded/*.da3.zarr
+#   learn         each arm from each seed, and its errors on held-out demonstrations        WORK/policies, open_loop
+#   closed        success of three arms on variants of LIBERO-Plus                          WORK/closed
+#   report        tables with intervals, a plot, geomcache compare                          WORK/report
+#
+# Needs geomcache[libero,libero-assets,libero-plus]. docs/worth.md says what is compared, and what was found.
+set -euo pipefail
+self=$(realpath "$0")
+cd "$(dirname "$0")/../.."
+
+SIZE="${SIZE:-cpu}"
+case "$SIZE" in
+    smoke) defaults="TASKS=0:1 STATES=0:2 EVERY=6 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12" ;;
+    cpu) defaults="TASKS=0:4 STATES=0:3 EVERY=1 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=500 BATCH=16 SEEDS=0,1,2 MEASURE_EVERY=8 VARIANTS=30 EPISODE=220" ;;
+    gpu) defaults="TASKS=0:10 STATES=0:3 EVERY=1 PICTURE=112 DA3=112 TOKENS=8 CHUNK=16 STEPS=800 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=220" ;;
+    *) echo "worth.sh: SIZE: expected smoke, cpu or gpu, got '$SIZE'" >&2; exit 2 ;;
+esac
+for setting in $defaults; do
+    name="${setting%%=*}"
+    export "$name=${!name:-${setting#*=}}"  # the environment overrides
+done
+export WORK="${WORK:-outputs/worth/$SIZE}"
+export PROCESSES="${PROCESSES:-2}"           # of simulators
+export LEARNERS="${LEARNERS:-1}"             # arms that are trained at once
+export ARMS="${ARMS:-}"                      # names, separated by spaces; all of design.py
+export LEARN_ARGS="${LEARN_ARGS:-}"          # further options of learn.py
+export PYTHON="${PYTHON:-python}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
+export NUMBA_CACHE_DIR="${NUMBA_CACHE_DIR:-$WORK/numba}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+worth=pipelines/worth
+mkdir -p "$WORK/logs"
+
+stage() {
+    printf '== %s (%d s since the start)\n' "$*" "$SECONDS"
+}
+
+demonstrate() {
+    if [[ -e "$WORK/demonstrations/meta/info.json" ]]; then return; fi
+    rm -rf "$WORK/demonstrations"
+    "$PYTHON" $worth/demonstrate.py --output "$WORK/demonstrations.draft" --tasks "$TASKS" --states "$STATES" \
+        --processes "$PROCESSES" | grep -v '^\[info\]'
+    mv "$WORK/demonstrations.draft" "$WORK/demonstrations"
+}
+
+parts() {
+    "$PYTHON" $worth/design.py parts --demonstrations "$WORK/demonstrations" --every "$EVERY" | grep -E '^(train|test)_'
+}
+
+record() {
+    mkdir -p "$WORK/recorded" "$WORK/frames"
+    parts >"$WORK/parts.txt"
+    xargs -P "$PROCESSES" -L 1 "$self" record-one <"$WORK/parts.txt"
+}
+
+record-one() { # NAME EPISODE CAMERAS
+    if [[ -e "$WORK/frames/$1.npz" ]]; then return; fi
+    rm -rf "$WORK/recorded/$1" "$WORK/recorded/$1.zarr"
+    "$PYTHON" pipelines/record_demonstrations.py --demonstrations "$WORK/demonstrations" --episodes "$2" \
+        --cameras "$3" --output "$WORK/recorded/$1" --cache "$WORK/recorded/$1.zarr" --size "$PICTURE" \
+        --outputs ray,depth --grid 8x8 --images >"$WORK/logs/record_$1.log" 2>&1 || { tail -n 3 "$WORK/logs/record_$1.log"; return 1; }
+    "$PYTHON" $worth/frames.py --recorded "$WORK/recorded" --name "$1" --cameras "$3" --output "$WORK/frames"
+    echo "$1: recorded"
+}
+
+extract() {
+    local model="$WORK/da3-small-random"
+    if [[ ! -e "$model/model.safetensors" ]]; then "$PYTHON" pipelines/make_random_da3.py --output "$model"; fi
+    # What was recorded, should a time limit have cut recording short.
+    find "$WORK/frames" -name '*_??.npz' -printf '%f\n' | sort | cut -d . -f 1 | xargs -P "${EXTRACTORS:-1}" -L 1 "$self" extract-one
+}
+
+extract-one() { # NAME
+    "$PYTHON" -m geomcache extract --model "$WORK/da3-small-random" --dataset "geomcache/$1" \
+        --root "$WORK/recorded/$1" --output "$WORK/recorded/$1.da3.zarr" --process-res "$DA3" --grid "$((DA3 / 14))x$((DA3 / 14))" --engine eager \
+        --num-workers 1 >"$WORK/logs/extract_$1.log" 2>&1 || { tail -n 3 "$WORK/logs/extract_$1.log"; return 1; }
+}
+
+learn() {
+    local arms
+    arms="${ARMS// /$'\n'}"
+    if [[ -z "$arms" ]]; then arms=$("$PYTHON" $worth/design.py arms); fi
+    xargs -P "$LEARNERS" -L 1 "$self" learn-one <<<"$arms"
+}
+
+learn-one() { # ARM
+    # shellcheck disable=SC2086  # LEARN_ARGS are several options
+    "$PYTHON" $worth/learn.py --arm "$1" --seeds "$SEEDS" --frames "$WORK/frames" --caches "$WORK/recorded" \
+        --output "$WORK" --steps "$STEPS" --batch-size "$BATCH" --resolution "$PICTURE" --tokens "$TOKENS" \
+        --chunk "$CHUNK" --every "$MEASURE_EVERY" $LEARN_ARGS 2>&1 | tee "$WORK/logs/learn_$1.log" |
+        { grep --line-buffered -E '(error|seed [0-9]+: |left out|Error)' || true; }
+}
+
+closed() {
+    local numbers seed="${CLOSED_SEED:-0}"
+    # shellcheck disable=SC2153  # set above, from the size
+    numbers=$("$PYTHON" $worth/design.py variants --variants "$VARIANTS" | tail -n 1)
+    for arm in ${CLOSED_ARMS:-none rays rays_depth}; do
+        # Processes with the same --results share the variants.
+        seq "${EVALUATORS:-$PROCESSES}" | xargs -P "${EVALUATORS:-$PROCESSES}" -I{} "$self" closed-one "$arm" "$seed" "$numbers" {}
+    done
+}
+
+closed-one() { # ARM SEED VARIANTS NUMBER
+    "$PYTHON" -m geomcache eval --policy "$WORK/policies/$1/$2" --results "$WORK/closed/$1.csv" \
+        --env.type=libero_plus_variants --env.task=libero_object --env.axis=camera --env.task_ids="$3" \
+        --env.observation_height="$PICTURE" --env.observation_width="$PICTURE" --env.episode_length="$EPISODE" \
+        --eval.n_episodes=1 --eval.batch_size=1 --seed=1000 --output_dir="$WORK/closed/$1.$4" \
+        ${DEVICE:+--policy.device=$DEVICE} >"$WORK/logs/closed_$1_$4.log" 2>&1 ||
+        { tail -n 3 "$WORK/logs/closed_$1_$4.log"; return 1; }
+}
+
+report() {
+    "$PYTHON" $worth/redundancy.py --frames "$WORK/frames" --caches "$WORK/recorded" | tee "$WORK/redundancy.md"
+    "$PYTHON" $worth/report.py --results "$WORK" --output "$WORK/report"
+    local files=()
+    for arm in none rays rays_depth; do
+        if [[ -e "$WORK/closed/$arm.csv" ]]; then files+=("$WORK/closed/$arm.csv"); fi
+    done
+    if [[ ${#files[@]} -gt 1 ]]; then "$PYTHON" -m geomcache compare "${files[@]}" --output "$WORK/report"; fi
+}
+
+case "${1:-all}" in
+    record-one | extract-one | learn-one | closed-one)
+        "$@"
+        ;;
+    all)
+        for each in demonstrate record extract learn closed report; do
+            stage "$each"
+            "$each"
+        done
+        stage "done"
+        ;;
+    demonstrate | record | extract | learn | closed | report)
+        for each in "$@"; do
+            stage "$each"
+            "$each"
+        done
+        stage "done"
+        ;;
+    *)
+        echo "worth.sh: expected demonstrate, record, extract, learn, closed, report or all, got '$1'" >&2
+        exit 2
+        ;;
+esac

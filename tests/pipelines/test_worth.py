@@ -1,0 +1,122 @@
+"""The experiment of `pipelines/worth`: its design, its script, its intervals. `make worth-smoke` runs all of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geomcache.simulator import libero, plus
+from pipelines.worth import design, redundancy, report
+from pipelines.worth.demonstrate import CLOSED, OPEN, PHASES, Demonstrator
+from pipelines.worth.frames import Frames
+from tests.support.simulator import needs_libero, needs_plus
+
+
+@needs_plus
+@needs_libero
+def test_no_camera_that_is_measured_on_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    libero.write_config(libero.find_package())
+    trained, unseen = design.cameras()
+    assert len({*trained}) == len({*unseen}) == 12
+    assert not {*trained} & {*unseen}
+    names = plus.variant_names("libero_object")
+    known = {str(plus.VariantName.parse(name).camera) for name in names if "_view_" in name}
+    assert {*trained, *unseen} <= known
+    variants = [plus.VariantName.parse(names[number]) for number in design.closed_loop_variants(36)]
+    assert {variant.axis for variant in variants} == {"camera"}
+    assert len({variant.name for variant in variants}) == 36
+    assert not {str(variant.camera) for variant in variants} & {*trained}
+
+
+def test_the_demonstrator_brings_an_object_to_the_basket() -> None:
+    hand, thing, basket = np.array([0.0, 0.0, 0.4]), np.array([0.1, -0.2, 0.05]), np.array([0.0, 0.25, 0.0])
+    demonstrator, phases, held = Demonstrator(), [], False
+    for _ in range(300):
+        phases.append(demonstrator.phase)
+        action = demonstrator.act(hand, thing, basket)
+        assert np.abs(action[:3]).max() <= 1
+        hand = hand + 0.05 * action[:3] * 0.5
+        if action[6] == CLOSED and np.linalg.norm(hand - thing) < 0.02:
+            held = True
+        if held:
+            thing = hand
+        if demonstrator.phase == "release" and action[6] == OPEN:
+            break
+    assert tuple(dict.fromkeys(phases)) == PHASES
+    assert np.linalg.norm((thing - basket)[:2]) < 0.03
+
+
+def test_chunks_end_with_their_episode(tmp_path: Path) -> None:
+    action = np.arange(5, dtype=np.float32)[:, None].repeat(7, 1)
+    np.savez(
+        tmp_path / "train_00.npz",
+        pictures=np.zeros((5, 2, 4, 4, 3), np.uint8),
+        state=np.zeros((5, 8), np.float32),
+        action=action,
+        length=np.array([3, 2]),
+        camera=np.array(["a", "b"]),
+        task=np.array("lift"),
+    )
+    frames = Frames.load([tmp_path / "train_00.npz"], tmp_path, "", (), 3)
+    assert frames.actions[..., 0].tolist() == [[0, 1, 2], [1, 2, 2], [2, 2, 2], [3, 4, 4], [4, 4, 4]]
+    assert frames.is_pad.sum(1).tolist() == [0, 1, 2, 1, 2]
+    assert frames.camera.tolist() == ["a", "a", "a", "b", "b"]
+
+
+def test_the_interval_draws_each_factor_by_itself() -> None:
+    generator = np.random.default_rng(3)
+    seeds, demonstrations, cameras = generator.normal(size=(3, 200))
+    baseline = np.full((5, 4, 12), 1.0)
+    # Only seeds differ: what is drawn of the others changes nothing.
+    effect = 0.1 * seeds[:5, None, None] + np.zeros((5, 4, 12))
+    found = report.compare("rays", baseline + effect, baseline)
+    assert found.difference.mean == pytest.approx(effect.mean())
+    means = seeds[generator.integers(5, size=(20000, 5))].mean(1) * 0.1
+    assert found.difference.low == pytest.approx(np.quantile(means, 0.025), abs=0.006)
+    assert found.difference.high == pytest.approx(np.quantile(means, 0.975), abs=0.006)
+    # An effect that is the same everywhere is certain, however much demonstrations and cameras differ.
+    varied = 1 + 0.2 * demonstrations[:4, None] ** 2 + 0.2 * cameras[:12] ** 2 + np.zeros((5, 4, 12))
+    certain = report.compare("rays", varied - 0.25, varied).difference
+    assert (certain.low, certain.mean, certain.high) == pytest.approx((-0.25, -0.25, -0.25))
+    assert report.compare("rays", varied, varied).relative.high == 0
+
+
+def test_a_report_wants_every_pair(tmp_path: Path) -> None:
+    folder = tmp_path / "open_loop"
+    folder.mkdir()
+    header = "arm,seed,steps,camera,seen,demonstration,frames,xyz,gripper"
+    for arm, error in (("none", 0.2), ("rays", 0.1)):
+        rows = [f"{arm},0,10,{camera},0,{part},5,{error},0.1" for camera in "ab" for part in ("test_00", "test_01")]
+        (folder / f"{arm}.0.csv").write_text("\n".join([header, *rows]) + "\n")
+    found = report.read(folder)
+    values = report.table(found["rays"], [0], "xyz", 0)
+    assert values.shape == (1, 2, 2)
+    baseline = report.table(found["none"], [0], "xyz", 0)
+    assert report.compare("rays", values, baseline).relative.mean == pytest.approx(-0.5)
+    lines = (folder / "rays.0.csv").read_text().splitlines()
+    (folder / "rays.0.csv").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(SystemExit, match="some are missing"):
+        report.table(report.read(folder)["rays"], [0], "xyz", 0)
+
+
+def test_what_the_state_says_is_told_from_what_it_does_not_say() -> None:
+    generator = np.random.default_rng(5)
+    state = np.tile(generator.normal(size=(600, 8)), (3, 1, 1))  # the same motion under three cameras
+    place = np.arange(3.0)[:, None, None]
+    seen = redundancy.Seen(
+        state=state,
+        maps={
+            "follows": 2 * state[..., :2],  # from the state, whatever the camera
+            "moves": 0.1 * state[..., :2] + 5 * place,  # from the state and the camera
+            "unknown": np.tile(generator.normal(size=(600, 2)), (3, 1, 1)),
+            "still": np.ones((3, 600, 2)),
+        },
+    )
+    found = {name: (alone, together) for name, alone, together in redundancy.rows(seen)}
+    assert min(found["follows"][0]) > 0.99
+    assert found["follows"][1] > 0.99
+    assert min(found["moves"][0]) > 0.99
+    assert found["moves"][1] < 0.1
+    assert max(found["unknown"][0]) < 0.1
+    assert np.isnan(found["still"][1])
