@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From demonstrations to a solved task, on two CPU cores in 45 minutes: record a scripted expert in LIBERO, extract the
+# From demonstrations to a solved task, on two CPU cores in an estimated 45 minutes: record a scripted expert in LIBERO, extract the
 # geometry of its pictures into a cache, train a small Pi0.5 from the cache, and run that policy in LIBERO with DA3
 # online, from initial states that it has not seen. Three times, from three training seeds.
 #
