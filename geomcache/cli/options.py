@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, get_args, get_type_hints
 
 from geomcache.extraction.options import FromText
+from geomcache.sharing.address import path_or_address
 
 
 def with_options(
@@ -32,6 +33,7 @@ def with_options(
             parsers[field.name] = marker
             annotation = Annotated[str if default is not None else str | None, option]
         if {Path, str} <= {*get_args(field_type)}:  # typer knows no such type: a path or an address is text
+            parsers[field.name] = FromText(path_or_address)
             annotation = Annotated[str | None if default is None else str, option]
         if field.name in choices:
             annotation, default = Annotated[field_type | None, option], None

@@ -16,8 +16,9 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from geomcache.errors import UserInputError
-from geomcache.geometry import FEATURE
 from geomcache.sharing.address import check_output, is_remote, public_address
+
+FEATURE = "feature"  # geomcache.geometry's, whose imports `--help` need not wait for
 
 # The panels of `--help`.
 _dataset = partial(Option, rich_help_panel="Dataset: which part of it, and where it is")

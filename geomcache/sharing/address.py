@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from geomcache.errors import UserInputError, one_line
@@ -13,6 +14,11 @@ _HIDDEN = "..."  # shown instead of all behind the scheme, where a secret's end 
 def is_remote(address: str) -> bool:
     """Return whether this is the address of a remote, such as ``s3://bucket/name``, and not a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://", address) is not None
+
+
+def path_or_address(text: str) -> Path | str:
+    """Return what was typed as a path, or as it is if it is the address of a remote."""
+    return text if is_remote(text) else Path(text)
 
 
 def public_address(address: str) -> str:

@@ -183,7 +183,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         (["extract", "--views", "both"], ("--views", "both", "joint", "independent")),
         (["extract", "--gird", "x"], ("--gird", "--grid", "geomcache extract --help")),
         (["extract", "--dataset", "x"], ("--model", "geomcache extract --help")),
-        (["info"], ("path", "geomcache info --help")),
+        (["info"], ("PATH", "geomcache info --help")),
         (["info", "--config", "x.yaml", "p"], ("--config", "geomcache info --help")),
     ],
 )

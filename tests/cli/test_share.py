@@ -41,8 +41,8 @@ def test_training_gets_the_copy_of_a_cache_elsewhere(
     monkeypatch.setenv("GEOMCACHE_HOME", str(tmp_path / "home"))
     given: list[tuple[Path, list[str]]] = []
     given_options = ["--config_path=train_config.json", "--steps=1"]  # the file leaves nothing to choose
-    monkeypatch.setattr("geomcache.training.trainer.train", lambda cache, args, verify: given.append((cache, args)))
-    assert call(monkeypatch, "train", "--cache", f"file://{there}", *given_options) == 0
+    monkeypatch.setattr("geomcache.training.trainer.train", lambda cache, args, **_: given.append((cache, args)))
+    assert call(monkeypatch, "train", "--cache", f"file://{there}", "--pull", *given_options) == 0
     ((cache, arguments),) = given
     assert cache.parent == tmp_path / "home"
     assert contents(cache) == contents(there)

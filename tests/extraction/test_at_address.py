@@ -95,7 +95,7 @@ def test_a_dry_run_counts_the_requests(options: ExtractOptions) -> None:
 
 
 def test_what_needs_a_path_is_refused(options: ExtractOptions, s3_wire: Wire, tmp_path: Path) -> None:
-    with pytest.raises(UserInputError, match=rf"follow: .*{ADDRESS}"):
+    with pytest.raises(UserInputError, match=rf"output: .*--follow.*{ADDRESS}"):
         replace(options, follow=True)
     with pytest.raises(UserInputError, match=rf"{ADDRESS}: .*2"):
         check_processes(options, 2)

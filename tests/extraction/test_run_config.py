@@ -165,7 +165,20 @@ def test_every_option_reaches_the_dataclass(monkeypatch: pytest.MonkeyPatch, ask
         "--views",
         "independent",
     ]
-    words += ["--process-res", "28", "--grid", "2x2", "--outputs", "ray,depth", "--codec", "zstd", "--dtype", "bf16"]
+    words += [
+        "--process-res",
+        "28",
+        "--grid",
+        "2x2",
+        "--outputs",
+        "ray,depth,feature",
+        "--feature-dim",
+        "64",
+        "--codec",
+        "zstd",
+        "--dtype",
+        "bf16",
+    ]
     words += [
         "--model-revision",
         "2",
@@ -194,7 +207,8 @@ def test_every_option_reaches_the_dataclass(monkeypatch: pytest.MonkeyPatch, ask
         views="independent",
         process_res=28,
         grid="2x2",
-        outputs=("ray", "depth"),
+        outputs=("ray", "depth", "feature"),
+        feature_dim=64,
         codec="zstd",
         dtype="bf16",
         model_revision="2",

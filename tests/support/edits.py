@@ -87,7 +87,7 @@ class Workshop:
         self.lines: list[str] = []
         self._encoder: TinyEncoder | None = None
         patch.setattr(durable, "fsync", lambda _descriptor: None)  # no test cuts the power
-        patch.setattr(run_module, "_load_encoder", lambda _options, dataset, _process: self._load(dataset.cameras))
+        patch.setattr(run_module, "load_encoder", lambda _options, cameras, _device: self._load(cameras))
         patch.setattr(update_module, "_load_encoder", lambda _options, change, _machinery: self._count_load(change))
 
     def _load(self, cameras: Sequence[Camera]) -> TinyEncoder:

@@ -99,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         (r"POST /api/validate-yaml", "_validate"),
         (r"GET /api/datasets/([^/]+/[^/]+)(?:/revision/(.+))?", "_info"),
         (r"GET /api/datasets/([^/]+/[^/]+)/refs", "_refs"),
-        (r"GET /api/datasets/([^/]+/[^/]+)/tree/([^/]+)", "_tree"),
+        (r"GET /api/datasets/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", "_tree"),
         (r"POST /api/datasets/([^/]+/[^/]+)/branch/(.+)", "_branch"),
         (r"POST /api/datasets/([^/]+/[^/]+)/preupload/(.+)", "_preupload"),
         (r"POST /api/datasets/([^/]+/[^/]+)/commit/(.+)", "_commit"),
@@ -140,9 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._send(200, {"branches": branches, "tags": [], "converts": []})
 
-    def _tree(self, name: str, revision: str, body: bytes, query: Any) -> None:
+    def _tree(self, name: str, revision: str, folder: str | None, body: bytes, query: Any) -> None:
         if (found := self._find(name, revision)) is not None:
-            files = found[0].trees[found[1]]
+            begin = "" if folder is None else f"{folder}/"
+            files = {path: content for path, content in found[0].trees[found[1]].items() if path.startswith(begin)}
             self._send(200, [self._entry(path, content) for path, content in sorted(files.items())])
 
     def _entry(self, path: str, content: bytes) -> dict[str, Any]:
