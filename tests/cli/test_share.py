@@ -39,11 +39,12 @@ def test_training_gets_the_copy_of_a_cache_elsewhere(
 ) -> None:
     there = make_small_store(tmp_path / "there.zarr")
     monkeypatch.setenv("GEOMCACHE_HOME", str(tmp_path / "home"))
-    given: list[tuple[Path, list[str]]] = []
+    given: list[tuple[str, list[str]]] = []
     given_options = ["--config_path=train_config.json", "--steps=1"]  # the file leaves nothing to choose
     monkeypatch.setattr("geomcache.training.trainer.train", lambda cache, args, **_: given.append((cache, args)))
     assert call(monkeypatch, "train", "--cache", f"file://{there}", "--pull", *given_options) == 0
-    ((cache, arguments),) = given
+    ((path, arguments),) = given
+    cache = Path(path)
     assert cache.parent == tmp_path / "home"
     assert contents(cache) == contents(there)
     assert arguments == given_options
