@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import draccus
 import httpx
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.constants import CONFIG_NAME
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
@@ -82,6 +82,27 @@ def checkpoint_file(path: str, name: str, **hub: Any) -> Path:
             f"policy {path}: expected a folder, or a Hub id that can be reached, with {name}: {one_line(error)}: check"
             " the path, the network and, for a gated or private id, the token"
         ) from error
+
+
+def checkpoint_part(path: str, name: str) -> Path:
+    """Return a file or a folder of a checkpoint, in a folder or on the Hub.
+
+    Raises:
+        ModelNotFoundError: it does not exist, or the Hub cannot be reached.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            with hub_call(f"policy {path}: waiting for {name} from the Hub"):
+                folder = Path(snapshot_download(path, allow_patterns=[name, f"{name}/*"]))
+        except (HfHubHTTPError, HFValidationError, OSError, httpx.HTTPError) as error:
+            raise ModelNotFoundError(
+                f"policy {path}: expected a Hub id that can be reached, with {name}: {one_line(error)}: check the"
+                " network and, for a gated or private id, the token"
+            ) from error
+    if not (folder / name).exists():
+        raise ModelNotFoundError(f"policy {path}: expected {name} in it, found none: save or download it again")
+    return folder / name
 
 
 def _lora_message(folder: Path, name: str) -> str:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from geomcache.errors import ModelError, UserInputError, one_line
-from geomcache.policy.checkpoint import checkpoint_file, has_adapter, part_prefix, read_config
+from geomcache.policy.checkpoint import checkpoint_file, checkpoint_part, has_adapter, part_prefix, read_config
 from geomcache.policy.options import PARTS, SUFFIX
 
 OURS = "geomcache"  # what the names of our processor steps begin with
@@ -119,5 +119,12 @@ def _copy_processors(checkpoint: str, folder: Path) -> list[str]:
             if Path(each).name != each:
                 raise ModelError(f"policy {checkpoint}: expected a file's name in {file.name}, found {each!r:.200}")
             shutil.copyfile(checkpoint_file(checkpoint, each), folder / each)
+            copied.append(each)
+        # From LeRobot 0.6.2 on, a step may have a file or a folder next to these, such as its tokenizer.
+        for each in {path for step in steps for path in step.get("artifacts", {}).values()} - {*copied}:
+            if Path(each).is_absolute() or ".." in Path(each).parts:
+                raise ModelError(f"policy {checkpoint}: expected a path within it in {file.name}, found {each!r:.200}")
+            part = checkpoint_part(checkpoint, each)
+            (shutil.copytree if part.is_dir() else shutil.copyfile)(part, folder / each)
             copied.append(each)
     return copied

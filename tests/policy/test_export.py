@@ -142,3 +142,24 @@ def test_a_policy_with_geometry_switched_off_can_be_exported(tmp_path: Path, tok
     assert lines[-1] == "left out: nothing"
     weights = load_file(tmp_path / "plain" / "model.safetensors")
     assert all(torch.equal(policy.state_dict()[name], value) for name, value in weights.items())
+
+
+def test_what_a_processor_keeps_next_to_it_goes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: None
+) -> None:
+    """As LeRobot 0.6.2 saves a tokenizer: a folder that a step names."""
+    checkpoint(tmp_path / "ours", geom_mode="align")
+    file = tmp_path / "ours" / "policy_preprocessor.json"
+    saved = json.loads(file.read_text())
+    saved["steps"][0]["artifacts"] = {"tokenizer_name": "kept"}
+    file.write_text(json.dumps(saved))
+    assert call(monkeypatch, "export-plain", tmp_path / "ours", tmp_path / "none") == 2
+    assert "kept" in capsys.readouterr().err
+    (tmp_path / "ours" / "kept").mkdir()
+    (tmp_path / "ours" / "kept" / "words.json").write_text("{}")
+    assert call(monkeypatch, "export-plain", tmp_path / "ours", tmp_path / "plain") == 0
+    assert (tmp_path / "plain" / "kept" / "words.json").read_text() == "{}"
+    saved["steps"][0]["artifacts"] = {"tokenizer_name": "../elsewhere"}
+    file.write_text(json.dumps(saved))
+    assert call(monkeypatch, "export-plain", tmp_path / "ours", tmp_path / "out") == 2
+    assert not (tmp_path / "out").exists()
