@@ -4,6 +4,7 @@ Heavy imports stay inside the commands, so that `geomcache --help` answers at on
 """
 
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -73,8 +74,6 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
     """Print what is in a cache: model, dataset, grid, bytes, episodes, statistics."""
-    import json
-
     from geomcache.look.info import describe, describe_lines
 
     facts = describe(path)
@@ -211,8 +210,6 @@ def verify(
             _verify_pictures(path, dataset, root, revision, as_json=as_json)
         return
     _refuse("with --parity", {"repair": repair or None})
-    import json
-
     if as_json:
         logging.getLogger("geomcache").setLevel(logging.WARNING)  # standard output is the object alone
     from geomcache.extraction.parity import parity as run
@@ -252,8 +249,6 @@ def _verify_files(path: Path, *, repair: bool, as_json: bool) -> None:
 
 
 def _print_report(report: "VerifyReport", *, as_json: bool) -> None:
-    import json
-
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else "\n".join(report.lines()))
     if report.problems:
         raise typer.Exit(EXIT_DAMAGE)
