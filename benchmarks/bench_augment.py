@@ -1,4 +1,4 @@
-"""What does it add to a batch that maps move along with augmented pictures?
+"""Measure what it adds to a batch that maps move along with augmented pictures.
 
     python benchmarks/bench_augment.py [--batch-size 32] [--grid 36] [--feature-dim 0]
 

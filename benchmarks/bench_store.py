@@ -1,4 +1,4 @@
-"""What do an object store and a long way to it cost: writing a cache there, and training from it without a full pull?
+"""Measure what an object store and a long way to it cost: writing a cache there, and training from it without a pull.
 
     python benchmarks/bench_store.py [--frames 4096] [--grid 36x36] [--latency-ms 50] [--cut-mb 40] [--workers 8]
                                      [--epochs 2] [--seed 0]

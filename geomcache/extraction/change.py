@@ -1,4 +1,4 @@
-"""What has changed between a cache and its dataset: which episodes it has, where they are, what is encoded again."""
+"""Find what has changed between a cache and its dataset: which episodes it has, where, and what is encoded again."""
 
 import contextlib
 import functools

@@ -1,7 +1,7 @@
 """The first pass of an extraction with features: a basis is fitted to those of a sample of frames.
 
 Everything else of a cache follows from its settings; the basis follows from a computation, whose last bits another
-device may round differently. So a cache keeps the basis that it was created with, and whoever goes on with the cache
+device may round differently. So a cache keeps the basis that it was created with, and whoever continues the cache
 takes it from there.
 """
 

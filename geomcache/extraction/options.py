@@ -246,7 +246,7 @@ class ExtractOptions:
 
     @property
     def place(self) -> Path | str:
-        """What messages call the cache: its path, or its address without credentials."""
+        """Return what messages call the cache: its path, or its address without credentials."""
         return self.output_path if self.address is None else public_address(self.address).rstrip("/")
 
 
