@@ -1,7 +1,7 @@
 """Measure what an object store and a long way to it cost: writing a cache there, and training from it without a pull.
 
     python benchmarks/bench_store.py [--frames 4096] [--grid 36x36] [--latency-ms 50] [--cut-mb 40] [--workers 8]
-                                     [--epochs 2] [--seed 0]
+                                     [--epochs 2] [--seed 0] [--root DATASET]
 
 Two tables. An S3 server (moto) runs in a process of its own, behind a wire that delivers everything so much later and
 breaks each connection after a random number of bytes. Made-up maps of two cameras are written there shard by shard as
@@ -9,6 +9,9 @@ breaks each connection after a random number of bytes. Made-up maps of two camer
 with that many processes draws every frame in a random order, as LeRobot does, from the local cache and the address,
 with room for the whole cache and for half of it; the sampler looks ahead as in `geomcache train`. Every map of every
 item is compared with what was written, and the bytes on the disk are counted all the time.
+
+Items are maps alone: as fast as they can be, so that the store is what is measured. With --root they are what training
+draws: LeRobot decodes the pictures of the same frame of that dataset too.
 """
 
 import argparse
@@ -63,7 +66,8 @@ def main() -> None:
         rows = train_all(folder / "local.zarr", f"s3://{BUCKET}/cache.zarr", arguments)
         table(
             "Items from an object store",
-            f"A DataLoader with {arguments.workers} processes, batches of {BATCH}, every frame once an epoch; {way}.",
+            f"A DataLoader with {arguments.workers} processes, batches of {BATCH}, every frame once an epoch; {way}."
+            f" {f'With the pictures of {arguments.root.name}.' if arguments.root else 'Maps alone.'}",
             ["from", "epoch", "items/s", "of local", "most on disk, MB", "bound, MB", "wrong items"],
             rows,
         )
@@ -78,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, help="folder of a LeRobotDataset with at least as many frames")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
@@ -182,12 +187,22 @@ def count_differing(path: Path, address: str) -> int:
 
 
 class Items(Dataset[tuple[int, int]]):
-    """A frame's row, and the checksum of its maps: reading and checking, without the cost of handing them over."""
+    """A frame's row, and the checksum of its maps: reading and checking, without the cost of handing them over.
 
-    def __init__(self, store: GeometryStore) -> None:
-        self.store = store
+    With the root of a dataset, LeRobot reads and decodes the frame's own item too.
+    """
+
+    def __init__(self, store: GeometryStore, root: Path | None = None) -> None:
+        self.store, self.dataset = store, None
+        if root is not None:
+            from lerobot.datasets import LeRobotDataset
+
+            self.dataset = LeRobotDataset(root.name, root=root, video_backend="pyav")
 
     def __getitems__(self, rows: list[int]) -> list[tuple[int, int]]:
+        if self.dataset is not None:
+            for row in rows:
+                self.dataset[row]
         maps = dict(self.store.batch(rows).items())
         return [
             (row, crc32c(b"".join(np.ascontiguousarray(values[number]).tobytes() for values in maps.values())))
@@ -273,7 +288,7 @@ def draw(
     """Yield number, seconds and wrong items of each epoch, from the first batch asked for to the last that came."""
     options: dict[str, Any] = {"persistent_workers": True, "multiprocessing_context": "fork", "prefetch_factor": 4}
     loader = DataLoader(
-        Items(store),
+        Items(store, arguments.root),
         batch_size=BATCH,
         sampler=Shuffled(store),
         num_workers=arguments.workers,

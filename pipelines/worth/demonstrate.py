@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from geomcache.ranges import parse_episodes, rows_of
 from geomcache.simulator.environments import LiberoGeometry, make_environment
 from geomcache.simulator.record import ACTION, EXECUTED, INITIAL_STATE, STATE, state_of
+from pipelines.worth.design import SUITE, TASKS
 
-SUITE, TASKS = "libero_object", 10  # "pick up ... and place it in the basket"
 STATES = 50  # initial states that LIBERO has for each task
 MAX_STEPS = 260
 GAIN = 10.0  # of the controller, in action units for each metre

@@ -1,10 +1,11 @@
 """What is compared, and on what: arms, cameras, demonstrations.
 
     python pipelines/worth/design.py parts --demonstrations DIR   a line for each recording: name, episode, cameras
-    python pipelines/worth/design.py variants                     numbers of the variants of the closed loop
+    python pipelines/worth/design.py variants --tasks 0:4         numbers of the variants of the closed loop
     python pipelines/worth/design.py arms                         names of the arms
 
-Cameras and variants are LIBERO-Plus's, at equal distances in its own order. None that is measured on was trained on.
+Cameras and variants are LIBERO-Plus's, at equal distances in its own order; cameras of every kind of move are as many.
+None that is measured on was trained on.
 """
 
 import argparse
@@ -12,13 +13,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from geomcache.ranges import parse_episodes, rows_of
 from geomcache.simulator import libero, plus
+from geomcache.simulator.camera import UNMOVED, CameraMove
 from geomcache.simulator.record import read_demonstrations
 
-SUITE = "libero_object"
+SUITE, TASKS = "libero_object", 10  # "pick up ... and place it in the basket"
 TRAINED_CAMERAS = UNSEEN_CAMERAS = 12
 SEEN_CAMERAS = 4  # of the trained ones, that held-out demonstrations are also measured under
-HELD_OUT_STATE = 0  # initial state of the held-out demonstrations, and of the closed loop
+HELD_OUT_EVERY = 4  # of the initial states: 0, 4, ... are of held-out demonstrations; the closed loop begins in 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,27 +59,51 @@ ARMS = {
 CLOSED_LOOP = ("none", "rays", "rays_depth")
 
 
-def camera_moves() -> list[str]:
-    """Return the numbers of all cameras of the suite's camera axis, in LIBERO-Plus's order."""
-    variants = (plus.VariantName.parse(name) for name in plus.variant_names(SUITE))
-    return list(dict.fromkeys(str(variant.camera) for variant in variants if variant.axis == "camera"))
+def camera_moves() -> dict[str, list[str]]:
+    """Return the names of all cameras of the suite's camera axis by the kind of their move, in LIBERO-Plus's order."""
+    moves: dict[str, list[str]] = {}
+    for variant in (plus.VariantName.parse(name) for name in plus.variant_names(SUITE)):
+        if variant.axis == "camera":
+            moves.setdefault(kind(variant.camera), []).append(str(variant.camera))
+    return {each: list(dict.fromkeys(names)) for each, names in moves.items()}
+
+
+def kind(move: CameraMove) -> str:
+    """Return what a move changes: ``azimuth``, ``azimuth, elevation``, ``distance`` or ``direction``."""
+    changed = {
+        "azimuth": move.azimuth,
+        "elevation": move.elevation,
+        "distance": move.scale != UNMOVED.scale,
+        "direction": move.turn_z or move.turn_y,
+    }
+    return ", ".join(name for name, is_changed in changed.items() if is_changed)
 
 
 def cameras() -> tuple[list[str], list[str]]:
-    """Return the cameras to train on, and those to measure on."""
-    moves, count = camera_moves(), TRAINED_CAMERAS + UNSEEN_CAMERAS
-    chosen = [moves[(2 * number + 1) * len(moves) // (2 * count)] for number in range(count)]
-    return chosen[::2], chosen[1::2]
+    """Return the cameras to train on, and those to measure on: of every kind of move as many, at equal distances.
+
+    The first run took them from the whole list instead: it trained on no camera that looks in another direction, and
+    measured on two.
+    """
+    trained, unseen = list[str](), list[str]()
+    moves = camera_moves()
+    count = (TRAINED_CAMERAS + UNSEEN_CAMERAS) // len(moves)
+    for names in moves.values():
+        chosen = [names[(2 * number + 1) * len(names) // (2 * count)] for number in range(count)]
+        trained += chosen[::2]
+        unseen += chosen[1::2]
+    return trained, unseen
 
 
-def closed_loop_variants(count: int) -> list[int]:
-    """Return the numbers of so many variants of the camera axis whose cameras were not trained on, in order."""
+def closed_loop_variants(count: int, tasks: Sequence[int]) -> list[int]:
+    """Return the numbers of so many variants of these tasks, whose cameras were not trained on, in order."""
     trained = {*cameras()[0]}
+    names = {libero.task_files(SUITE, task).name for task in tasks}
     variants = [plus.VariantName.parse(name) for name in plus.variant_names(SUITE)]
     numbers = [
         number
         for number, variant in enumerate(variants)
-        if variant.axis == "camera" and str(variant.camera) not in trained
+        if variant.axis == "camera" and variant.base_task in names and str(variant.camera) not in trained
     ]
     return [numbers[(2 * place + 1) * len(numbers) // (2 * count)] for place in range(count)]
 
@@ -100,11 +127,11 @@ def parts(demonstrations: Path, every: int) -> Iterator[Part]:
     for number, demonstration in enumerate(
         read_demonstrations("geomcache/demonstrations", demonstrations, SUITE, None)
     ):
-        held_out = demonstration.initial_state == HELD_OUT_STATE
+        held_out = demonstration.initial_state % HELD_OUT_EVERY == 0
         yield Part(
             name=f"{'test' if held_out else 'train'}_{number:02d}",
             episode=number,
-            cameras=tuple([*unseen, *trained[:SEEN_CAMERAS]] if held_out else trained),
+            cameras=tuple([*unseen, *trained[:: -(-len(trained) // SEEN_CAMERAS)]] if held_out else trained),
         )
 
 
@@ -114,12 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--demonstrations", type=Path)
     parser.add_argument("--every", type=int, default=1, help="take one of so many cameras (%(default)s)")
     parser.add_argument("--variants", type=int, default=36, help="how many (%(default)s)")
+    parser.add_argument("--tasks", default="0:10", help="of the variants, such as 0:4,7 (%(default)s)")
     options = parser.parse_args(arguments)
     libero.write_config(libero.find_package())
     if options.what == "arms":
         print(*ARMS, sep="\n")
     elif options.what == "variants":
-        print(f"[{','.join(map(str, closed_loop_variants(options.variants)))}]")
+        tasks = rows_of(parse_episodes(options.tasks, TASKS)).tolist()
+        print(f"[{','.join(map(str, closed_loop_variants(options.variants, tasks)))}]")
     else:
         for part in parts(options.demonstrations, options.every):
             print(part.name, part.episode, ",".join(part.cameras))

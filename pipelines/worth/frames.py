@@ -73,25 +73,31 @@ class Frames:
     camera: NDArray[np.str_]  # [N]
 
     @classmethod
-    def load(cls, files: Sequence[Path], caches: Path, source: str, outputs: Sequence[str], chunk: int) -> "Frames":
-        """Read files that `gather` wrote, and their maps from the caches. `source` is empty for no geometry."""
+    def load(
+        cls, files: Sequence[Path], caches: Path, source: str, outputs: Sequence[str], chunk: int, every: int = 1
+    ) -> "Frames":
+        """Read one of so many frames of files that `gather` wrote, and their maps from the caches.
+
+        `source` is empty for no geometry.
+        """
         pictures, maps, state, actions, pads, tasks, parts, cameras = [], [], [], [], [], [], [], []
         for file in files:
             content = np.load(file)
-            lengths, count = content["length"], int(content["length"].sum())
-            pictures.append(torch.from_numpy(content["pictures"]).permute(0, 1, 4, 2, 3))
+            lengths = content["length"]
+            chosen = np.arange(lengths.sum())[::every]
+            pictures.append(torch.from_numpy(content["pictures"][chosen]).permute(0, 1, 4, 2, 3))
             if source:
                 with GeometryStore.open(cache_of(caches, file.stem, source)) as store:
-                    found = dict(store.batch(np.arange(count)).items())
+                    found = dict(store.batch(chosen).items())
                 maps.append([torch.from_numpy(found[output]) for output in outputs])
-            state.append(content["state"])
-            ends = np.repeat(np.cumsum(lengths), lengths)  # [N] row after the episode
-            rows = np.arange(count)[:, None] + np.arange(chunk)
+            state.append(content["state"][chosen])
+            ends = np.repeat(np.cumsum(lengths), lengths)[chosen]  # [N] row after the episode
+            rows = chosen[:, None] + np.arange(chunk)
             pads.append(rows >= ends[:, None])
             actions.append(content["action"][np.minimum(rows, ends[:, None] - 1)])
-            tasks += [str(content["task"])] * count
-            parts.append(np.repeat(file.stem, count))
-            cameras.append(np.repeat(content["camera"], lengths))
+            tasks += [str(content["task"])] * len(chosen)
+            parts.append(np.repeat(file.stem, len(chosen)))
+            cameras.append(np.repeat(content["camera"], lengths)[chosen])
         return cls(
             pictures=torch.cat(pictures),
             maps={output: torch.cat([each[place] for each in maps]) for place, output in enumerate(outputs) if source},
@@ -105,19 +111,6 @@ class Frames:
 
     def __len__(self) -> int:
         return len(self.state)
-
-    def thinned(self, every: int) -> "Frames":
-        """Return one of so many frames."""
-        return Frames(
-            pictures=self.pictures[::every],
-            maps={output: values[::every] for output, values in self.maps.items()},
-            state=self.state[::every],
-            actions=self.actions[::every],
-            is_pad=self.is_pad[::every],
-            tasks=self.tasks[::every],
-            part=self.part[::every],
-            camera=self.camera[::every],
-        )
 
     def to(self, device: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Return pictures and maps on a device."""

@@ -6,13 +6,12 @@
 # without a registry, unpacked into one folder that PYTHONPATH names (gpu_pack.sh).
 #
 #   0 s     is EGL there? otherwise OSMesa
-#   40 s    demonstrations, then their recordings, with 16 simulators and nothing next to them
-#   300 s   every arm learns, from as many seeds as fit; DA3 with random weights first encodes its own arm's frames
+#   40 s    demonstrations, then their recordings, each in a process of its own
+#   200 s   every arm learns, from as many seeds as fit; DA3 with random weights first encodes its own arm's frames
 #           as soon as the first seed of an arm is learned: closed loop, on the processor next to the learners
 #   760 s   tables, plots
 #
-# With five compilers next to the recordings, sixteen cores had recorded 2 of 25 demonstrations after 180 s: the processor
-# is what is short. LIMIT_S is the whole time in seconds.
+# The processor is what is short: nothing runs next to the recordings. LIMIT_S is the whole time in seconds.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 out=$(realpath -m "${1:-outputs/worth/gpu}")
@@ -88,7 +87,7 @@ if ! step "look-$MUJOCO_GL" 90 bash -c look; then
 fi
 log "rendering with $MUJOCO_GL: $(tail -n 1 "$WORK/logs/look-$MUJOCO_GL.log")"
 
-export PROCESSES=$cores
+export PROCESSES=$((2 * cores))  # they wait for the GPU in turns
 step demonstrate 120 pipelines/worth/worth.sh demonstrate || exit 1
 step record 240 pipelines/worth/worth.sh record || log "some recordings are missing"
 "$PYTHON" pipelines/worth/redundancy.py --frames "$WORK/frames" --caches "$WORK/recorded" >"$WORK/redundancy.md" 2>&1 &
@@ -97,12 +96,12 @@ learners=()
 learn() { # ARM: from as many seeds as fit
     ARMS=$1 LEARN_ARGS="${LEARN_ARGS:-} --until $((end - 25))" step "learn-$1" $((end - $(date +%s) - 15)) pipelines/worth/worth.sh learn
 }
-for arm in ${FIRST_ARMS:-none rays rays_depth other_rays rays_align rays_depth_align blind}; do
+for arm in ${FIRST_ARMS:-none rays rays_depth other_rays rays_align rays_depth_align other_rays_align blind}; do
     learn "$arm" &
     learners+=($!)
 done
 {
-    EXTRACTORS=${EXTRACTORS:-6} step extract 120 pipelines/worth/worth.sh extract
+    EXTRACTORS=${EXTRACTORS:-9} step extract 200 pipelines/worth/worth.sh extract
     for arm in ${LATE_ARMS:-random_da3}; do learn "$arm" & done
     wait
 } &

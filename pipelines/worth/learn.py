@@ -211,11 +211,13 @@ def write_rows(file: Path, rows: list[tuple[Any, ...]]) -> None:
 def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> None:
     """Train and measure one arm from each seed; `files` are those of the frames to train on, and of those held out."""
     arm = ARMS[name]
-    frames = [Frames.load(each, options.caches, arm.source, arm.outputs, options.chunk) for each in files]
+    frames = [
+        Frames.load(each, options.caches, arm.source, arm.outputs, options.chunk, every)
+        for each, every in zip(files, (1, options.every), strict=True)
+    ]
     print(f"{name}: {len(frames[0])} frames to train on, {len(frames[1])} held out", flush=True)
     if arm.of_another_frame:
         frames = [shuffled(each) for each in frames]
-    frames[1] = frames[1].thinned(options.every)
     config = make_config(arm, frames[0], options, *read_spec(arm, frames[0], options.caches))
     processors = make_pi05_geometry_pre_post_processors(config, statistics_of(frames[0]))
     prepared = [prepare(each, processors[0], options.device) for each in frames]

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geomcache.look.drawing import house_style
+from geomcache.simulator.camera import CameraMove
+from pipelines.worth import design
 from pipelines.worth.design import ARMS
 
 BASELINE = "none"
@@ -79,6 +81,16 @@ def table(rows: dict[int, list[dict[str, str]]], seeds: Sequence[int], measure: 
     return values
 
 
+def kind_of(row: dict[str, str]) -> str:
+    """Return the kind of the move of a row's camera."""
+    return design.kind(CameraMove.parse(row["camera"]))
+
+
+def of_kind(rows: dict[int, list[dict[str, str]]], kind: str) -> dict[int, list[dict[str, str]]]:
+    """Return the rows of each seed under cameras that were moved so."""
+    return {seed: [row for row in each if kind_of(row) == kind] for seed, each in rows.items()}
+
+
 def resampled(values: NDArray[Any]) -> NDArray[Any]:
     """Return means of [seeds, demonstrations, cameras], each factor drawn with replacement, [RESAMPLES]."""
     generator = np.random.default_rng(0)  # the same draws for every arm, so that differences are paired
@@ -108,6 +120,24 @@ def compare(arm: str, values: NDArray[Any], baseline: NDArray[Any]) -> ArmResult
     )
 
 
+def compare_by_kind(
+    found: dict[str, dict[int, list[dict[str, str]]]], pairs: dict[str, list[int]]
+) -> dict[str, list[ArmResult]]:
+    """Compare all arms under cameras never seen, by the kind of their move.
+
+    A policy can know of a camera only what others of its kind have taught it.
+    """
+    baseline = found[BASELINE]
+    kinds = dict.fromkeys(kind_of(row) for row in baseline[pairs[BASELINE][0]] if row["seen"] == "0")
+    return {
+        kind: [
+            compare(arm, *(table(of_kind(each, kind), pairs[arm], "xyz", 0) for each in (rows, baseline)))
+            for arm, rows in found.items()
+        ]
+        for kind in kinds
+    }
+
+
 def markdown(results: dict[str, list[ArmResult]], text: str) -> str:
     """Return tables of all arms."""
     lines = [text]
@@ -126,15 +156,15 @@ def markdown(results: dict[str, list[ArmResult]], text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(results: list[ArmResult], file: Path, title: str) -> None:
-    """Draw each arm's change of the error against no geometry: its interval, and each seed."""
+def draw(results: dict[str, list[ArmResult]], file: Path, title: str) -> None:
+    """Draw the change of each arm's error against no geometry by title of the results: its interval, and each seed."""
     from matplotlib.figure import Figure
 
-    shown = [row for row in results if row.arm != BASELINE]
+    shown = [(name, row) for name, rows in results.items() for row in rows if row.arm != BASELINE]
     with house_style():
-        figure = Figure(figsize=(9, 0.55 * len(shown) + 1.7), dpi=110, layout="constrained")
+        figure = Figure(figsize=(9, 0.45 * len(shown) + 1.7), dpi=110, layout="constrained")
         axes = figure.add_subplot()
-        for place, row in enumerate(reversed(shown)):
+        for place, (_, row) in enumerate(reversed(shown)):
             change = row.relative
             is_control = ARMS[row.arm].of_another_frame or ARMS[row.arm].source == "da3" or not ARMS[row.arm].sees
             colour = "#9e9e9e" if is_control else "#00695c"
@@ -142,7 +172,8 @@ def draw(results: list[ArmResult], file: Path, title: str) -> None:
             axes.plot(100 * change.mean, place, "o", color=colour, markersize=9)
             axes.plot(100 * np.array(row.by_seed), np.full(len(row.by_seed), place - 0.27), "|", color=colour)
         axes.axvline(0, color="black", linewidth=1)
-        axes.set_yticks(range(len(shown)), [ARMS[row.arm].text for row in reversed(shown)])
+        labels = [f"{name}: {ARMS[row.arm].text}" if name else ARMS[row.arm].text for name, row in reversed(shown)]
+        axes.set_yticks(range(len(shown)), labels)
         axes.set_xlabel("change of the error of predicted actions against no geometry, % (left is better)")
         axes.set_title(title, loc="left")
         figure.savefig(file)
@@ -155,27 +186,37 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output or arguments.results
     found = read(arguments.results / "open_loop")
-    seeds = sorted(set.intersection(*({*rows} for rows in found.values()))) if found else []
-    if BASELINE not in found or not seeds:
-        raise SystemExit("report.py: expected errors of every arm from at least one seed, found none: run learn.py")
+    pairs = {arm: sorted({*rows} & {*found.get(BASELINE, {})}) for arm, rows in found.items()}
+    found = {arm: rows for arm, rows in found.items() if pairs[arm]}
+    if BASELINE not in found:
+        raise SystemExit("report.py: expected errors without geometry from at least one seed, found none: run learn.py")
     results: dict[str, list[ArmResult]] = {}
-    shape: tuple[int, ...] = ()
     for measure, name in MEASURES.items():
         for seen, cameras in ((0, "cameras never seen"), (1, "trained cameras")):
-            errors = {arm: table(rows, seeds, measure, seen) for arm, rows in found.items()}
-            baseline = errors[BASELINE]
-            shape = shape or baseline.shape
-            results[f"{name}, {cameras}"] = [compare(arm, values, baseline) for arm, values in errors.items()]
+            results[f"{name}, {cameras}"] = [
+                compare(
+                    arm,
+                    table(rows, pairs[arm], measure, seen),
+                    table(found[BASELINE], pairs[arm], measure, seen),
+                )
+                for arm, rows in found.items()
+            ]
+    by_kind = compare_by_kind(found, pairs)
+    results |= {f"{MEASURES['xyz']}, cameras never seen: {kind}": rows for kind, rows in by_kind.items()}
+    shape = table(found[BASELINE], pairs[BASELINE], "xyz", 0).shape
     text = (
         f"{shape[0]} seeds, {shape[1]} held-out demonstrations, {shape[2]} cameras never seen. Errors of translation"
-        " are in action units, of the gripper shares of wrong signs; 95 % intervals."
+        " are in action units, of the gripper shares of wrong signs; 95 % intervals. An arm with fewer seeds is"
+        " compared on those that it has."
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / "open_loop.md").write_text(markdown(results, text))
     content = {name: [asdict(row) for row in rows] for name, rows in results.items()}
-    (output / "open_loop.json").write_text(json.dumps({"seeds": seeds, "results": content}, indent=1))
-    first = next(iter(results.values()))
-    draw(first, output / "open_loop.png", f"{shape[0]} seeds x {shape[1]} demonstrations x {shape[2]} new cameras")
+    (output / "open_loop.json").write_text(json.dumps({"seeds": pairs, "results": content}, indent=1))
+    title = f"{shape[0]} seeds x {shape[1]} demonstrations x {shape[2]} new cameras"
+    draw({"": next(iter(results.values()))}, output / "open_loop.png", title)
+    shown = {kind: [row for row in rows if ARMS[row.arm].sees] for kind, rows in by_kind.items()}
+    draw(shown, output / "by_kind.png", f"{title}, by what was changed of the camera")
     print((output / "open_loop.md").read_text())
 
 

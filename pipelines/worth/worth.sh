@@ -22,7 +22,7 @@ SIZE="${SIZE:-cpu}"
 case "$SIZE" in
     smoke) defaults="TASKS=0:1 STATES=0:2 EVERY=6 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12" ;;
     cpu) defaults="TASKS=0:4 STATES=0:3 EVERY=1 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=500 BATCH=16 SEEDS=0,1,2 MEASURE_EVERY=8 VARIANTS=30 EPISODE=220" ;;
-    gpu) defaults="TASKS=0:10 STATES=0:3 EVERY=1 PICTURE=112 DA3=112 TOKENS=8 CHUNK=16 STEPS=800 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=220" ;;
+    gpu) defaults="TASKS=2:6 STATES=0:8 EVERY=1 PICTURE=112 DA3=112 TOKENS=8 CHUNK=16 STEPS=1200 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=220" ;;
     *) echo "worth.sh: SIZE: expected smoke, cpu or gpu, got '$SIZE'" >&2; exit 2 ;;
 esac
 for setting in $defaults; do
@@ -103,7 +103,7 @@ learn-one() { # ARM
 closed() {
     local numbers seed="${CLOSED_SEED:-0}"
     # shellcheck disable=SC2153  # set above, from the size
-    numbers=$("$PYTHON" $worth/design.py variants --variants "$VARIANTS" | tail -n 1)
+    numbers=$("$PYTHON" $worth/design.py variants --variants "$VARIANTS" --tasks "$TASKS" | tail -n 1)
     for arm in ${CLOSED_ARMS:-none rays rays_depth}; do
         # Processes with the same --results share the variants.
         seq "${EVALUATORS:-$PROCESSES}" | xargs -P "${EVALUATORS:-$PROCESSES}" -I{} "$self" closed-one "$arm" "$seed" "$numbers" {}

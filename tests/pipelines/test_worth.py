@@ -1,11 +1,13 @@
 """The experiment of `pipelines/worth`: its design, its script, its intervals. `make worth-smoke` runs all of it."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from geomcache.simulator import libero, plus
+from geomcache.simulator.camera import CameraMove
 from pipelines.worth import design, redundancy, report
 from pipelines.worth.demonstrate import CLOSED, OPEN, PHASES, Demonstrator
 from pipelines.worth.frames import Frames
@@ -20,11 +22,17 @@ def test_no_camera_that_is_measured_on_was_trained_on(tmp_path: Path, monkeypatc
     trained, unseen = design.cameras()
     assert len({*trained}) == len({*unseen}) == 12
     assert not {*trained} & {*unseen}
+    for chosen in (trained, unseen):  # a camera that looks elsewhere is no guess from cameras that stand elsewhere
+        kinds = Counter(design.kind(CameraMove.parse(camera)) for camera in chosen)
+        assert kinds == {"azimuth": 3, "azimuth, elevation": 3, "distance": 3, "direction": 3}
     names = plus.variant_names("libero_object")
     known = {str(plus.VariantName.parse(name).camera) for name in names if "_view_" in name}
     assert {*trained, *unseen} <= known
-    variants = [plus.VariantName.parse(names[number]) for number in design.closed_loop_variants(36)]
+    variants = [plus.VariantName.parse(names[number]) for number in design.closed_loop_variants(36, [2, 5])]
     assert {variant.axis for variant in variants} == {"camera"}
+    assert {variant.base_task for variant in variants} == {
+        libero.task_files("libero_object", task).name for task in (2, 5)
+    }
     assert len({variant.name for variant in variants}) == 36
     assert not {str(variant.camera) for variant in variants} & {*trained}
 
