@@ -54,7 +54,7 @@ def main() -> None:
     arguments = parse()
     with tempfile.TemporaryDirectory(dir=os.environ.get("GEOMCACHE_HOME")) as name, serving(arguments) as url:
         folder = Path(name)
-        os.environ |= environment(url) | {"GEOMCACHE_HOME": str(folder / "home")}
+        os.environ |= environment(url)
         made = write_both(folder / "local.zarr", f"s3://{BUCKET}/cache.zarr", arguments)
         way = f"{arguments.latency_ms} ms later, each connection cut after {arguments.cut_mb} MB on average"
         table(
@@ -267,6 +267,7 @@ def train_all(path: Path, address: str, arguments: argparse.Namespace) -> list[l
         rows.append(["the local cache", str(epoch), f"{speeds[-1]:.0f}", "1.00", "", "", str(wrong)])
     for share in (1.2, 0.5):
         bound = int(local.nbytes * share)
+        os.environ["GEOMCACHE_HOME"] = str(path.parent / f"home-{share}")  # nothing is here yet
         store = open_for_training(address, bound)
         disk = Disk(store.path)
         counter = threading.Thread(target=disk.run)

@@ -192,12 +192,15 @@ class _FetchingReader(ShardReader):
 
 
 class _Fetches:
-    """Fetches shards ahead of the rows that a sampler draws."""
+    """Fetches shards ahead of the rows that a sampler draws.
+
+    Their locks are taken at once: loading processes wait for a shard that is on its way. If each of them fetched what
+    it needs first, they would all start drivers, and ask for the same shards.
+    """
 
     def __init__(self, local: LocalShards) -> None:
         self._local = local
         self._pool = ThreadPoolExecutor(PARALLEL_TRANSFERS, thread_name_prefix="fetch")
-        self._running: dict[Unit, Future[None]] = {}
 
     def ahead_of(self, positions: Iterator[int], shard_of: Callable[[int], int]) -> Iterator[int]:
         """Yield positions, each when `AHEAD_ROWS` more are known; fewer, if the disk has no room for as many shards."""
@@ -214,14 +217,19 @@ class _Fetches:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, unit: Unit) -> None:
-        running = self._running.get(unit)
-        if (running is None or running.done()) and not self._local.is_here(unit):
-            self._running[unit] = self._pool.submit(self._bring, unit)
+        if not self._local.claim_missing(unit):
+            return
+
+        def release_cancelled(future: Future[None]) -> None:
+            if future.cancelled():
+                self._local.release(unit)
+
+        self._pool.submit(self._bring, unit).add_done_callback(release_cancelled)
 
     def _bring(self, unit: Unit) -> None:
-        # Whoever reads the shard fetches it, too, and raises what happens then.
-        with contextlib.suppress(CacheError), self._local.held(unit):
-            pass
+        # Whoever reads the shard fetches it then, and raises what happens.
+        with contextlib.suppress(CacheError):
+            self._local.fetch_claimed(unit)
 
 
 def _move(description: Path, folder: Path) -> None:

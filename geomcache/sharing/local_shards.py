@@ -100,21 +100,45 @@ class LocalShards:
             ConnectionFailedError: it cannot be fetched; the message names shard and address.
             OutOfSpaceError: the disk is full before the bound is reached.
         """
-        number = unit.shard * _PARTS + unit.part
-        lock = self._locks()
-        if not lock.claim(number):
+        if not self._claim(unit):
             with waiting(f"{self._folder}: waiting for shard {unit.shard}, which another process has", group="shards"):
-                while not lock.claim(number):
+                while not self._claim(unit):
                     time.sleep(POLL_S)
         try:
-            if not self.is_here(unit):
-                self._make_room(unit, lock)
-                self._fetch(unit)
-            with contextlib.suppress(FileNotFoundError):  # a run with a smaller bound has removed it just now
-                os.utime(self._folder / _USED / unit.name)
+            self._complete(unit)
             yield
         finally:
-            lock.release(number)
+            self.release(unit)
+
+    def claim_missing(self, unit: Unit) -> bool:
+        """Take the lock of a unit that is not here, for `fetch_claimed` or `release`.
+
+        Whoever needs the unit meanwhile waits for it instead of fetching it, too. Returns False if it is here, or
+        somebody has it.
+        """
+        return not self.is_here(unit) and self._claim(unit)
+
+    def fetch_claimed(self, unit: Unit) -> None:
+        """Fetch a unit whose lock was taken, and release the lock. Raises what `held` raises."""
+        try:
+            self._complete(unit)
+        finally:
+            self.release(unit)
+
+    def release(self, unit: Unit) -> None:
+        """Release the lock of a unit."""
+        self._locks().release(_lock_byte(unit))
+
+    def _claim(self, unit: Unit) -> bool:
+        return self._locks().claim(_lock_byte(unit))
+
+    def _complete(self, unit: Unit) -> None:
+        """Fetch a unit if it is missing, and note its use; its lock is ours."""
+        if not self.is_here(unit):
+            self._make_room(unit, self._locks())
+            self._fetch(unit)
+        with contextlib.suppress(FileNotFoundError):  # a run with a smaller bound has removed it just now
+            os.utime(self._folder / _USED / unit.name)
 
     def bring(self, units: list[Unit]) -> None:
         """Fetch units that are missing, several at a time."""
@@ -156,10 +180,9 @@ class LocalShards:
             for each in others:
                 if total <= self._bound:
                     break
-                number = each.shard * _PARTS + each.part
-                if lock.claim(number):
+                if lock.claim(_lock_byte(each)):
                     self._remove(each)
-                    lock.release(number)
+                    lock.release(_lock_byte(each))
                     total -= self.size(each)
             if total > self._bound:
                 return False
@@ -208,6 +231,10 @@ _CHANGED = (
     "it is damaged, or the cache there was changed since this run began: verify it with `geomcache verify`, and start"
     " the run again"
 )
+
+
+def _lock_byte(unit: Unit) -> int:
+    return unit.shard * _PARTS + unit.part
 
 
 def _unit(name: str) -> Unit:

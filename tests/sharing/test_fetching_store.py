@@ -20,7 +20,7 @@ from geomcache.cache.header import LOCK
 from geomcache.cache.locks import LockFile
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import CacheCorruptError, CacheError, ConnectionFailedError, UserInputError
-from geomcache.sharing import base
+from geomcache.sharing import base, fetching_store
 from geomcache.sharing.fetching_store import FetchingGeometryStore, open_for_training
 from geomcache.sharing.local_shards import Unit
 from geomcache.sharing.object_store import FsspecRemote
@@ -240,6 +240,35 @@ def test_shards_are_fetched_ahead_in_the_samplers_order(tmp_path: Path, monkeypa
     assert_equal(store, local, ROWS)
     assert store.local.fetched == 6
     store.close()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_who_reads_waits_for_what_is_fetched_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    local = GeometryStore.open(make_small_store(tmp_path / "here.zarr"))
+    push(local.path, ADDRESS)
+    store, reading = open_fetching(ADDRESS), open_fetching(ADDRESS)
+    fetch, may_go_on = FsspecRemote.fetch_whole, threading.Event()
+
+    def slow(self: FsspecRemote, name: str, size: int, folder: Path) -> bool:
+        assert may_go_on.wait(30)
+        return fetch(self, name, size, folder)
+
+    monkeypatch.setattr(FsspecRemote, "fetch_whole", slow)
+    monkeypatch.setattr(fetching_store, "PARALLEL_TRANSFERS", 1)  # the others wait for their turn
+    list(store.expect(iter(ROWS), lambda row: row))  # every shard is on its way
+    reader = threading.Thread(target=assert_equal, args=(reading, local, ROWS))
+    reader.start()
+    if stopped:
+        store.close()  # shards whose turn has not come are given up
+    may_go_on.set()
+    reader.join(30)
+    shards = -(-len(ROWS) // local.shard_frames)
+    assert store.local.fetched + reading.local.fetched == shards
+    assert (reading.local.fetched > 0) == stopped
+    store.close()
+    reading.close()
 
 
 def test_an_error_ahead_is_one_of_whoever_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
