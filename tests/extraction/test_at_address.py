@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 from geomcache.errors import CacheMismatchError, ConnectionFailedError, UserInputError
 from geomcache.extraction.at_address import check_processes
@@ -14,7 +15,8 @@ from geomcache.look.info import describe
 from geomcache.look.options import ViewOptions
 from geomcache.look.view import view
 from geomcache.sharing.remote_check import verify_address
-from tests.support.datasets import make_dataset
+from tests.faults.ray_cluster import NODE
+from tests.support.datasets import ROOT, make_dataset
 from tests.support.logs import logged_lines
 from tests.support.servers import Wire, patient_s3, s3_wire
 from tests.support.sharing import contents
@@ -84,6 +86,32 @@ def test_extraction_over_a_bad_line_gives_the_same_cache(
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     (line,) = extract(options).lines()
     assert line.startswith(f"{ADDRESS}: complete, {sum(LENGTHS)} frames; nothing to do")
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_makes_the_same_cache_there(
+    options: ExtractOptions, tmp_path: Path, patient_s3: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the error of several processes advises. The driver alone writes; actors know no bucket."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # numbers of a CPU depend on it; Ray would set an actor's processors
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        path = extract(replace(options, output=tmp_path / "here.zarr")).path
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        try:
+            extract(replace(options, cluster="ray", cluster_address=cluster.address, num_workers=1))
+        finally:
+            cluster.shutdown()
+    finally:
+        torch.set_num_threads(threads)
+    there, here = objects(), contents(path)
+    assert there.keys() == here.keys()
+    shards = [name for name in here if name != "journal.jsonl"]  # in the order in which they were ready
+    assert {name: there[name] for name in shards} == {name: here[name] for name in shards}
 
 
 def test_a_dry_run_counts_the_requests(options: ExtractOptions) -> None:
