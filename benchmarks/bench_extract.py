@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from benchmarks.common import real_dataset, repeat_dataset, table
-from geomcache.da3.encoder import RESIZE_METHOD, DA3Encoder, DA3Preprocessor
+from geomcache.da3.encoder import RESIZE_METHOD, DA3Encoder
+from geomcache.da3.preprocess import DA3Preprocessor
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.run import extract
 from geomcache.frames.signature import sign_pictures

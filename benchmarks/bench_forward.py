@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import da3_folder, median_seconds, seconds, table
 from geomcache.da3.backbone import RotaryTables, backbone_forward
-from geomcache.da3.encoder import DA3Encoder, normalise
+from geomcache.da3.encoder import DA3Encoder
 from geomcache.da3.engine import is_out_of_memory
+from geomcache.da3.preprocess import normalise
 from geomcache.da3.ray_head import ray_forward
 from geomcache.geometry import Camera
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from benchmarks.common import da3_folder, real_dataset, table
 from geomcache.da3 import encoder as encoder_module
 from geomcache.da3.catalog import find_model
-from geomcache.da3.encoder import DA3Encoder, normalise
+from geomcache.da3.encoder import DA3Encoder
+from geomcache.da3.preprocess import normalise
 from geomcache.extraction.differences import UNITS, float16_steps, measure, origin_spread
 from geomcache.frames.source import open_dataset
 from geomcache.geometry import PATCH_SIZE, ComputeDtype

@@ -38,7 +38,8 @@ from geomcache.cache.header import LOCK, Header
 from geomcache.cache.store import GeometryStore
 from geomcache.cache.writer import Claim, StoreWriter
 from geomcache.da3.checks import check_device
-from geomcache.da3.encoder import DA3Encoder, DA3Preprocessor
+from geomcache.da3.encoder import DA3Encoder
+from geomcache.da3.preprocess import DA3Preprocessor
 from geomcache.errors import CacheError, CacheLockedError, CacheNotFoundError
 from geomcache.extraction.change import Change, find_change, find_reencoded, is_up_to_date
 from geomcache.extraction.options import ExtractOptions, UpdateOptions

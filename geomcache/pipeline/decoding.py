@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 from geomcache.cache.signatures import Signatures
-from geomcache.da3.encoder import DA3Preprocessor
+from geomcache.da3.preprocess import DA3Preprocessor
 from geomcache.frames.reader import FrameReader
 from geomcache.frames.signature import sign_pictures
 from geomcache.pipeline.carry import Carried, Carrier

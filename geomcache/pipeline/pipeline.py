@@ -23,7 +23,7 @@ import numpy as np
 
 from geomcache.cache.commands import Machine
 from geomcache.cache.writer import Claim, StoreWriter
-from geomcache.da3.encoder import DA3Preprocessor
+from geomcache.da3.preprocess import DA3Preprocessor
 from geomcache.frames.source import FrameDataset
 from geomcache.pipeline.carry import Carrier, log_damage
 from geomcache.pipeline.decoding import BatchDecoder, NetworkBatch

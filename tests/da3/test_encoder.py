@@ -28,7 +28,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from geomcache.da3 import encoder as encoder_module
-from geomcache.da3.encoder import DA3Encoder, DA3Preprocessor, NetworkInput, normalise
+from geomcache.da3.encoder import DA3Encoder
+from geomcache.da3.preprocess import DA3Preprocessor, NetworkInput, normalise
 from geomcache.da3.ray_head import ray_forward
 from geomcache.errors import (
     CacheMismatchError,

@@ -27,7 +27,7 @@ import torch
 from geomcache.cache.journal import decode_line
 from geomcache.cache.manifest import JOURNAL
 from geomcache.cache.store import GeometryStore
-from geomcache.extraction import ray_run
+from geomcache.extraction import ray_pool
 from geomcache.extraction.options import ExtractOptions
 from geomcache.extraction.ray_actor import MadeShard, ShardMaker
 from geomcache.extraction.run import extract
@@ -58,7 +58,7 @@ def drive(file: Path) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     values = json.loads(file.read_text())
     paths = {name: Path(values[name]) for name in ("root", "output")}
-    vars(ray_run)["ShardMaker"] = CountedShardMaker
+    vars(ray_pool)["ShardMaker"] = CountedShardMaker
     report = extract(ExtractOptions(**(values | paths)))
     print("\n".join(report.lines()), f"given out again: {report.shards_again}", sep="\n", flush=True)
 

@@ -20,7 +20,7 @@ import torch
 
 from geomcache import waits
 from geomcache.cache.writer import Claim
-from geomcache.da3.encoder import DA3Preprocessor
+from geomcache.da3.preprocess import DA3Preprocessor
 from geomcache.errors import FrameDecodeError, WorkerDiedError
 from geomcache.frames.reader import FrameReader
 from geomcache.frames.source import FrameDataset, open_dataset

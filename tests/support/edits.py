@@ -20,7 +20,8 @@ from PIL import Image
 from geomcache.cache import durable
 from geomcache.cache.create import successor_of
 from geomcache.cache.store import GeometryStore
-from geomcache.da3.encoder import DA3Encoder, DA3Preprocessor
+from geomcache.da3.encoder import DA3Encoder
+from geomcache.da3.preprocess import DA3Preprocessor
 from geomcache.extraction import run as run_module
 from geomcache.extraction import update as update_module
 from geomcache.extraction.options import ExtractOptions, UpdateOptions
