@@ -1,7 +1,8 @@
 """The options of an extraction as a file: what is written beside a cache, and what `--config` makes of a file."""
 
-import multiprocessing
 import shlex
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -342,20 +343,21 @@ def test_a_users_file_stays(tmp_path: Path) -> None:
     assert path.read_text() == "# mine\nmodel: a\n"
 
 
-def _write(cache: Path, number: int) -> None:
-    for _ in range(20):
-        write_run_config(cache, {"model": f"m{number}" * 1000})
+WRITE_OFTEN = """
+import sys
+from pathlib import Path
+
+from geomcache.extraction.run_config import write_run_config
+
+for _ in range(20):
+    write_run_config(Path(sys.argv[1]), {"model": f"m{sys.argv[2]}" * 1000})
+"""
 
 
 def test_jobs_that_write_it_at_the_same_time_leave_one_of_theirs(tmp_path: Path) -> None:
     cache = make_store(tmp_path / "cache.zarr")
-    context = multiprocessing.get_context("spawn")
-    jobs = [context.Process(target=_write, args=(cache, number)) for number in range(3)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join(120)
-    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    jobs = [subprocess.Popen([sys.executable, "-c", WRITE_OFTEN, str(cache), str(number)]) for number in range(3)]
+    assert [job.wait(120) for job in jobs] == [0, 0, 0]
     text = run_config_path(cache).read_text()
     assert text.startswith(HEADER)
     assert yaml.safe_load(text)["model"] in {f"m{number}" * 1000 for number in range(3)}
