@@ -38,6 +38,7 @@ from geomcache.errors import GeomcacheError
 from geomcache.geometry import Geometry
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.simulator.record import ACTION, STATE
+from geomcache.training.columns import read_columns_alone
 
 RIGHT = "right"
 WRONG = ("swapped", "missing", "other")
@@ -105,6 +106,7 @@ def measure(checkpoint: str, cache: Path, root: Path) -> Errors:
     meta = LeRobotDataset("geomcache/demonstrations", root=root).meta
     offsets = {ACTION: [step / meta.fps for step in range(chunk)]}
     dataset = LeRobotDataset("geomcache/demonstrations", root=root, delta_timestamps=offsets, video_backend="pyav")
+    read_columns_alone(dataset)
     episodes = np.asarray(dataset.hf_dataset["episode_index"]).astype(np.int64)
     others = frames_of_others(episodes)
     collected: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
