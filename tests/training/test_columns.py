@@ -19,7 +19,9 @@ OVER_TIME = {"action": [step / 10 for step in range(CHUNK)], "observation.state"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "pens").root
+    folder = tmp_path_factory.mktemp("data") / "pens"
+    make_dataset(folder)
+    return folder
 
 
 def decoded_pictures(dataset: Any, position: int) -> int:
