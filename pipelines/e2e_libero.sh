@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From demonstrations to a solved task, on two CPU cores in about 40 minutes: record a scripted expert in LIBERO, extract
-# the geometry of its pictures into a cache, train a small Pi0 from the cache, and run that policy in LIBERO with DA3
+# From demonstrations to a solved task, on two CPU cores in an estimated 45 minutes: record a scripted expert in LIBERO,
+# extract the geometry of its pictures into a cache, train a small Pi0 from the cache, and run that policy there with DA3
 # online. Three times, from three training seeds.
 #
 #   make e2e-libero
