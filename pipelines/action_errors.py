@@ -27,17 +27,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset
-from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from numpy.typing import NDArray
 from torch import Tensor
 
-import geomcache.policy  # noqa: F401 - registers the policy and its processor steps
+import geomcache.policy  # noqa: F401 - registers the policies and their processor steps
 from geomcache.cache.store import GeometryStore
 from geomcache.errors import GeomcacheError
 from geomcache.geometry import Geometry
-from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
 from geomcache.simulator.record import ACTION, STATE
+from geomcache.training.columns import read_columns_alone
 
 RIGHT = "right"
 WRONG = ("swapped", "missing", "other")
@@ -99,12 +100,13 @@ def main() -> None:
 
 def measure(checkpoint: str, cache: Path, root: Path) -> Errors:
     """Predict actions for every frame of a dataset with every geometry, and compare them with its actions."""
-    policy = PI05GeometryPolicy.from_pretrained(checkpoint)
+    policy = get_policy_class(PreTrainedConfig.from_pretrained(checkpoint).type).from_pretrained(checkpoint)
     preprocess, postprocess = make_pre_post_processors(policy.config, pretrained_path=checkpoint)
     chunk = policy.config.chunk_size
     meta = LeRobotDataset("geomcache/demonstrations", root=root).meta
     offsets = {ACTION: [step / meta.fps for step in range(chunk)]}
     dataset = LeRobotDataset("geomcache/demonstrations", root=root, delta_timestamps=offsets, video_backend="pyav")
+    read_columns_alone(dataset)
     episodes = np.asarray(dataset.hf_dataset["episode_index"]).astype(np.int64)
     others = frames_of_others(episodes)
     collected: dict[str, list[NDArray[np.float64]]] = defaultdict(list)

@@ -57,14 +57,14 @@ def main() -> None:
 @contextmanager
 def swapped_views() -> Iterator[None]:
     """Give policies each view's geometry in the place of the other's; the pictures stay."""
-    from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
+    from geomcache.policy.geometry_policy import GeometryPolicy
 
-    geometry_of: Callable[..., Geometry] = PI05GeometryPolicy.geometry_of
+    geometry_of: Callable[..., Geometry] = GeometryPolicy.geometry_of
 
-    def swapped(self: PI05GeometryPolicy, batch: Any) -> Geometry:
+    def swapped(self: GeometryPolicy, batch: Any) -> Geometry:
         return Geometry(**{name: values.flip(1) for name, values in geometry_of(self, batch).items()})  # [B, V, ...]
 
-    with mock.patch.object(PI05GeometryPolicy, "geometry_of", swapped):
+    with mock.patch.object(GeometryPolicy, "geometry_of", swapped):
         yield
 
 

@@ -387,6 +387,7 @@ def _factory(
         open_metadata,
     )
     from geomcache.training import checks
+    from geomcache.training.columns import read_columns_alone
     from geomcache.training.dataset import check_sample, with_geometry
     from geomcache.training.loading import fit_shared_memory
 
@@ -410,6 +411,10 @@ def _factory(
                 train_dataset, eval_dataset = make_datasets(config)
         except (OSError, ValueError, httpx.HTTPError) as error:
             raise DatasetError(f"dataset {options.repo_id}: LeRobot cannot open it: {one_line(error)}") from error
+        if not options.streaming:
+            read_columns_alone(train_dataset)
+            if eval_dataset is not None:
+                read_columns_alone(eval_dataset)
         if store is None:
             fit_shared_memory(config, train_dataset)
             return train_dataset, eval_dataset
