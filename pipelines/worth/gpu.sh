@@ -6,12 +6,15 @@
 # without a registry, unpacked into one folder that PYTHONPATH names (gpu_pack.sh).
 #
 #   0 s     is EGL there? otherwise OSMesa
-#   40 s    demonstrations, then their recordings, each in a process of its own
-#   200 s   every arm learns, from as many seeds as fit; DA3 with random weights first encodes its own arm's frames
+#   30 s    demonstrations, then their recordings, each in a process of its own; the processor is what is short, so
+#           that nothing runs next to them
+#   340 s   every arm learns, from as many seeds as fit: 150 s each, eight arms at once. DA3 with random weights first
+#           encodes its own arm's frames, 130 s
 #           as soon as the first seed of an arm is learned: closed loop, on the processor next to the learners
 #   760 s   tables, plots
 #
-# The processor is what is short: nothing runs next to the recordings. LIMIT_S is the whole time in seconds.
+# LIMIT_S is the whole time in seconds. Where a command may not last so long, start this with `setsid` and read
+# FOLDER/summary.txt.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 out=$(realpath -m "${1:-outputs/worth/gpu}")
