@@ -1,8 +1,9 @@
 """Measure what it adds to a batch that maps move along with augmented pictures.
 
-    python benchmarks/bench_augment.py [--batch-size 32] [--grid 36] [--feature-dim 0]
+    python benchmarks/bench_augment.py [--batch-size 32] [--grid 36] [--feature-dim 0] [--drawn 3]
 
-LeRobot's default transforms with all six of them drawn, so that RandomAffine moves every picture: the dearest case.
+LeRobot's default transforms. It draws three of its six for each picture, so that RandomAffine moves every other one;
+with `--drawn 6` it moves every picture, the dearest case.
 Pictures are 256x256, two a frame, as in LIBERO. What LeRobot does without us, the pictures alone, is measured next to
 it. What is added is the four points that are moved by the same draws, the homography, and the maps. The points are
 measured with pictures of 16x16, whose own transforms take little: the points take the same. All of it is work of the
@@ -43,9 +44,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--grid", type=int, default=36, help="cells a side (%(default)s)")
     parser.add_argument("--feature-dim", type=int, default=0, help="also maps of features of so many numbers")
+    parser.add_argument("--drawn", type=int, default=3, help="transforms of each picture (%(default)s)")
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
-    config = ImageTransformsConfig(enable=True, max_num_transforms=6)
+    config = ImageTransformsConfig(enable=True, max_num_transforms=arguments.drawn)
     plain = ImageTransforms(config)
     moving = moving_transforms(copy.deepcopy(plain))
     assert moving is not None
@@ -81,7 +83,8 @@ def main() -> None:
     ]
     table(
         f"Maps that move along: {frames} frames of {VIEWS} pictures, {grid}x{grid} cells of {', '.join(shapes)}",
-        f"Median of {arguments.repeats} batches, in one process. Of a step on an H200, were nothing in parallel.",
+        f"{arguments.drawn} transforms a picture. Median of {arguments.repeats} batches, in one process."
+        " Of a step on an H200, were nothing in parallel.",
         ["a batch", "ms", "of a step"],
         rows,
     )

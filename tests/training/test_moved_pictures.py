@@ -126,11 +126,11 @@ def test_what_does_not_move_is_left_to_lerobot() -> None:
 
 def test_a_homography_by_hand() -> None:
     square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
-    scaled = homography(square, square * torch.tensor([0.5, 2.0]))
+    scaled = homography(square.numpy(), (square * torch.tensor([0.5, 2.0])).numpy())
     assert scaled.flatten().tolist() == pytest.approx([0.5, 0, 0, 0, 2, 0, 0, 0, 1])
     matrix = torch.tensor([[0.9, 0.2, 0.1], [-0.1, 1.1, 0.05], [0.2, -0.1, 1.0]], dtype=torch.float64)
-    torch.testing.assert_close(homography(square, through(matrix, square)), matrix)
-    assert torch.equal(homography(square, square + 1e-9), torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(homography(square.numpy(), through(matrix, square).numpy()), matrix)
+    assert torch.equal(homography(square.numpy(), square.numpy() + 1e-9), torch.eye(3, dtype=torch.float64))
 
 
 def frame_maps(views: int = 2, grid: tuple[int, int] = (6, 8)) -> dict[str, torch.Tensor]:
