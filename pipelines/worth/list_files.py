@@ -47,6 +47,12 @@ def main() -> None:
         OPENED.update(re.findall(r'file="([^"]+)"', environment._env.env.model.get_xml()))
         environment.close()
     files = {Path(file).resolve() for file in OPENED}
+    elsewhere = sorted(file for file in files if "assets" in file.parts and not file.is_relative_to(SITE))
+    if elsewhere:
+        sys.exit(
+            f"list_files.py: expected all assets in {SITE}, where they are packed from, found {elsewhere[0]}: unset"
+            " LIBERO_ASSETS, and delete the link libero/libero/assets there"
+        )
     assets = {file.relative_to(SITE) for file in files if file.is_relative_to(SITE) and file.is_file()}
     for file in sorted(assets):
         if "assets" in file.parts:
