@@ -101,7 +101,7 @@ class LocalShards:
             OutOfSpaceError: the disk is full before the bound is reached.
         """
         if not self._claim(unit):
-            with waiting(f"{self._folder}: waiting for shard {unit.shard}, which another process has", group="shards"):
+            with waiting(f"{self._folder}: waiting for shard {unit.shard}, which is being fetched or read", group="shards"):
                 while not self._claim(unit):
                     time.sleep(POLL_S)
         try:

@@ -85,12 +85,12 @@ class Frames:
             content = np.load(file)
             lengths = content["length"]
             chosen = np.arange(lengths.sum())[::every]
-            pictures.append(torch.from_numpy(content["pictures"][chosen]).permute(0, 1, 4, 2, 3))
+            pictures.append(torch.from_numpy(content["pictures"][::every]).permute(0, 1, 4, 2, 3))
             if source:
                 with GeometryStore.open(cache_of(caches, file.stem, source)) as store:
                     found = dict(store.batch(chosen).items())
                 maps.append([torch.from_numpy(found[output]) for output in outputs])
-            state.append(content["state"][chosen])
+            state.append(content["state"][::every])
             ends = np.repeat(np.cumsum(lengths), lengths)[chosen]  # [N] row after the episode
             rows = chosen[:, None] + np.arange(chunk)
             pads.append(rows >= ends[:, None])

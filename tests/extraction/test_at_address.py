@@ -92,7 +92,7 @@ def test_extraction_over_a_bad_line_gives_the_same_cache(
 def test_a_ray_cluster_makes_the_same_cache_there(
     options: ExtractOptions, tmp_path: Path, patient_s3: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the error of several processes advises. The driver alone writes; actors know no bucket."""
+    """Do what the error of several processes advises. The driver alone writes; actors know no bucket."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

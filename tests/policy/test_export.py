@@ -147,7 +147,7 @@ def test_a_policy_with_geometry_switched_off_can_be_exported(tmp_path: Path, tok
 def test_what_a_processor_keeps_next_to_it_goes_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: None
 ) -> None:
-    """As LeRobot 0.6.2 saves a tokenizer: a folder that a step names."""
+    """Write a tokenizer as LeRobot 0.6.2 saves it: a folder that a step names."""
     checkpoint(tmp_path / "ours", geom_mode="align")
     file = tmp_path / "ours" / "policy_preprocessor.json"
     saved = json.loads(file.read_text())
