@@ -101,7 +101,8 @@ class LocalShards:
             OutOfSpaceError: the disk is full before the bound is reached.
         """
         if not self._claim(unit):
-            with waiting(f"{self._folder}: waiting for shard {unit.shard}, which is being fetched or read", group="shards"):
+            what = f"{self._folder}: waiting for shard {unit.shard}, which is being fetched or read"
+            with waiting(what, group="shards"):
                 while not self._claim(unit):
                     time.sleep(POLL_S)
         try:
