@@ -57,7 +57,7 @@ worth-smoke: $(READY) system-libraries ## Run every stage of the experiment in i
 	@SIZE=smoke PATH="$(CURDIR)/$(RUN):$$PATH" pipelines/worth/worth.sh
 
 test: $(READY) system-libraries ## Run the tests (minutes)
-	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow"
+	$(RUN)/python -m pytest -n auto --dist worksteal -m "not slow" --durations=30
 
 test-next: system-libraries | $(filter .tools/bin/uv,$(UV)) ## Run the tests with another LeRobot: LEROBOT=CHECKOUT [ARGS=tests/policy]
 	@[ -d "$$LEROBOT/src/lerobot" ] || { echo "make: LEROBOT: expected the folder of a checkout of LeRobot, got '$$LEROBOT': clone it and name it" >&2; exit 1; }

@@ -5,7 +5,8 @@
 `pipelines/record_demonstrations.py` replays them under any camera. An arm executes the demonstrator's action and a
 slowly varying disturbance; the recorded action is the demonstrator's answer to where the arm really is (DART, Laskey et
 al., "DART: Noise Injection for Robust Imitation Learning", 2017): a policy that is trained on it learns to come back.
-What was executed is recorded too, for the replay. A demonstration that does not solve the task is left out.
+What was executed is recorded too, for the replay. An attempt that does not solve the task is made again, with other
+disturbances; after ATTEMPTS of them the demonstration is left out.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pipelines.worth.design import SUITE, TASKS
 
 STATES = 50  # initial states that LIBERO has for each task
 MAX_STEPS = 260
+ATTEMPTS = 3
 GAIN = 10.0  # of the controller, in action units for each metre
 OPEN, CLOSED = -1.0, 1.0
 UP = np.array([0.0, 0.0, 1.0])
@@ -80,7 +82,15 @@ class Demonstrator:
 
 
 def demonstrate(task: int, state: int, noise: float) -> list[dict[str, Any]]:
-    """Return the frames of one demonstration of a task from an initial state; none if it does not solve it."""
+    """Return the frames of a demonstration that solves a task from an initial state; none if no attempt does."""
+    for attempt in range(ATTEMPTS):
+        if frames := try_once(task, state, noise, attempt):
+            return frames
+    return []
+
+
+def try_once(task: int, state: int, noise: float, attempt: int) -> list[dict[str, Any]]:
+    """Return the frames of one attempt, each with other disturbances; none if it does not solve the task."""
     from lerobot.processor.env_processor import LiberoProcessorStep
 
     config = LiberoGeometry(task=SUITE, observation_height=32, observation_width=32)  # pictures are not looked at
@@ -90,7 +100,7 @@ def demonstrate(task: int, state: int, noise: float) -> list[dict[str, Any]]:
         observation, _ = environment.reset(seed=state)
         world = environment._env.env
         target, basket = world.obj_of_interest[:2]
-        demonstrator, generator = Demonstrator(), np.random.default_rng([state, task])
+        demonstrator, generator = Demonstrator(), np.random.default_rng([state, task, attempt])
         disturbance: NDArray[np.float64] = np.zeros(3)
         frames: list[dict[str, Any]] = []
         for _ in range(MAX_STEPS):

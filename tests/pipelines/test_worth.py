@@ -14,6 +14,10 @@ from pipelines.worth.frames import Frames
 from tests.support.simulator import needs_libero, needs_plus
 
 
+def test_the_closed_loop_begins_where_a_demonstration_began() -> None:
+    assert [state for state in range(9) if design.is_held_out(state)] == [2, 5, 8]
+
+
 @needs_plus
 @needs_libero
 def test_no_camera_that_is_measured_on_was_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
