@@ -8,7 +8,7 @@
 #   0 s     is EGL there? otherwise OSMesa
 #   30 s    demonstrations, then their recordings, each in a process of its own; the processor is what is short, so
 #           that nothing runs next to them
-#   340 s   every arm learns, from as many seeds as fit: 150 s each, eight arms at once. DA3 with random weights first
+#   400 s   every arm learns, from as many seeds as fit: 150 s each, eight arms at once. DA3 with random weights first
 #           encodes its own arm's frames, 130 s
 #           as soon as the first seed of an arm is learned: closed loop, on the processor next to the learners
 #   760 s   tables, plots
@@ -86,13 +86,13 @@ if ! step "look-$MUJOCO_GL" 90 bash -c look; then
         ldconfig
     fi
     step look-osmesa 60 bash -c look || { log "no renderer works"; exit 1; }
-    export STATES=0:2  # rendering is slower: fewer demonstrations
+    export STATES=0:3  # rendering is slower: fewer demonstrations, one of three held out
 fi
 log "rendering with $MUJOCO_GL: $(tail -n 1 "$WORK/logs/look-$MUJOCO_GL.log")"
 
 export PROCESSES=$((2 * cores))  # they wait for the GPU in turns
-step demonstrate 120 pipelines/worth/worth.sh demonstrate || exit 1
-step record 240 pipelines/worth/worth.sh record || log "some recordings are missing"
+step demonstrate 200 pipelines/worth/worth.sh demonstrate || exit 1
+step record 300 pipelines/worth/worth.sh record || log "some recordings are missing"
 "$PYTHON" pipelines/worth/redundancy.py --frames "$WORK/frames" --caches "$WORK/recorded" >"$WORK/redundancy.md" 2>&1 &
 
 learners=()
