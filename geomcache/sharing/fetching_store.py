@@ -224,7 +224,12 @@ class _Fetches:
             if future.cancelled():
                 self._local.release(unit)
 
-        self._pool.submit(self._bring, unit).add_done_callback(release_cancelled)
+        try:
+            fetched = self._pool.submit(self._bring, unit)
+        except RuntimeError:  # the store was closed, and its sampler goes on
+            self._local.release(unit)
+            raise
+        fetched.add_done_callback(release_cancelled)
 
     def _bring(self, unit: Unit) -> None:
         # Whoever reads the shard fetches it then, and raises what happens.

@@ -271,6 +271,23 @@ def test_who_reads_waits_for_what_is_fetched_ahead(
     reading.close()
 
 
+def test_a_sampler_that_goes_on_after_its_store_was_closed_locks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(make_small_store(tmp_path / "here.zarr"), ADDRESS)
+    store, other = open_fetching(ADDRESS), open_fetching(ADDRESS)
+    monkeypatch.setattr(fetching_store, "AHEAD_ROWS", 0)
+    rows = store.expect(iter([0, 80]), lambda row: row)
+    assert next(rows) == 0
+    store.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        next(rows)
+    unit = Unit(80 // other.shard_frames)
+    assert other.local.claim_missing(unit)
+    other.local.release(unit)
+    other.close()
+
+
 def test_an_error_ahead_is_one_of_whoever_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push(make_small_store(tmp_path / "here.zarr"), ADDRESS)
     store = open_fetching(ADDRESS)
