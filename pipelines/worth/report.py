@@ -13,7 +13,7 @@ import argparse
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,16 @@ from numpy.typing import NDArray
 from geomcache.look.drawing import house_style
 from geomcache.simulator.camera import CameraMove
 from pipelines.worth import design
-from pipelines.worth.design import ARMS
+from pipelines.worth.design import ARMS, Arm
 
 BASELINE = "none"
+CONTROLS = {"prefix": "random_da3", "align": "random_da3_align"}  # of each mode: what true geometry must be better than
 RESAMPLES, LEVEL = 9999, 0.95
 MEASURES = {"xyz": "error of the translation", "gripper": "wrong gripper"}
+
+
+Rows = dict[str, dict[int, list[dict[str, str]]]]
+"""Of each arm and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +60,11 @@ class ArmResult:
     """The difference divided by the error without geometry."""
     by_seed: tuple[float, ...]
     """The relative difference of each seed."""
+    against_control: Estimate | None = None
+    """Relative difference from the same mode with DA3 of random weights, over the seeds of both; of true geometry."""
 
 
-def read(folder: Path) -> dict[str, dict[int, list[dict[str, str]]]]:
+def read(folder: Path) -> Rows:
     """Return the rows of each arm and seed."""
     found: dict[str, dict[int, list[dict[str, str]]]] = {}
     for file in sorted(folder.glob("*.csv")):
@@ -120,22 +127,35 @@ def compare(arm: str, values: NDArray[Any], baseline: NDArray[Any]) -> ArmResult
     )
 
 
-def compare_by_kind(
-    found: dict[str, dict[int, list[dict[str, str]]]], pairs: dict[str, list[int]]
-) -> dict[str, list[ArmResult]]:
+def paired(found: Rows, arm: str, other: str, measure: str, seen: int) -> ArmResult | None:
+    """Compare an arm with another one over the seeds of both; None if they have none in common."""
+    seeds = sorted({*found[arm]} & {*found.get(other, {})})
+    if not seeds:
+        return None
+    return compare(arm, *(table(found[each], seeds, measure, seen) for each in (arm, other)))
+
+
+def compare_all(found: Rows, measure: str, seen: int) -> list[ArmResult]:
+    """Compare every arm with no geometry, and arms of true geometry with their control."""
+    results = []
+    for name in found:
+        result, arm = paired(found, name, BASELINE, measure, seen), ARMS[name]
+        if result is None:
+            continue
+        control = paired(found, name, CONTROLS[arm.mode], measure, seen)
+        if arm.source == "oracle" and not arm.of_another_frame and control is not None:
+            result = replace(result, against_control=control.relative)
+        results.append(result)
+    return results
+
+
+def compare_by_kind(found: Rows) -> dict[str, list[ArmResult]]:
     """Compare all arms under cameras never seen, by the kind of their move.
 
     A policy can know of a camera only what others of its kind have taught it.
     """
-    baseline = found[BASELINE]
-    kinds = dict.fromkeys(kind_of(row) for row in baseline[pairs[BASELINE][0]] if row["seen"] == "0")
-    return {
-        kind: [
-            compare(arm, *(table(of_kind(each, kind), pairs[arm], "xyz", 0) for each in (rows, baseline)))
-            for arm, rows in found.items()
-        ]
-        for kind in kinds
-    }
+    kinds = dict.fromkeys(kind_of(row) for row in next(iter(found[BASELINE].values())) if row["seen"] == "0")
+    return {kind: compare_all({arm: of_kind(rows, kind) for arm, rows in found.items()}, "xyz", 0) for kind in kinds}
 
 
 def markdown(results: dict[str, list[ArmResult]], text: str) -> str:
@@ -146,13 +166,14 @@ def markdown(results: dict[str, list[ArmResult]], text: str) -> str:
             "",
             f"### {title}",
             "",
-            "| arm | error | against no geometry | each seed |",
-            "| --- | --- | --- | --- |",
+            "| arm | error | against no geometry | each seed | against DA3 with random weights |",
+            "| --- | --- | --- | --- | --- |",
         ]
         for row in rows:
             change = "" if row.arm == BASELINE else f"{row.relative.text(100, 1, '+')} %"
             seeds = "" if row.arm == BASELINE else ", ".join(f"{100 * value:+.1f}" for value in row.by_seed)
-            lines.append(f"| {ARMS[row.arm].text} | {row.error.text()} | {change} | {seeds} |")
+            control = "" if row.against_control is None else f"{row.against_control.text(100, 1, '+')} %"
+            lines.append(f"| {ARMS[row.arm].text} | {row.error.text()} | {change} | {seeds} | {control} |")
     return "\n".join(lines) + "\n"
 
 
@@ -179,6 +200,11 @@ def draw(results: dict[str, list[ArmResult]], file: Path, title: str) -> None:
         figure.savefig(file)
 
 
+def has_true_tokens(arm: Arm) -> bool:
+    """Return whether an arm gets true geometry as tokens, its own or that of another frame."""
+    return arm.source == "oracle" and arm.mode == "prefix"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, required=True)
@@ -193,15 +219,8 @@ def main() -> None:
     results: dict[str, list[ArmResult]] = {}
     for measure, name in MEASURES.items():
         for seen, cameras in ((0, "cameras never seen"), (1, "trained cameras")):
-            results[f"{name}, {cameras}"] = [
-                compare(
-                    arm,
-                    table(rows, pairs[arm], measure, seen),
-                    table(found[BASELINE], pairs[arm], measure, seen),
-                )
-                for arm, rows in found.items()
-            ]
-    by_kind = compare_by_kind(found, pairs)
+            results[f"{name}, {cameras}"] = compare_all(found, measure, seen)
+    by_kind = compare_by_kind(found)
     results |= {f"{MEASURES['xyz']}, cameras never seen: {kind}": rows for kind, rows in by_kind.items()}
     shape = table(found[BASELINE], pairs[BASELINE], "xyz", 0).shape
     text = (
@@ -215,7 +234,7 @@ def main() -> None:
     (output / "open_loop.json").write_text(json.dumps({"seeds": pairs, "results": content}, indent=1))
     title = f"{shape[0]} seeds x {shape[1]} demonstrations x {shape[2]} new cameras"
     draw({"": next(iter(results.values()))}, output / "open_loop.png", title)
-    shown = {kind: [row for row in rows if ARMS[row.arm].sees] for kind, rows in by_kind.items()}
+    shown = {kind: [row for row in rows if has_true_tokens(ARMS[row.arm])] for kind, rows in by_kind.items()}
     draw(shown, output / "by_kind.png", f"{title}, by what was changed of the camera")
     print((output / "open_loop.md").read_text())
 

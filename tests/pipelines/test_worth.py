@@ -1,6 +1,7 @@
 """The experiment of `pipelines/worth`: its design, its script, its intervals. `make worth-smoke` runs all of it."""
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,30 @@ def test_a_report_wants_every_pair(tmp_path: Path) -> None:
     (folder / "rays.0.csv").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(SystemExit, match="some are missing"):
         report.table(report.read(folder)["rays"], [0], "xyz", 0)
+
+
+def test_true_geometry_is_compared_with_geometry_that_knows_nothing() -> None:
+    def rows(error: float) -> list[dict[str, str]]:
+        return [
+            {"seen": "0", "demonstration": part, "camera": camera, "xyz": str(error)}
+            for part, camera in product(("test_00", "test_01"), "ab")
+        ]
+
+    found = {
+        "none": {0: rows(0.2), 1: rows(0.3)},
+        "rays": {0: rows(0.12), 1: rows(0.15)},
+        "other_rays": {1: rows(0.3)},
+        "random_da3": {0: rows(0.16)},  # the second seed is missing, so rays are compared over the first one
+        "rays_align": {2: rows(0.1)},  # no seed to compare
+    }
+    results = {result.arm: result for result in report.compare_all(found, "xyz", 0)}
+    assert list(results) == ["none", "rays", "other_rays", "random_da3"]
+    assert results["rays"].relative.mean == pytest.approx(0.135 / 0.25 - 1)
+    assert results["rays"].by_seed == pytest.approx((-0.4, -0.5))
+    control = results["rays"].against_control
+    assert control is not None
+    assert control.mean == pytest.approx(0.12 / 0.16 - 1)
+    assert {result.against_control for arm, result in results.items() if arm != "rays"} == {None}
 
 
 def test_what_the_state_says_is_told_from_what_it_does_not_say() -> None:
