@@ -116,10 +116,6 @@ class Part:
     episode: int
     cameras: tuple[str, ...]
 
-    @property
-    def is_held_out(self) -> bool:
-        return self.name.startswith("test")
-
 
 def is_held_out(initial_state: int) -> bool:
     """Return whether demonstrations from this initial state are measured on, not trained on: 2, 5, and so on.
