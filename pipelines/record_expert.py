@@ -131,7 +131,8 @@ def demonstrate(config: LiberoGeometry, task: int, noise: float, state: int) -> 
 
     environment = _PROCESS["environment"]
     environment.init_state_id = state
-    generator, disturbance, frames = np.random.default_rng([task, state]), np.zeros(3), []
+    generator, frames = np.random.default_rng([task, state]), list[dict[str, Any]]()
+    disturbance: NDArray[np.float64] = np.zeros(3)
     observation, _ = environment.reset(seed=state)
     for _ in range(MAX_STEPS):
         action, moving = act(environment._env.env)
@@ -144,7 +145,7 @@ def demonstrate(config: LiberoGeometry, task: int, noise: float, state: int) -> 
                 "task": environment.task_description,
             }
         )
-        disturbance = PERSISTENCE * disturbance + noise * np.sqrt(1 - PERSISTENCE**2) * generator.standard_normal(3)
+        disturbance = next_disturbance(disturbance, noise, generator)
         executed = action.copy()
         if moving:
             executed[:3] = np.clip(action[:3] + disturbance, -1, 1)
@@ -152,6 +153,13 @@ def demonstrate(config: LiberoGeometry, task: int, noise: float, state: int) -> 
         if info["is_success"]:
             return frames
     return []
+
+
+def next_disturbance(
+    disturbance: NDArray[np.float64], noise: float, generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Return what disturbs the arm after `disturbance`, [3] in units of actions, of which `noise` is the deviation."""
+    return PERSISTENCE * disturbance + noise * np.sqrt(1 - PERSISTENCE**2) * generator.standard_normal(3)
 
 
 def act(world: Any) -> tuple[NDArray[np.float32], bool]:

@@ -9,6 +9,7 @@ None that is measured on was trained on.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +127,14 @@ def is_held_out(initial_state: int) -> bool:
 
 
 def parts(demonstrations: Path, every: int) -> Iterator[Part]:
-    """Yield what is to be recorded; with `every` over 1, of each list of cameras only one of so many."""
-    trained, unseen = (each[::every] for each in cameras())
+    """Yield what is to be recorded; with `every` over 1, each demonstration under one of so many cameras.
+
+    Demonstrations to train on take turns, so that together they are seen by all; what is measured on has the same.
+    """
+    trained, unseen = cameras()
+    again = trained[::every]
+    again, unseen = again[:: -(-len(again) // SEEN_CAMERAS)], unseen[::every]
+    turns = itertools.cycle(range(every))
     for number, demonstration in enumerate(
         read_demonstrations("geomcache/demonstrations", demonstrations, SUITE, None)
     ):
@@ -135,7 +142,7 @@ def parts(demonstrations: Path, every: int) -> Iterator[Part]:
         yield Part(
             name=f"{'test' if held_out else 'train'}_{number:02d}",
             episode=number,
-            cameras=tuple([*unseen, *trained[:: -(-len(trained) // SEEN_CAMERAS)]] if held_out else trained),
+            cameras=tuple([*unseen, *again] if held_out else trained[next(turns) :: every]),
         )
 
 

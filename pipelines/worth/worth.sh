@@ -3,6 +3,7 @@
 #
 #   pipelines/worth/worth.sh                   all stages, in the size for two CPU cores
 #   pipelines/worth/worth.sh demonstrate       one of them: demonstrate, record, extract, learn, closed, report
+#   SIZE=closed pipelines/worth/worth.sh       as long again: more demonstrations, longer training, and closed loop
 #   SIZE=smoke pipelines/worth/worth.sh        all stages in some minutes: that they run, not an answer
 #   SIZE=gpu pipelines/worth/worth.sh          on a GPU; `gpu.sh` runs the stages side by side
 #
@@ -19,11 +20,20 @@ self=$(realpath "$0")
 cd "$(dirname "$0")/../.."
 
 SIZE="${SIZE:-cpu}"
+stages="demonstrate record extract learn closed report"
 case "$SIZE" in
-    smoke) defaults="TASKS=0:1 STATES=1:3 EVERY=6 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12" ;;
-    cpu) defaults="TASKS=2:6 STATES=0:3 EVERY=1 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=500 BATCH=16 SEEDS=0,1,2 MEASURE_EVERY=8 VARIANTS=30 EPISODE=220" ;;
+    smoke) defaults="LEARNERS=2 TASKS=0:1 STATES=1:3 EVERY=12 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12" ;;
+    cpu)
+        stages="demonstrate record extract learn report"
+        defaults="LEARNERS=2 EXTRACTORS=2 TASKS=2:6 STATES=0:3 EVERY=1 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=500 BATCH=16 SEEDS=0,1,2 MEASURE_EVERY=8 VARIANTS=30 EPISODE=150"
+        ;;
+    closed)
+        stages="demonstrate record learn closed report"
+        defaults="LEARNERS=2 TASKS=6,8 STATES=0:12 EVERY=3 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=2500 BATCH=16 SEEDS=0 MEASURE_EVERY=8 VARIANTS=30 EPISODE=150"
+        export ARMS="${ARMS:-none rays rays_depth}"
+        ;;
     gpu) defaults="TASKS=2:6 STATES=0:6 EVERY=1 PICTURE=112 DA3=112 TOKENS=8 CHUNK=16 STEPS=1200 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=220" ;;
-    *) echo "worth.sh: SIZE: expected smoke, cpu or gpu, got '$SIZE'" >&2; exit 2 ;;
+    *) echo "worth.sh: SIZE: expected smoke, cpu, closed or gpu, got '$SIZE'" >&2; exit 2 ;;
 esac
 for setting in $defaults; do
     name="${setting%%=*}"
@@ -136,7 +146,7 @@ case "${1:-all}" in
         "$@"
         ;;
     all)
-        for each in demonstrate record extract learn closed report; do
+        for each in $stages; do
             stage "$each"
             "$each"
         done

@@ -10,7 +10,6 @@ import pytest
 from geomcache.simulator import libero, plus
 from geomcache.simulator.camera import CameraMove
 from pipelines.worth import design, redundancy, report
-from pipelines.worth.demonstrate import CLOSED, OPEN, PHASES, Demonstrator
 from pipelines.worth.frames import Frames
 from tests.support.simulator import needs_libero, needs_plus
 
@@ -40,24 +39,6 @@ def test_no_camera_that_is_measured_on_was_trained_on(tmp_path: Path, monkeypatc
     }
     assert len({variant.name for variant in variants}) == 36
     assert not {str(variant.camera) for variant in variants} & {*trained}
-
-
-def test_the_demonstrator_brings_an_object_to_the_basket() -> None:
-    hand, thing, basket = np.array([0.0, 0.0, 0.4]), np.array([0.1, -0.2, 0.05]), np.array([0.0, 0.25, 0.0])
-    demonstrator, phases, held = Demonstrator(), [], False
-    for _ in range(300):
-        phases.append(demonstrator.phase)
-        action = demonstrator.act(hand, thing, basket)
-        assert np.abs(action[:3]).max() <= 1
-        hand = hand + 0.05 * action[:3] * 0.5
-        if action[6] == CLOSED and np.linalg.norm(hand - thing) < 0.02:
-            held = True
-        if held:
-            thing = hand
-        if demonstrator.phase == "release" and action[6] == OPEN:
-            break
-    assert tuple(dict.fromkeys(phases)) == PHASES
-    assert np.linalg.norm((thing - basket)[:2]) < 0.03
 
 
 def test_chunks_end_with_their_episode(tmp_path: Path) -> None:
