@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the LeRobotDataset")
     parser.add_argument("--tasks", default="0:10", help="numbers, such as 0:4,7 (%(default)s)")
     parser.add_argument("--states", default="0:3", help="initial states of each (%(default)s)")
-    parser.add_argument("--noise", type=float, default=0.3, help="of the disturbance, in units of actions (%(default)s)")
+    parser.add_argument("--noise", type=float, default=0.3, help="of the disturbance, in action units (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="%(default)s")
     arguments = parser.parse_args()
     tasks, states = (

@@ -1,8 +1,10 @@
 """The experiment of `pipelines/worth`: its design, its script, its intervals. `make worth-smoke` runs all of it."""
 
+import itertools
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +41,24 @@ def test_no_camera_that_is_measured_on_was_trained_on(tmp_path: Path, monkeypatc
     }
     assert len({variant.name for variant in variants}) == 36
     assert not {str(variant.camera) for variant in variants} & {*trained}
+
+
+@pytest.mark.parametrize(("every", "each"), [(1, 12), (3, 4), (12, 1)])
+def test_demonstrations_take_turns_with_the_cameras(every: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, unseen = [f"trained {number}" for number in range(12)], [f"unseen {number}" for number in range(12)]
+    states = [SimpleNamespace(initial_state=state) for state in range(15) for _ in range(2)]
+    monkeypatch.setattr(design, "cameras", lambda: (trained, unseen))
+    monkeypatch.setattr(design, "read_demonstrations", lambda *_: states)
+    parts = list(design.parts(Path(), every))
+    assert [part.episode for part in parts if part.name.startswith("test_")] == [4, 5, 10, 11, 16, 17, 22, 23, 28, 29]
+    seen = [part.cameras for part in parts if part.name.startswith("train_")]
+    assert {len(cameras) for cameras in seen} == {each}
+    for start in range(len(seen) - every + 1):
+        assert sorted(itertools.chain(*seen[start : start + every])) == sorted(trained)
+    (measured,) = {part.cameras for part in parts if part.name.startswith("test_")}
+    assert [camera for camera in measured if camera in unseen] == unseen[::every]
+    assert {*measured} - {*unseen} <= {*seen[0]}
+    assert len(measured) == each + min(4, each)
 
 
 def test_chunks_end_with_their_episode(tmp_path: Path) -> None:
