@@ -56,9 +56,10 @@ stage() {
 
 demonstrate() {
     if [[ -e "$WORK/demonstrations/meta/info.json" ]]; then return; fi
-    rm -rf "$WORK/demonstrations"
+    rm -rf "$WORK/demonstrations" "$WORK/demonstrations.draft"
     "$PYTHON" $worth/demonstrate.py --output "$WORK/demonstrations.draft" --tasks "$TASKS" --states "$STATES" \
-        --processes "$PROCESSES" | grep -v '^\[info\]'
+        --processes "$PROCESSES" 2>"$WORK/logs/demonstrate.log" | grep -v '^\[info\]' ||
+        { tail -n 3 "$WORK/logs/demonstrate.log"; return 1; }
     mv "$WORK/demonstrations.draft" "$WORK/demonstrations"
 }
 
@@ -68,17 +69,19 @@ parts() {
 
 record() {
     mkdir -p "$WORK/recorded" "$WORK/frames"
-    parts >"$WORK/parts.txt"
+    parts >"$WORK/parts.txt" 2>"$WORK/logs/parts.log" || { tail -n 3 "$WORK/logs/parts.log"; return 1; }
     xargs -P "$PROCESSES" -L 1 "$self" record-one <"$WORK/parts.txt"
 }
 
 record-one() { # NAME EPISODE CAMERAS
     if [[ -e "$WORK/frames/$1.npz" ]]; then return; fi
     rm -rf "$WORK/recorded/$1" "$WORK/recorded/$1.zarr"
-    "$PYTHON" pipelines/record_demonstrations.py --demonstrations "$WORK/demonstrations" --episodes "$2" \
-        --cameras "$3" --output "$WORK/recorded/$1" --cache "$WORK/recorded/$1.zarr" --size "$PICTURE" \
-        --outputs ray,depth --grid 8x8 --images >"$WORK/logs/record_$1.log" 2>&1 || { tail -n 3 "$WORK/logs/record_$1.log"; return 1; }
-    "$PYTHON" $worth/frames.py --recorded "$WORK/recorded" --name "$1" --cameras "$3" --output "$WORK/frames"
+    {
+        "$PYTHON" pipelines/record_demonstrations.py --demonstrations "$WORK/demonstrations" --episodes "$2" \
+            --cameras "$3" --output "$WORK/recorded/$1" --cache "$WORK/recorded/$1.zarr" --size "$PICTURE" \
+            --outputs ray,depth --grid 8x8 --images &&
+            "$PYTHON" $worth/frames.py --recorded "$WORK/recorded" --name "$1" --cameras "$3" --output "$WORK/frames"
+    } >"$WORK/logs/record_$1.log" 2>&1 || { tail -n 3 "$WORK/logs/record_$1.log"; return 1; }
     echo "$1: recorded"
 }
 
