@@ -159,7 +159,8 @@ def next_disturbance(
     disturbance: NDArray[np.float64], noise: float, generator: np.random.Generator
 ) -> NDArray[np.float64]:
     """Return what disturbs the arm after `disturbance`, [3] in units of actions, of which `noise` is the deviation."""
-    return PERSISTENCE * disturbance + noise * np.sqrt(1 - PERSISTENCE**2) * generator.standard_normal(3)
+    new = generator.normal(0, noise * np.sqrt(1 - PERSISTENCE**2), 3)
+    return PERSISTENCE * disturbance + new
 
 
 def act(world: Any) -> tuple[NDArray[np.float32], bool]:
