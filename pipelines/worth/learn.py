@@ -27,6 +27,9 @@ from geomcache.cache.store import GeometryStore
 from geomcache.geometry import GeometrySpec
 from geomcache.policy.configuration_pi05_geometry import PI05GeometryConfig
 from geomcache.policy.modeling_pi05_geometry import PI05GeometryPolicy
+from geomcache.policy.pi0.configuration_pi0_geometry import PI0GeometryConfig
+from geomcache.policy.pi0.modeling_pi0_geometry import PI0GeometryPolicy
+from geomcache.policy.pi0.processor_pi0_geometry import make_pi0_geometry_pre_post_processors
 from geomcache.policy.processor_pi05_geometry import make_pi05_geometry_pre_post_processors
 from geomcache.statistics import Moments
 from pipelines.worth.design import ARMS, Arm
@@ -35,7 +38,10 @@ from pipelines.worth.frames import Frames, cache_of, geometry_keys
 KEYS = ("observation.images.image", "observation.images.image2")  # the moved camera, the hand's
 COLUMNS = ("arm", "seed", "steps", "camera", "seen", "demonstration", "frames", "xyz", "gripper")
 WARM_UP, LAST_RATE = 0.05, 0.01  # share of the steps, and of the learning rate
-TEXT = 116  # bytes of "Task: ..., State: ...;"
+POLICIES: dict[str, tuple[Any, Any, Any]] = {  # of one interface, and not typed
+    "pi05_geometry": (PI05GeometryConfig, PI05GeometryPolicy, make_pi05_geometry_pre_post_processors),
+    "pi0_geometry": (PI0GeometryConfig, PI0GeometryPolicy, make_pi0_geometry_pre_post_processors),
+}
 BATCH_TO_MEASURE = 256
 
 
@@ -45,7 +51,7 @@ class Prepared:
 
     pictures: Tensor  # [N, V, 3, H, W] uint8
     maps: dict[str, Tensor]
-    rest: dict[str, Tensor]  # tokens, their mask, actions
+    rest: dict[str, Tensor]  # tokens, their mask, state, actions
 
     def batch(self, rows: Tensor, *, sees: bool) -> dict[str, Any]:
         """Return these rows as LeRobot's preprocessor leaves a batch."""
@@ -83,7 +89,7 @@ def prepare(frames: Frames, preprocess: Any, device: str) -> Prepared:
                 "task": list(frames.tasks[rows]),
             }
         )
-        names = ("observation.language.tokens", "observation.language.attention_mask", "action")
+        names = ("observation.language.tokens", "observation.language.attention_mask", "observation.state", "action")
         parts.append({name: batch[name] for name in names})
     pictures, maps = frames.to(device)
     return Prepared(
@@ -93,10 +99,10 @@ def prepare(frames: Frames, preprocess: Any, device: str) -> Prepared:
 
 def make_config(
     arm: Arm, frames: Frames, options: argparse.Namespace, spec: GeometrySpec | None, fingerprint: str
-) -> PI05GeometryConfig:
+) -> Any:
     """Return the configuration of an arm's policy. `spec` and `fingerprint` are of a cache of its geometry."""
     height, width = frames.pictures.shape[-2:]
-    config = PI05GeometryConfig(
+    config = POLICIES[options.policy][0](
         device=options.device,
         push_to_hub=False,
         model_size="small",
@@ -106,7 +112,7 @@ def make_config(
         geom_init_alpha=0.5,
         geom_lr_scale=1.0,
         image_resolution=(options.resolution, options.resolution),
-        tokenizer_max_length=TEXT,
+        tokenizer_max_length=options.text,
         chunk_size=options.chunk,
         n_action_steps=options.chunk // 2,
         max_action_dim=7,
@@ -219,7 +225,8 @@ def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> No
     if arm.of_another_frame:
         frames = [shuffled(each) for each in frames]
     config = make_config(arm, frames[0], options, *read_spec(arm, frames[0], options.caches))
-    processors = make_pi05_geometry_pre_post_processors(config, statistics_of(frames[0]))
+    _, make_policy, make_processors = POLICIES[options.policy]
+    processors = make_processors(config, statistics_of(frames[0]))
     prepared = [prepare(each, processors[0], options.device) for each in frames]
     trained_cameras, took = {*frames[0].camera.tolist()}, 0.0
     for seed in map(int, options.seeds.split(",")):
@@ -231,7 +238,7 @@ def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> No
             break
         began = time.time()
         torch.manual_seed(seed)
-        policy: Any = PI05GeometryPolicy(config)
+        policy = make_policy(config)
         train(policy, prepared[0], arm, seed, options)
         table = measure(policy, processors[1], frames[1], prepared[1], arm)
         save(policy, processors, options.output / "policies" / name / str(seed))
@@ -251,6 +258,8 @@ def main() -> None:
     parser.add_argument("--frames", type=Path, required=True, help="folder that frames.py wrote")
     parser.add_argument("--caches", type=Path, required=True, help="folder of the recordings' caches")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--policy", choices=POLICIES, default="pi05_geometry", help="of model_size small (%(default)s)")
+    parser.add_argument("--text", type=int, default=116, help="bytes of the task, and of Pi0.5's state (%(default)s)")
     parser.add_argument("--steps", type=int, default=800, help="%(default)s")
     parser.add_argument("--batch-size", type=int, default=48, help="%(default)s")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (%(default)s)")
