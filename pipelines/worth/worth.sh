@@ -3,7 +3,7 @@
 #
 #   pipelines/worth/worth.sh                   all stages, in the size for two CPU cores
 #   pipelines/worth/worth.sh demonstrate       one of them: demonstrate, record, extract, learn, closed, report
-#   SIZE=closed pipelines/worth/worth.sh       as long again: more demonstrations, longer training, and closed loop
+#   SIZE=closed pipelines/worth/worth.sh       the closed loop on two CPU cores, with demonstrations and a policy of its own
 #   SIZE=smoke pipelines/worth/worth.sh        all stages in some minutes: that they run, not an answer
 #   SIZE=gpu pipelines/worth/worth.sh          on a GPU; `gpu.sh` runs the stages side by side
 #
@@ -29,10 +29,10 @@ case "$SIZE" in
         ;;
     closed)
         stages="demonstrate record learn closed report"
-        defaults="LEARNERS=2 TASKS=6,8 STATES=0:12 EVERY=3 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=2000 BATCH=16 SEEDS=0 MEASURE_EVERY=8 VARIANTS=30 EPISODE=150"
-        export ARMS="${ARMS:-none rays rays_depth}"
+        defaults="LEARNERS=2 TASKS=6,8 STATES=0:12 EVERY=3 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=2500 BATCH=16 SEEDS=0 MEASURE_EVERY=8 VARIANTS=30 EPISODE=150"
+        export ARMS="${ARMS:-none rays rays_depth}" LEARN_ARGS="${LEARN_ARGS:---policy pi0_geometry --text 16}"
         ;;
-    gpu) defaults="TASKS=2:6 STATES=0:6 EVERY=1 PICTURE=112 DA3=112 TOKENS=8 CHUNK=16 STEPS=1200 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=220" ;;
+    gpu) defaults="TASKS=2:6 STATES=0:6 EVERY=1 PICTURE=112 DA3=112 TOKENS=8 CHUNK=16 STEPS=1200 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=150" ;;
     *) echo "worth.sh: SIZE: expected smoke, cpu, closed or gpu, got '$SIZE'" >&2; exit 2 ;;
 esac
 for setting in $defaults; do
