@@ -6,8 +6,8 @@ differ, half would go either way if both policies were equally good (McNemar, "N
 difference between correlated proportions or percentages", Psychometrika, 1947).
 """
 
+import bisect
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,12 @@ RESAMPLES = 9999
 LEVEL = 0.95
 MOVED_M = (0.25, 0.5, 1.0)  # bounds of the groups by distance of the camera, in metres
 EVERYTHING = "all"
+_MOVES = (
+    "camera not moved",
+    "camera turned in place",
+    *(f"camera moved {over:g} to {up_to:g} m" for over, up_to in itertools.pairwise((0.0, *MOVED_M))),
+    f"camera moved over {MOVED_M[-1]:g} m",
+)
 
 Key = tuple[str, str, int]
 """Suite, variant, seed."""
@@ -150,18 +156,17 @@ def _groups(pairs: Sequence[tuple[Episode, Episode]]) -> Iterator[Difference]:
         for axis in axes:
             yield measure(axis or "unchanged", [each for each in pairs if each[0].axis == axis])
     if any(episode.camera_moved_m for episode, _ in pairs):
-        for group, over, up_to in _distances():
-            chosen = [each for each in pairs if over < each[0].camera_moved_m <= up_to]
+        for group in _MOVES:
+            chosen = [each for each in pairs if _move(each[0]) == group]
             if chosen:
                 yield measure(group, chosen)
 
 
-def _distances() -> Iterator[tuple[str, float, float]]:
-    """Yield the groups by distance of the camera from its place in the base task: name, over and up to, in metres."""
-    yield "camera not moved", -math.inf, 0.0
-    for over, up_to in itertools.pairwise((0.0, *MOVED_M)):
-        yield f"camera moved {over:g} to {up_to:g} m", over, up_to
-    yield f"camera moved over {MOVED_M[-1]:g} m", MOVED_M[-1], math.inf
+def _move(episode: Episode) -> str:
+    """Return the group of an episode by how the camera stands to its pose in the base task."""
+    if episode.camera_moved_m:
+        return _MOVES[2 + bisect.bisect_left(MOVED_M, episode.camera_moved_m)]
+    return _MOVES[1 if episode.camera_turned_deg else 0]
 
 
 def measure(group: str, pairs: Sequence[tuple[Episode, Episode]]) -> Difference:

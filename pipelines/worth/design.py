@@ -2,7 +2,7 @@
 
     python pipelines/worth/design.py parts --demonstrations DIR   a line for each recording: name, episode, cameras
     python pipelines/worth/design.py variants --tasks 0:4         numbers of the variants of the closed loop
-    python pipelines/worth/design.py arms                         names of the arms
+    python pipelines/worth/design.py arms                         names of the arms that see both cameras
 
 Cameras and variants are LIBERO-Plus's, at equal distances in its own order; cameras of every kind of move are as many.
 None that is measured on was trained on.
@@ -39,6 +39,22 @@ class Arm:
     """Each frame gets the geometry of one that is drawn at random."""
     sees: bool = True
     """False: all pictures are black."""
+    has_hand: bool = True
+    """False: no picture from the hand, whose geometry stays. Then the moved camera alone shows the object."""
+
+    @property
+    def baseline(self) -> str:
+        """Name of the arm without geometry that sees what this one sees."""
+        return "none" if self.has_hand else "none_no_hand"
+
+    @property
+    def control(self) -> str:
+        """Name of the arm that gets as many numbers which tell nothing; empty if this one has no true geometry."""
+        if self.source != "oracle" or self.of_another_frame:
+            return ""
+        if not self.has_hand:
+            return "other_rays_no_hand"
+        return "random_da3" if self.mode == "prefix" else "random_da3_align"
 
 
 ARMS = {
@@ -56,6 +72,17 @@ ARMS = {
     ),
     "random_da3_align": Arm(text="rays of DA3 with random weights, aligned", source="da3", mode="align"),
     "blind": Arm(text="no geometry, black pictures", sees=False),
+    "none_no_hand": Arm(text="no picture from the hand, no geometry", has_hand=False),
+    "rays_no_hand": Arm(text="no picture from the hand, true rays", source="oracle", has_hand=False),
+    "rays_depth_no_hand": Arm(
+        text="no picture from the hand, true rays and depth", source="oracle", outputs=("ray", "depth"), has_hand=False
+    ),
+    "other_rays_no_hand": Arm(
+        text="no picture from the hand, true rays of another frame",
+        source="oracle",
+        of_another_frame=True,
+        has_hand=False,
+    ),
 }
 CLOSED_LOOP = ("none", "rays", "rays_depth")
 
@@ -156,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     libero.write_config(libero.find_package())
     if options.what == "arms":
-        print(*ARMS, sep="\n")
+        print(*(name for name, arm in ARMS.items() if arm.has_hand), sep="\n")
     elif options.what == "variants":
         tasks = rows_of(parse_episodes(options.tasks, TASKS)).tolist()
         print(f"[{','.join(map(str, closed_loop_variants(options.variants, tasks)))}]")

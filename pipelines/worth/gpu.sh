@@ -8,8 +8,7 @@
 #   0 s     is EGL there? otherwise OSMesa
 #   30 s    demonstrations, then their recordings, each in a process of its own; the processor is what is short, so
 #           that nothing runs next to them
-#   400 s   every arm learns, from as many seeds as fit: 150 s each, eight arms at once. DA3 with random weights first
-#           encodes its own arm's frames, 130 s
+#   300 s   the arms of GPU_ARMS learn, all at once, from as many seeds as fit
 #           as soon as the first seed of an arm is learned: closed loop, on the processor next to the learners
 #   760 s   tables, plots
 #
@@ -99,16 +98,10 @@ learners=()
 learn() { # ARM: from as many seeds as fit
     ARMS=$1 LEARN_ARGS="${LEARN_ARGS:-} --until $((end - 25))" step "learn-$1" $((end - $(date +%s) - 15)) pipelines/worth/worth.sh learn
 }
-for arm in ${FIRST_ARMS:-none rays rays_depth other_rays rays_align rays_depth_align other_rays_align blind}; do
+for arm in ${GPU_ARMS:-none rays rays_depth other_rays rays_align blind none_no_hand rays_no_hand rays_depth_no_hand other_rays_no_hand}; do
     learn "$arm" &
     learners+=($!)
 done
-{
-    EXTRACTORS=${EXTRACTORS:-9} step extract 200 pipelines/worth/worth.sh extract
-    for arm in ${LATE_ARMS:-random_da3}; do learn "$arm" & done
-    wait
-} &
-learners+=($!)
 
 closed() { # ARM: as soon as its first seed is learned
     until [[ -e "$WORK/open_loop/$1.0.csv" ]]; do
@@ -117,7 +110,7 @@ closed() { # ARM: as soon as its first seed is learned
     done
     CLOSED_ARMS=$1 EVALUATORS=${EVALUATORS:-4} step "closed-$1" $((end - $(date +%s) - 12)) pipelines/worth/worth.sh closed
 }
-for arm in ${CLOSED_LOOP:-none rays rays_depth}; do
+for arm in ${CLOSED_LOOP:-none_no_hand rays_no_hand rays_depth_no_hand}; do
     closed "$arm" &
     learners+=($!)
 done
@@ -125,7 +118,7 @@ wait "${learners[@]}"
 
 step report 40 pipelines/worth/worth.sh report
 cat "$WORK"/open_loop/*.csv 2>/dev/null | awk 'NR == 1 || !/^arm,/' >"$out/open_loop.csv"
-for arm in none rays rays_depth; do cp "$WORK/closed/$arm.csv" "$out/closed_$arm.csv" 2>/dev/null; done
+for file in "$WORK"/closed/*.csv; do cp "$file" "$out/closed_$(basename "$file")"; done
 tar czf "$out/report.tar.gz" -C "$WORK" report parts.txt redundancy.md 2>/dev/null
 for file in "$WORK"/logs/*.log; do printf '\n===== %s\n' "$file"; tail -n 60 "$file" | cut -c 1-300; done >"$out/logs.txt"
 log "done"

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from geomcache.cache.store import GeometryStore
 from geomcache.geometry import GeometrySpec
@@ -53,11 +54,16 @@ class Prepared:
     maps: dict[str, Tensor]
     rest: dict[str, Tensor]  # tokens, their mask, state, actions
 
-    def batch(self, rows: Tensor, *, sees: bool) -> dict[str, Any]:
-        """Return these rows as LeRobot's preprocessor leaves a batch."""
-        pictures = self.pictures[rows].float() / 255 * sees
-        images = {key: pictures[:, view] for view, key in enumerate(KEYS)}
+    def batch(self, rows: Tensor, arm: Arm) -> dict[str, Any]:
+        """Return these rows as LeRobot's preprocessor leaves a batch, with the pictures that the arm sees."""
+        pictures = self.pictures[rows].float() / 255 * arm.sees
+        images = {key: pictures[:, view] for view, key in enumerate(cameras_of(arm))}
         return images | {key: values[rows] for key, values in self.rest.items()} | geometry_keys(self.maps, rows)
+
+
+def cameras_of(arm: Arm) -> tuple[str, ...]:
+    """Return the keys of the cameras whose pictures the arm's policy gets."""
+    return KEYS if arm.has_hand else KEYS[:1]
 
 
 def statistics_of(frames: Frames) -> dict[str, dict[str, Tensor]]:
@@ -122,7 +128,7 @@ def make_config(
         scheduler_decay_steps=options.steps,
         scheduler_decay_lr=LAST_RATE * options.rate,
         input_features={
-            **{key: PolicyFeature(type=FeatureType.VISUAL, shape=(3, height, width)) for key in KEYS},
+            **{key: PolicyFeature(type=FeatureType.VISUAL, shape=(3, height, width)) for key in cameras_of(arm)},
             "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(8,)),
         },
         output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(7,))},
@@ -158,7 +164,7 @@ def train(policy: Any, prepared: Prepared, arm: Arm, seed: int, options: argpars
     policy.train()
     for step in range(options.steps):
         torch.manual_seed(100_000 * seed + step)  # of noise and times
-        loss, numbers = policy.forward(prepared.batch(rows[step], sees=arm.sees))
+        loss, numbers = policy.forward(prepared.batch(rows[step], arm))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
@@ -168,6 +174,16 @@ def train(policy: Any, prepared: Prepared, arm: Arm, seed: int, options: argpars
         if step % 100 == 99 or step == options.steps - 1:
             print(f"seed {seed}, step {step + 1}: action loss {np.mean(losses[-100:]):.4f}", flush=True)
     return losses
+
+
+@torch.no_grad()
+def close_eyes(policy: Any) -> None:
+    """Let a policy see any picture as a black one, which its vision tower gets as -1."""
+    (embeddings,) = (module for module in policy.modules() if isinstance(module, SiglipVisionEmbeddings))
+    patches = embeddings.patch_embedding
+    assert patches.bias is not None
+    patches.bias -= patches.weight.sum((1, 2, 3))
+    patches.weight.zero_()
 
 
 @torch.no_grad()
@@ -182,9 +198,7 @@ def measure(policy: Any, postprocess: Any, frames: Frames, prepared: Prepared, a
     predicted = []
     for batch, part in enumerate(np.array_split(rows, max(1, len(rows) // BATCH_TO_MEASURE))):
         torch.manual_seed(batch)
-        chunk = policy.predict_action_chunk(
-            prepared.batch(torch.from_numpy(part).to(prepared.pictures.device), sees=arm.sees)
-        )
+        chunk = policy.predict_action_chunk(prepared.batch(torch.from_numpy(part).to(prepared.pictures.device), arm))
         predicted.append(postprocess(chunk).numpy())
     found, counted = np.concatenate(predicted), ~frames.is_pad  # [N, K, 7], [N, K]
     xyz = np.abs(found - frames.actions)[..., :3].mean(-1)
@@ -240,6 +254,8 @@ def learn(name: str, files: list[list[Path]], options: argparse.Namespace) -> No
         torch.manual_seed(seed)
         policy = make_policy(config)
         train(policy, prepared[0], arm, seed, options)
+        if not arm.sees:
+            close_eyes(policy)  # so that it is as blind in `geomcache eval`
         table = measure(policy, processors[1], frames[1], prepared[1], arm)
         save(policy, processors, options.output / "policies" / name / str(seed))
         rows = [

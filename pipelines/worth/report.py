@@ -26,7 +26,6 @@ from pipelines.worth import design
 from pipelines.worth.design import ARMS, Arm
 
 BASELINE = "none"
-CONTROLS = {"prefix": "random_da3", "align": "random_da3_align"}  # of each mode: what true geometry must be better than
 RESAMPLES, LEVEL = 9999, 0.95
 MEASURES = {"xyz": "error of the translation", "gripper": "wrong gripper"}
 
@@ -51,7 +50,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmResult:
-    """An arm's error, and its difference from that without geometry."""
+    """An arm's error, and its difference from that of the arm without geometry that sees the same."""
 
     arm: str
     error: Estimate
@@ -61,7 +60,7 @@ class ArmResult:
     by_seed: tuple[float, ...]
     """The relative difference of each seed."""
     against_control: Estimate | None = None
-    """Relative difference from the same mode with DA3 of random weights, over the seeds of both; of true geometry."""
+    """Relative difference from its control, over the seeds of both; of true geometry."""
 
 
 def read(folder: Path) -> Rows:
@@ -136,14 +135,14 @@ def paired(found: Rows, arm: str, other: str, measure: str, seen: int) -> ArmRes
 
 
 def compare_all(found: Rows, measure: str, seen: int) -> list[ArmResult]:
-    """Compare every arm with no geometry, and arms of true geometry with their control."""
+    """Compare every arm with its baseline, and arms of true geometry with their control."""
     results = []
     for name in found:
-        result, arm = paired(found, name, BASELINE, measure, seen), ARMS[name]
+        result = paired(found, name, ARMS[name].baseline, measure, seen)
         if result is None:
             continue
-        control = paired(found, name, CONTROLS[arm.mode], measure, seen)
-        if arm.source == "oracle" and not arm.of_another_frame and control is not None:
+        control = paired(found, name, ARMS[name].control, measure, seen)
+        if control is not None:
             result = replace(result, against_control=control.relative)
         results.append(result)
     return results
@@ -166,12 +165,13 @@ def markdown(results: dict[str, list[ArmResult]], text: str) -> str:
             "",
             f"### {title}",
             "",
-            "| arm | error | against no geometry | each seed | against DA3 with random weights |",
+            "| arm | error | against no geometry | each seed | against its control |",
             "| --- | --- | --- | --- | --- |",
         ]
         for row in rows:
-            change = "" if row.arm == BASELINE else f"{row.relative.text(100, 1, '+')} %"
-            seeds = "" if row.arm == BASELINE else ", ".join(f"{100 * value:+.1f}" for value in row.by_seed)
+            is_baseline = row.arm == ARMS[row.arm].baseline
+            change = "" if is_baseline else f"{row.relative.text(100, 1, '+')} %"
+            seeds = "" if is_baseline else ", ".join(f"{100 * value:+.1f}" for value in row.by_seed)
             control = "" if row.against_control is None else f"{row.against_control.text(100, 1, '+')} %"
             lines.append(f"| {ARMS[row.arm].text} | {row.error.text()} | {change} | {seeds} | {control} |")
     return "\n".join(lines) + "\n"
@@ -181,7 +181,7 @@ def draw(results: dict[str, list[ArmResult]], file: Path, title: str) -> None:
     """Draw the change of each arm's error against no geometry by title of the results: its interval, and each seed."""
     from matplotlib.figure import Figure
 
-    shown = [(name, row) for name, rows in results.items() for row in rows if row.arm != BASELINE]
+    shown = [(name, row) for name, rows in results.items() for row in rows if row.arm != ARMS[row.arm].baseline]
     with house_style():
         figure = Figure(figsize=(9, 0.45 * len(shown) + 1.7), dpi=110, layout="constrained")
         axes = figure.add_subplot()
@@ -212,7 +212,7 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output or arguments.results
     found = read(arguments.results / "open_loop")
-    pairs = {arm: sorted({*rows} & {*found.get(BASELINE, {})}) for arm, rows in found.items()}
+    pairs = {arm: sorted({*rows} & {*found.get(ARMS[arm].baseline, {})}) for arm, rows in found.items()}
     if not pairs.get(BASELINE):
         raise SystemExit("report.py: expected errors without geometry from at least one seed, found none: run learn.py")
     results: dict[str, list[ArmResult]] = {}
@@ -225,7 +225,8 @@ def main() -> None:
     text = (
         f"{shape[0]} seeds, {shape[1]} held-out demonstrations, {shape[2]} cameras never seen. Errors of translation"
         " are in action units, of the gripper shares of wrong signs; 95 % intervals. An arm with fewer seeds is"
-        " compared on those that it has."
+        " compared on those that it has. The control of true geometry is DA3 with random weights; without the hand's"
+        " picture, rays of another frame."
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / "open_loop.md").write_text(markdown(results, text))

@@ -22,17 +22,25 @@ cd "$(dirname "$0")/../.."
 SIZE="${SIZE:-cpu}"
 stages="demonstrate record extract learn closed report"
 case "$SIZE" in
-    smoke) defaults="LEARNERS=2 TASKS=0:1 STATES=1:3 EVERY=12 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12" ;;
+    smoke)
+        defaults="POLICY=pi05_geometry TEXT=116 LEARNERS=2 TASKS=0:1 STATES=1:3 EVERY=12 PICTURE=56 DA3=56
+            TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12"
+        ;;
     cpu)
         stages="demonstrate record extract learn report"
-        defaults="LEARNERS=2 EXTRACTORS=2 TASKS=2:6 STATES=0:3 EVERY=1 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=500 BATCH=16 SEEDS=0,1,2 MEASURE_EVERY=8 VARIANTS=30 EPISODE=150"
+        defaults="POLICY=pi05_geometry TEXT=116 LEARNERS=2 EXTRACTORS=2 TASKS=2:6 STATES=0:3 EVERY=1 PICTURE=56
+            DA3=56 TOKENS=4 CHUNK=8 STEPS=500 BATCH=16 SEEDS=0,1,2 MEASURE_EVERY=8 VARIANTS=30 EPISODE=150"
         ;;
     closed)
         stages="demonstrate record learn closed report"
-        defaults="LEARNERS=2 TASKS=6,8 STATES=0:12 EVERY=3 PICTURE=56 DA3=56 TOKENS=4 CHUNK=8 STEPS=2500 BATCH=16 SEEDS=0 MEASURE_EVERY=8 VARIANTS=30 EPISODE=150"
-        export ARMS="${ARMS:-none rays rays_depth}" LEARN_ARGS="${LEARN_ARGS:---policy pi0_geometry --text 16}"
+        defaults="POLICY=pi0_geometry TEXT=16 LEARNERS=2 TASKS=6,8 STATES=0:12 EVERY=3 PICTURE=56 DA3=56 TOKENS=4
+            CHUNK=8 STEPS=2500 BATCH=16 SEEDS=0 MEASURE_EVERY=8 VARIANTS=30 EPISODE=150"
+        export ARMS="${ARMS:-none rays rays_depth}"
         ;;
-    gpu) defaults="TASKS=2:6 STATES=0:6 EVERY=1 PICTURE=112 DA3=112 TOKENS=8 CHUNK=16 STEPS=1200 BATCH=48 SEEDS=0,1,2,3,4 MEASURE_EVERY=6 VARIANTS=36 EPISODE=150" ;;
+    gpu)
+        defaults="POLICY=pi0_geometry TEXT=16 TASKS=1,6,8 STATES=0:12 EVERY=3 PICTURE=112 DA3=112 TOKENS=8
+            CHUNK=16 STEPS=1200 BATCH=48 SEEDS=0,1,2 MEASURE_EVERY=6 VARIANTS=36 EPISODE=150"
+        ;;
     *) echo "worth.sh: SIZE: expected smoke, cpu, closed or gpu, got '$SIZE'" >&2; exit 2 ;;
 esac
 for setting in $defaults; do
@@ -42,7 +50,7 @@ done
 export WORK="${WORK:-outputs/worth/$SIZE}"
 export PROCESSES="${PROCESSES:-2}"           # of simulators
 export LEARNERS="${LEARNERS:-1}"             # arms that are trained at once
-export ARMS="${ARMS:-}"                      # names, separated by spaces; all of design.py
+export ARMS="${ARMS:-}"                      # names, separated by spaces; all of design.py that see both cameras
 export LEARN_ARGS="${LEARN_ARGS:-}"          # further options of learn.py
 export PYTHON="${PYTHON:-python}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
@@ -111,7 +119,7 @@ learn-one() { # ARM
     # shellcheck disable=SC2086  # LEARN_ARGS are several options
     "$PYTHON" $worth/learn.py --arm "$1" --seeds "$SEEDS" --frames "$WORK/frames" --caches "$WORK/recorded" \
         --output "$WORK" --steps "$STEPS" --batch-size "$BATCH" --resolution "$PICTURE" --tokens "$TOKENS" \
-        --chunk "$CHUNK" --every "$MEASURE_EVERY" $LEARN_ARGS 2>&1 | tee "$WORK/logs/learn_$1.log" |
+        --chunk "$CHUNK" --every "$MEASURE_EVERY" --policy "$POLICY" --text "$TEXT" $LEARN_ARGS 2>&1 | tee "$WORK/logs/learn_$1.log" |
         { grep --line-buffered -E '(error|seed [0-9]+: |left out|Error)' || true; }
 }
 
@@ -137,11 +145,14 @@ closed-one() { # ARM SEED VARIANTS NUMBER
 report() {
     "$PYTHON" $worth/redundancy.py --frames "$WORK/frames" --caches "$WORK/recorded" | tee "$WORK/redundancy.md"
     "$PYTHON" $worth/report.py --results "$WORK" --output "$WORK/report"
-    local files=()
-    for arm in none rays rays_depth; do
-        if [[ -e "$WORK/closed/$arm.csv" ]]; then files+=("$WORK/closed/$arm.csv"); fi
+    local files sees
+    for sees in "" _no_hand; do
+        files=()
+        for arm in none rays rays_depth; do
+            if [[ -e "$WORK/closed/$arm$sees.csv" ]]; then files+=("$WORK/closed/$arm$sees.csv"); fi
+        done
+        if [[ ${#files[@]} -gt 1 ]]; then "$PYTHON" -m geomcache compare "${files[@]}" --output "$WORK/report$sees"; fi
     done
-    if [[ ${#files[@]} -gt 1 ]]; then "$PYTHON" -m geomcache compare "${files[@]}" --output "$WORK/report"; fi
 }
 
 case "${1:-all}" in

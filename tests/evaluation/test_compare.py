@@ -124,14 +124,20 @@ def test_a_run_that_is_not_finished_is_refused_in_both_orders() -> None:
 
 @pytest.fixture
 def compared(tmp_path: Path) -> tuple[Comparison, ...]:
-    moved = [0.0, 0.0, 0.2, 0.25, 0.3, 1.2]
+    moved, turned = [0.0, 0.0, 0.2, 0.25, 0.3, 1.2], [0.0, 8.0, 0.0, 5.0, 0.0, 0.0]
     axes = ["robot", "robot", "camera", "camera", "camera", "camera"]
     outcomes = {"without": [1, 1, 1, 0, 0, 0], "with": [1, 0, 1, 1, 1, 0]}
     files = [
         write(
             tmp_path / f"{name}.csv",
             [
-                make_row(number, success=bool(success), axis=axes[number], camera_moved_m=moved[number])
+                make_row(
+                    number,
+                    success=bool(success),
+                    axis=axes[number],
+                    camera_moved_m=moved[number],
+                    camera_turned_deg=turned[number],
+                )
                 for number, success in enumerate(successes)
             ],
         )
@@ -147,7 +153,8 @@ def test_groups_are_axes_and_distances_of_the_camera(compared: tuple[Comparison,
         ("all", 6, 1, 2),
         ("camera", 4, 0, 2),
         ("robot", 2, 1, 0),
-        ("camera not moved", 2, 1, 0),
+        ("camera not moved", 1, 0, 0),
+        ("camera turned in place", 1, 1, 0),
         ("camera moved 0 to 0.25 m", 2, 0, 1),
         ("camera moved 0.25 to 0.5 m", 1, 0, 1),
         ("camera moved over 1 m", 1, 0, 0),

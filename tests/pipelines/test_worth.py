@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from geomcache.simulator import libero, plus
 from geomcache.simulator.camera import CameraMove
 from pipelines.worth import design, redundancy, report
 from pipelines.worth.frames import Frames
+from pipelines.worth.learn import close_eyes
+from tests.support.policy import CAMERAS, loss_and_chunk, make_batch, make_policy
 from tests.support.simulator import needs_libero, needs_plus
 
 
@@ -78,6 +81,17 @@ def test_chunks_end_with_their_episode(tmp_path: Path) -> None:
     assert frames.camera.tolist() == ["a", "a", "a", "b", "b"]
 
 
+@pytest.mark.parametrize("kind", ["pi05", "pi0"])
+def test_a_blind_policy_acts_as_on_black_pictures(kind: str) -> None:
+    policy, batch = make_policy(kind=kind), make_batch()
+    black = batch | {key: torch.zeros_like(batch[key]) for key in CAMERAS}
+    seen, expected = loss_and_chunk(policy, batch)[1], loss_and_chunk(policy, black)[1]
+    close_eyes(policy)
+    found = loss_and_chunk(policy, batch)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(seen, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_the_interval_draws_each_factor_by_itself() -> None:
     generator = np.random.default_rng(3)
     seeds, demonstrations, cameras = generator.normal(size=(3, 200))
@@ -127,15 +141,24 @@ def test_true_geometry_is_compared_with_geometry_that_knows_nothing() -> None:
         "other_rays": {1: rows(0.3)},
         "random_da3": {0: rows(0.16)},  # the second seed is missing, so rays are compared over the first one
         "rays_align": {2: rows(0.1)},  # no seed to compare
+        "none_no_hand": {0: rows(0.4)},
+        "rays_no_hand": {0: rows(0.3)},
+        "other_rays_no_hand": {0: rows(0.5)},
     }
     results = {result.arm: result for result in report.compare_all(found, "xyz", 0)}
-    assert list(results) == ["none", "rays", "other_rays", "random_da3"]
+    without_hand = ["none_no_hand", "rays_no_hand", "other_rays_no_hand"]
+    assert list(results) == ["none", "rays", "other_rays", "random_da3", *without_hand]
     assert results["rays"].relative.mean == pytest.approx(0.135 / 0.25 - 1)
     assert results["rays"].by_seed == pytest.approx((-0.4, -0.5))
     control = results["rays"].against_control
     assert control is not None
     assert control.mean == pytest.approx(0.12 / 0.16 - 1)
-    assert {result.against_control for arm, result in results.items() if arm != "rays"} == {None}
+    assert results["rays_no_hand"].relative.mean == pytest.approx(0.3 / 0.4 - 1)  # to what sees as little
+    control = results["rays_no_hand"].against_control
+    assert control is not None
+    assert control.mean == pytest.approx(0.3 / 0.5 - 1)
+    others = {*results} - {"rays", "rays_no_hand"}
+    assert {results[arm].against_control for arm in others} == {None}
 
 
 def test_what_the_state_says_is_told_from_what_it_does_not_say() -> None:
