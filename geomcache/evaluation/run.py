@@ -134,6 +134,8 @@ def evaluate(
         logged_rollouts(log, facts, timers),
         environment.watched_environment(),
     ):
+        # LeRobot makes the folder with its first video, and there is none where other runs have run all episodes.
+        config.output_dir.mkdir(parents=True, exist_ok=True)
         try:
             lerobot_eval.eval_main(config)
         except BaseException as stopped:

@@ -387,6 +387,9 @@ def test_an_episode_and_the_same_by_stock_lerobot_eval(
     assert video.std() > 20  # a picture, which changes over time
     assert np.abs(video[0].astype(int) - video[-1]).max() > 40
 
+    again = evaluate(str(acting), [*EPISODE, f"--output_dir={tmp_path / 'again'}"], results=found.results)
+    assert (again.tasks, again.timer.times) == (found.tasks, [])  # all has been run: nothing is left to do
+
     sizes = [f"--env.observation_height={SIZE}", f"--env.observation_width={SIZE}"]
     stock = ["--discover_packages_path=geomcache.policy", f"--policy.path={acting}", "--env.type=libero", *sizes]
     monkeypatch.setattr(sys, "argv", ["lerobot-eval", *stock, *EPISODE, f"--output_dir={tmp_path / 'stock'}"])
