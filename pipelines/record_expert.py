@@ -19,6 +19,7 @@ import functools
 import logging
 import multiprocessing
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ ABOVE, GRASP, AT = 0.14, -0.003, 0.012  # metres over the object while approachi
 CARRY, LOWER, IN_BASKET = 0.28, 0.20, 0.04  # metres over the basket while carrying and when releasing; tolerance
 LIFTED, FREE = 0.12, 0.20  # metres over the floor: the hand begins to move sideways, and does so freely
 PERSISTENCE = 0.8  # of the disturbance, from step to step
+
+FrameOf = Callable[[dict[str, Any], NDArray[np.float32], NDArray[np.float32]], dict[str, Any]]
+"""Makes a frame of an observation, the expert's action [7] in it, and the one that is executed."""
 
 _PROCESS: dict[str, Any] = {}  # the environment of this process
 
@@ -123,32 +127,40 @@ def start(config: LiberoGeometry, task: int) -> None:
 
 
 def demonstrate(config: LiberoGeometry, task: int, noise: float, state: int) -> list[dict[str, Any]]:
-    """Return the frames of an episode from an initial state, as LeRobot's datasets have them.
-
-    There are none if the task is not solved after `MAX_STEPS` steps: the disturbance may knock the object over.
-    """
+    """Return the frames of an episode from an initial state, as LeRobot's datasets have them; none if it fails."""
     from lerobot.processor.env_processor import LiberoProcessorStep
+
+    def frame_of(observation: dict[str, Any], action: NDArray[np.float32], _: NDArray[np.float32]) -> dict[str, Any]:
+        pictures = zip(config.view_keys(), observation["pixels"].values(), strict=True)
+        return {
+            **{key: np.ascontiguousarray(pixels[::-1, ::-1]) for key, pixels in pictures},
+            STATE: state_of(LiberoProcessorStep(), observation),
+            ACTION: action,
+            "task": environment.task_description,
+        }
 
     environment = _PROCESS["environment"]
     environment.init_state_id = state
-    generator, frames = np.random.default_rng([task, state]), list[dict[str, Any]]()
-    disturbance: NDArray[np.float64] = np.zeros(3)
     observation, _ = environment.reset(seed=state)
+    return perform(environment, observation, noise, np.random.default_rng([task, state]), frame_of)
+
+
+def perform(
+    environment: Any, observation: dict[str, Any], noise: float, generator: np.random.Generator, frame_of: FrameOf
+) -> list[dict[str, Any]]:
+    """Let the expert act, disturbed, and return what `frame_of` makes of each step, from its first `observation` on.
+
+    There are no frames if the task is not solved after `MAX_STEPS` steps: the disturbance may knock the object over.
+    """
+    disturbance: NDArray[np.float64] = np.zeros(3)
+    frames: list[dict[str, Any]] = []
     for _ in range(MAX_STEPS):
         action, moving = act(environment._env.env)
-        pictures = zip(config.view_keys(), observation["pixels"].values(), strict=True)
-        frames.append(
-            {
-                **{key: np.ascontiguousarray(pixels[::-1, ::-1]) for key, pixels in pictures},
-                STATE: state_of(LiberoProcessorStep(), observation),
-                ACTION: action,
-                "task": environment.task_description,
-            }
-        )
         disturbance = next_disturbance(disturbance, noise, generator)
         executed = action.copy()
         if moving:
             executed[:3] = np.clip(action[:3] + disturbance, -1, 1)
+        frames.append(frame_of(observation, action, executed))
         observation, _, _, _, info = environment.step(executed)
         if info["is_success"]:
             return frames

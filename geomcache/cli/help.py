@@ -110,8 +110,8 @@ EVAL = epilog("""
 
 COMPARE = epilog("""
     Episodes are paired by variant and seed: files with other episodes, or of an environment with other options, are
-    refused. The interval comes from a bootstrap that draws whole tasks, p from McNemar's exact test. Groups are the
-    axes and, where cameras are moved, the distance by which.
+    refused. The interval comes from a bootstrap that draws tasks and episodes in them, p from McNemar's exact test.
+    Groups are the axes and, where cameras are moved, the distance by which.
 
     [bold]Example[/bold]: the same episodes without and with geometry
       geomcache eval --policy CHECKPOINT --results without.csv \\

@@ -1,9 +1,10 @@
 """Compare evaluations that ran the same episodes: a difference in success with its interval, and a test.
 
-Episodes are paired by suite, variant and seed. The interval is that of a bootstrap which draws whole tasks: episodes of
-a task have the same goal and objects, so they are not independent. The test is McNemar's, exact: of the pairs that
-differ, half would go either way if both policies were equally good (McNemar, "Note on the sampling error of the
-difference between correlated proportions or percentages", Psychometrika, 1947).
+Episodes are paired by suite, variant and seed. The interval is that of a bootstrap which draws tasks, and then episodes
+of each: episodes of a task have the same goal and objects, so they are not independent, and few tasks alone would make
+an interval too narrow (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). The test is
+McNemar's, exact: of the pairs that differ, half would go either way if both policies were equally good (McNemar, "Note
+on the sampling error of the difference between correlated proportions or percentages", Psychometrika, 1947).
 """
 
 import bisect
@@ -39,8 +40,6 @@ class Interval:
 
     low: float
     high: float
-    resampled: str
-    """What was drawn: ``tasks``, or ``episodes`` where all are of one task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,33 +191,23 @@ def measure(group: str, pairs: Sequence[tuple[Episode, Episode]]) -> Difference:
 
 
 def paired_interval(differences: NDArray[np.int64], tasks: NDArray[np.int64]) -> Interval:
-    """Return the 95 % percentile interval of the mean difference, by a bootstrap that draws whole tasks.
+    """Return the 95 % percentile interval of the mean difference, by a bootstrap of tasks and of episodes in them.
 
     Args:
         differences: of each pair, [n], -1, 0 or 1.
-        tasks: number of each pair's task, [n], from 0 without gaps. If all are 0, single pairs are drawn.
+        tasks: number of each pair's task, [n], from 0 without gaps.
     """
-    from scipy.stats import bootstrap
-
-    resampled = "tasks" if tasks.max() > 0 else "episodes"
-    clusters = tasks if tasks.max() > 0 else np.arange(len(differences))
     if len(differences) == 1:  # nothing to draw from
-        return Interval(low=-1.0, high=1.0, resampled=resampled)
-    counts = np.bincount(clusters)
-    sums = np.bincount(clusters, weights=differences)
-
-    def mean(sums: NDArray[np.float64], counts: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        result: NDArray[np.float64] = sums.sum(axis) / counts.sum(axis)
-        return result
-
-    found = bootstrap(
-        (sums, counts),
-        mean,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(0),  # the same interval at every run
-    ).confidence_interval
-    return Interval(low=float(found.low), high=float(found.high), resampled=resampled)
+        return Interval(low=-1.0, high=1.0)
+    generator = np.random.default_rng(0)  # the same interval at every run
+    values = np.array([-1, 0, 1])
+    outcomes = np.array(
+        [[((differences == value) & (tasks == task)).sum() for value in values] for task in np.unique(tasks)]
+    )
+    counts = outcomes.sum(1)  # [tasks]
+    drawn = generator.integers(len(counts), size=(RESAMPLES, len(counts)))
+    # Episodes of a task that are drawn with replacement have a multinomial distribution of outcomes.
+    found = generator.multinomial(counts[drawn], (outcomes / counts[:, None])[drawn])  # [RESAMPLES, tasks, 3]
+    means = (found @ values).sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(low=float(low), high=float(high))

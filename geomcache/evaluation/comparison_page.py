@@ -28,6 +28,10 @@ COLUMNS = (
     "only second",
     "p",
 )
+NOTE = (
+    "Differences are in percentage points; intervals are from a bootstrap over tasks and episodes in them; p is"
+    " McNemar's exact test."
+)
 
 
 def lines(comparisons: Sequence[Comparison]) -> Iterator[str]:
@@ -38,7 +42,7 @@ def lines(comparisons: Sequence[Comparison]) -> Iterator[str]:
         widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
         for row in rows:
             yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        yield _note(comparison)
+        yield NOTE
 
 
 def markdown(comparisons: Sequence[Comparison], plot: str) -> str:
@@ -48,7 +52,7 @@ def markdown(comparisons: Sequence[Comparison], plot: str) -> str:
         rows = [_cells(difference) for difference in comparison.differences]
         table = [COLUMNS, ("---",) * len(COLUMNS), *rows]
         parts += [f"## {comparison.second} compared with {comparison.first}"]
-        parts += ["\n".join(f"| {' | '.join(row)} |" for row in table), _note(comparison)]
+        parts += ["\n".join(f"| {' | '.join(row)} |" for row in table), NOTE]
     parts += [f"![differences with their intervals]({plot})"]
     if any("camera" in difference.group for comparison in comparisons for difference in comparison.differences):
         parts += ["## Published figures, for reference", _published()]
@@ -77,14 +81,6 @@ def _cells(difference: Difference) -> tuple[str, ...]:
         str(difference.only_first),
         str(difference.only_second),
         f"{difference.p:.2g}",
-    )
-
-
-def _note(comparison: Comparison) -> str:
-    intervals = [each.interval for each in comparison.differences if each.interval is not None]
-    drawn = " and ".join(sorted({interval.resampled for interval in intervals})) or "tasks"
-    return (
-        f"Differences are in percentage points; intervals are from a bootstrap over {drawn}; p is McNemar's exact test."
     )
 
 

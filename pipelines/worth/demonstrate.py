@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from geomcache.ranges import parse_episodes, rows_of
 from geomcache.simulator.environments import LiberoGeometry, make_environment
 from geomcache.simulator.record import ACTION, EXECUTED, INITIAL_STATE, STATE, state_of
-from pipelines.record_expert import FPS, MAX_STEPS, STATES, act, next_disturbance
+from pipelines.record_expert import FPS, STATES, perform
 from pipelines.worth.design import SUITE, TASKS
 
 ATTEMPTS = 3
@@ -40,6 +40,17 @@ def try_once(task: int, state: int, noise: float, attempt: int) -> list[dict[str
     """Return the frames of one attempt, each with other disturbances; none if it does not solve the task."""
     from lerobot.processor.env_processor import LiberoProcessorStep
 
+    def frame_of(
+        observation: dict[str, Any], action: NDArray[np.float32], executed: NDArray[np.float32]
+    ) -> dict[str, Any]:
+        return {
+            STATE: state_of(LiberoProcessorStep(), observation),
+            ACTION: action,
+            EXECUTED: executed,
+            INITIAL_STATE: np.array([state], np.int64),
+            "task": environment.task_description,
+        }
+
     config = LiberoGeometry(task=SUITE, observation_height=32, observation_width=32)  # pictures are not looked at
     config.prepare()
     environment: Any = make_environment(config, SUITE, task, state, 1)
@@ -48,28 +59,7 @@ def try_once(task: int, state: int, noise: float, attempt: int) -> list[dict[str
         world = environment._env.env
         for camera in world.camera_names:  # LIBERO keeps the pictures it has: rendering takes most of a step
             world.modify_observable(f"{camera}_image", "sampling_rate", NEVER_HZ)
-        generator = np.random.default_rng([state, task, attempt])
-        disturbance: NDArray[np.float64] = np.zeros(3)
-        frames: list[dict[str, Any]] = []
-        for _ in range(MAX_STEPS):
-            action, moving = act(world)
-            disturbance = next_disturbance(disturbance, noise, generator)
-            executed = action.copy()
-            if moving:
-                executed[:3] = np.clip(action[:3] + disturbance, -1, 1)
-            frames.append(
-                {
-                    STATE: state_of(LiberoProcessorStep(), observation),
-                    ACTION: action,
-                    EXECUTED: executed,
-                    INITIAL_STATE: np.array([state], np.int64),
-                    "task": environment.task_description,
-                }
-            )
-            observation, _, _, _, info = environment.step(executed)
-            if info["is_success"]:
-                return frames
-        return []
+        return perform(environment, observation, noise, np.random.default_rng([state, task, attempt]), frame_of)
     finally:
         environment.close()
 

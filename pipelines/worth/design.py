@@ -84,7 +84,6 @@ ARMS = {
         has_hand=False,
     ),
 }
-CLOSED_LOOP = ("none", "rays", "rays_depth")
 
 
 def camera_moves() -> dict[str, list[str]]:

@@ -118,7 +118,7 @@ wait "${learners[@]}"
 
 step report 40 pipelines/worth/worth.sh report
 cat "$WORK"/open_loop/*.csv 2>/dev/null | awk 'NR == 1 || !/^arm,/' >"$out/open_loop.csv"
-for file in "$WORK"/closed/*.csv; do cp "$file" "$out/closed_$(basename "$file")"; done
+for file in "$WORK"/closed/*.csv*; do cp "$file" "$out/closed_$(basename "$file")"; done
 tar czf "$out/report.tar.gz" -C "$WORK" report parts.txt redundancy.md 2>/dev/null
 for file in "$WORK"/logs/*.log; do printf '\n===== %s\n' "$file"; tail -n 60 "$file" | cut -c 1-300; done >"$out/logs.txt"
 log "done"

@@ -24,7 +24,9 @@ stages="demonstrate record extract learn closed report"
 case "$SIZE" in
     smoke)
         defaults="POLICY=pi05_geometry TEXT=116 LEARNERS=2 TASKS=0:1 STATES=1:3 EVERY=12 PICTURE=56 DA3=56
-            TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12"
+            TOKENS=4 CHUNK=8 STEPS=12 BATCH=4 SEEDS=0,1 MEASURE_EVERY=16 VARIANTS=1 EPISODE=12 EVALUATORS=1"
+        export ARMS="${ARMS:-none rays_depth other_rays random_da3 rays_align blind none_no_hand rays_no_hand}"
+        export CLOSED_ARMS="${CLOSED_ARMS:-none rays_depth}"
         ;;
     cpu)
         stages="demonstrate record extract learn report"
@@ -35,7 +37,7 @@ case "$SIZE" in
         stages="demonstrate record learn closed report"
         defaults="POLICY=pi0_geometry TEXT=16 LEARNERS=2 TASKS=6,8 STATES=0:12 EVERY=3 PICTURE=56 DA3=56 TOKENS=4
             CHUNK=8 STEPS=2500 BATCH=16 SEEDS=0 MEASURE_EVERY=8 VARIANTS=30 EPISODE=150"
-        export ARMS="${ARMS:-none rays rays_depth}"
+        export ARMS="${ARMS:-none rays rays_depth blind}" CLOSED_ARMS="${CLOSED_ARMS:-none rays rays_depth blind}"
         ;;
     gpu)
         defaults="POLICY=pi0_geometry TEXT=16 TASKS=1,6,8 STATES=0:12 EVERY=3 PICTURE=112 DA3=112 TOKENS=8
@@ -124,13 +126,13 @@ learn-one() { # ARM
 }
 
 closed() {
-    local numbers seed="${CLOSED_SEED:-0}"
+    local numbers
     # shellcheck disable=SC2153  # set above, from the size
     numbers=$("$PYTHON" $worth/design.py variants --variants "$VARIANTS" --tasks "$TASKS" | tail -n 1)
     for arm in ${CLOSED_ARMS:-none rays rays_depth}; do
         # Processes with the same --results share the variants.
-        seq "${EVALUATORS:-$PROCESSES}" | xargs -P "${EVALUATORS:-$PROCESSES}" -I{} "$self" closed-one "$arm" "$seed" "$numbers" {}
-    done
+        seq "${EVALUATORS:-$PROCESSES}" | sed "s/^/$arm ${CLOSED_SEED:-0} $numbers /"
+    done | xargs -P "$PROCESSES" -L 1 "$self" closed-one
 }
 
 closed-one() { # ARM SEED VARIANTS NUMBER
@@ -148,7 +150,7 @@ report() {
     local files sees
     for sees in "" _no_hand; do
         files=()
-        for arm in none rays rays_depth; do
+        for arm in none rays rays_depth blind; do
             if [[ -e "$WORK/closed/$arm$sees.csv" ]]; then files+=("$WORK/closed/$arm$sees.csv"); fi
         done
         if [[ ${#files[@]} -gt 1 ]]; then "$PYTHON" -m geomcache compare "${files[@]}" --output "$WORK/report$sees"; fi

@@ -54,23 +54,27 @@ def test_p_is_of_mcnemars_exact_test(only_first: int, only_second: int, p: float
 # ---- the interval ----
 
 
-def test_the_interval_draws_whole_tasks() -> None:
+def test_the_interval_draws_tasks_and_episodes_in_them() -> None:
     # Two tasks of two episodes: one that the second run alone solves, one without a difference. A draw has the mean 0
     # (one in four), 1/2 (two in four) or 1 (one in four), so that 2.5 % and 97.5 % of all draws are at 0 and at 1.
     differences, tasks = np.array([1, 1, 0, 0]), np.array([0, 0, 1, 1])
     interval = paired_interval(differences, tasks)
-    assert (interval.low, interval.high, interval.resampled) == (0.0, 1.0, "tasks")
-    # The same episodes as four tasks: the mean is k/4, k of the binomial distribution of 4 and 1/2, which is 0 and 4 in
-    # one draw of 16 each.
-    apart = paired_interval(differences, np.arange(4))
-    assert (apart.low, apart.high) == (0.0, 1.0)
+    assert (interval.low, interval.high) == (0.0, 1.0)
+    assert paired_interval(differences, tasks) == interval  # nothing is drawn anew
     # 64 episodes of one task: single ones are drawn, and the interval is about that of a normal distribution.
     halves = paired_interval(np.repeat([1, 0], 32), np.zeros(64, np.int64))
-    assert halves.resampled == "episodes"
     half = 1.959964 * 0.5 / 8
     assert halves.low == pytest.approx(0.5 - half, abs=0.02)
     assert halves.high == pytest.approx(0.5 + half, abs=0.02)
-    assert paired_interval(differences, tasks) == interval  # nothing is drawn anew
+    # Two tasks that are alike say as little as one of as many episodes: whole tasks would all have the mean 1/2.
+    alike = paired_interval(np.tile([1, 0], 32), np.repeat([0, 1], 32))
+    assert alike.low == pytest.approx(halves.low, abs=0.02)
+    assert alike.high == pytest.approx(halves.high, abs=0.02)
+    # 32 tasks of 32 episodes with one outcome each are worth 32 episodes: 0 or 1, and no more is known of each.
+    apart = paired_interval(np.repeat(np.tile([1, 0], 16), 32), np.repeat(np.arange(32), 32))
+    half = 1.959964 * 0.5 / np.sqrt(32)
+    assert apart.low == pytest.approx(0.5 - half, abs=0.02)
+    assert apart.high == pytest.approx(0.5 + half, abs=0.02)
 
 
 def test_tasks_weigh_by_their_episodes() -> None:

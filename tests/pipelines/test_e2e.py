@@ -70,6 +70,46 @@ def test_the_expert_neither_counts_nor_waits() -> None:
     assert record_expert.act(world)[0][2] == 1
 
 
+class Environment:
+    """`World` as LeRobot wraps an environment; solved when the object is let go in the basket, if it can be solved."""
+
+    def __init__(self, *, solvable: bool = True) -> None:
+        self.world, self.solvable = World((-0.15, 0.0, 0.25)), solvable
+        self._env = SimpleNamespace(env=self.world)
+
+    def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        self.world.step(action)
+        inside = np.abs(self.world.thing - self.world.basket)[:2].max() < record_expert.IN_BASKET
+        solved = self.solvable and bool(inside) and not self.world.closed
+        return {"hand": self.world.hand}, 0.0, False, False, {"is_success": solved}
+
+
+def test_a_disturbed_arm_is_recorded_with_what_the_expert_would_do() -> None:
+    environment = Environment()
+    start = {"hand": environment.world.hand}
+    frames = record_expert.perform(
+        environment,
+        start,
+        0.3,
+        np.random.default_rng(0),
+        lambda observation, action, executed: {"hand": observation["hand"], "action": action, "executed": executed},
+    )
+    assert 20 < len(frames) < record_expert.MAX_STEPS
+    np.testing.assert_array_equal(frames[0]["hand"], start["hand"])
+    repeated = World(start["hand"].tolist())
+    for frame in frames:  # what was executed leads to what was seen, where the expert acts as recorded
+        np.testing.assert_array_equal(repeated.hand, frame["hand"])
+        np.testing.assert_array_equal(record_expert.act(repeated)[0], frame["action"])
+        repeated.step(frame["executed"])
+    moved = [frame for frame in frames if (frame["action"] != frame["executed"]).any()]
+    assert len(moved) > len(frames) / 2
+    assert all((frame["action"][3:] == frame["executed"][3:]).all() for frame in frames)
+    failed = record_expert.perform(
+        Environment(solvable=False), start, 0.0, np.random.default_rng(0), lambda *step: {"step": step}
+    )
+    assert failed == []
+
+
 def test_errors_are_paired_by_frame_and_drawn_by_episode() -> None:
     # Two episodes with sums 4 of 2 and 6 of 2. A quarter of all draws has the first alone (2 times as large), a quarter
     # the second alone (3 times), the others both (2.5 times).
