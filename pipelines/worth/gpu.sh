@@ -8,9 +8,9 @@
 #   0 s     is EGL there? otherwise OSMesa
 #   30 s    demonstrations, then their recordings, each in a process of its own; the processor is what is short, so
 #           that nothing runs next to them
-#   300 s   the arms of GPU_ARMS learn, all at once, from as many seeds as fit
+#   380 s   the arms of GPU_ARMS learn, all at once, from as many seeds as fit: 100 to 155 s each
 #           as soon as the first seed of an arm is learned: closed loop, on the processor next to the learners
-#   760 s   tables, plots
+#   740 s   tables, plots
 #
 # LIMIT_S is the whole time in seconds. Where a command may not last so long, start this with `setsid` and read
 # FOLDER/summary.txt.
@@ -96,7 +96,7 @@ step record 300 pipelines/worth/worth.sh record || log "some recordings are miss
 
 learners=()
 learn() { # ARM: from as many seeds as fit
-    ARMS=$1 LEARN_ARGS="${LEARN_ARGS:-} --until $((end - 25))" step "learn-$1" $((end - $(date +%s) - 15)) pipelines/worth/worth.sh learn
+    ARMS=$1 LEARN_ARGS="${LEARN_ARGS:-} --until $((end - 55))" step "learn-$1" $((end - $(date +%s) - 45)) pipelines/worth/worth.sh learn
 }
 for arm in ${GPU_ARMS:-none rays rays_depth other_rays rays_align blind none_no_hand rays_no_hand rays_depth_no_hand other_rays_no_hand}; do
     learn "$arm" &
@@ -108,7 +108,7 @@ closed() { # ARM: as soon as its first seed is learned
         if [[ $(date +%s) -ge $((end - 60)) ]]; then log "closed $1: not learned in time"; return; fi
         sleep 1
     done
-    CLOSED_ARMS=$1 EVALUATORS=${EVALUATORS:-4} step "closed-$1" $((end - $(date +%s) - 12)) pipelines/worth/worth.sh closed
+    CLOSED_ARMS=$1 EVALUATORS=${EVALUATORS:-4} step "closed-$1" $((end - $(date +%s) - 42)) pipelines/worth/worth.sh closed
 }
 for arm in ${CLOSED_LOOP:-none_no_hand rays_no_hand rays_depth_no_hand}; do
     closed "$arm" &
