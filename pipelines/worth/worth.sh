@@ -153,7 +153,7 @@ report() {
         for arm in none rays rays_depth blind; do
             if [[ -e "$WORK/closed/$arm$sees.csv" ]]; then files+=("$WORK/closed/$arm$sees.csv"); fi
         done
-        if [[ ${#files[@]} -gt 1 ]]; then "$PYTHON" -m geomcache compare "${files[@]}" --output "$WORK/report$sees"; fi
+        if [[ ${#files[@]} -gt 1 ]]; then "$PYTHON" -m geomcache compare "${files[@]}" --output "$WORK/report/closed$sees"; fi
     done
 }
 
