@@ -47,7 +47,7 @@ eval-libero: $(READY) system-libraries ## Evaluate the newest checkpoint in LIBE
 eval-libero-plus: $(READY) system-libraries ## Evaluate a checkpoint on LIBERO-Plus POLICY=... [AXIS=camera] [SUITE=libero_object] [N=100]
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/eval_libero_plus.sh
 
-e2e-libero: $(READY) system-libraries ## Record, extract, train and solve a task in LIBERO, on two CPU cores (45 minutes, estimated) [SEEDS=1000,1001,1002]
+e2e-libero: $(READY) system-libraries ## Record, extract, train and solve a task in LIBERO, on two CPU cores (40 minutes) [SEEDS=1000,1001,1002]
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash pipelines/e2e_libero.sh
 
 worth: $(READY) system-libraries ## Does geometry help? The experiment of docs/worth.md on two CPU cores (hours; SIZE=gpu: on a GPU)

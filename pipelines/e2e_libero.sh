@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From demonstrations to a solved task, on two CPU cores in an estimated 45 minutes: record a scripted expert in LIBERO,
+# From demonstrations to a solved task, on two CPU cores in 40 minutes: record a scripted expert in LIBERO,
 # extract the geometry of its pictures into a cache, train a small Pi0 from the cache, and run that policy there with DA3
 # online. Three times, from three training seeds.
 #
@@ -30,7 +30,7 @@ EPISODES="${EPISODES:-10}"         # with geometry, from the states 0, 1, 2, ...
 ABLATED="${ABLATED:-2}"            # without geometry, and with swapped views
 STEPS="${STEPS:-1200}"
 LEAST_SOLVED="${LEAST_SOLVED:-8}"
-LEAST_TIMES="${LEAST_TIMES:-1.2}"  # the least that was seen is 1.42: benchmarks/RESULTS.md
+LEAST_TIMES="${LEAST_TIMES:-1.2}"  # the least that was seen is 1.39: benchmarks/RESULTS.md
 OUT="${OUT:-outputs/e2e_libero}"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
