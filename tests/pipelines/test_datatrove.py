@@ -75,6 +75,7 @@ def test_the_slurm_executor_submits_an_array_whose_ranks_make_the_cache(
     add_command(
         tmp_path / "bin", "sbatch", f'cat "${{@: -1}}" >>{tmp_path}/submitted\necho "Submitted batch job 4711"\n'
     )
+    add_command(tmp_path / "bin", "scontrol", "echo gpu1\n")  # datatrove asks it for the names of an array's nodes
     path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     output, logs = tmp_path / "cache.zarr", tmp_path / "logs"
     recipe = (RECIPE, "--executor", "slurm", "--logs", logs, "--tasks", 2, "--workers", 1, "--partition", "gpu", "--")
