@@ -9,15 +9,13 @@ can be moved, and the largest distance on the table between any two of its initi
 
 import argparse
 import multiprocessing
-from itertools import product
 from typing import Any
 
 import numpy as np
 from scipy.spatial.distance import pdist
 
+from geomcache.simulator import libero
 from geomcache.simulator.environments import LiberoGeometry, make_environment
-
-TASKS = 10  # of each of these suites
 
 
 def farthest(suite: str, task: int) -> tuple[str, int, float] | None:
@@ -49,8 +47,8 @@ def main() -> None:
     parser.add_argument("--suites", default="libero_spatial,libero_object,libero_goal,libero_10", help="%(default)s")
     parser.add_argument("--processes", type=int, default=2, help="%(default)s")
     arguments = parser.parse_args()
-    runs = list(product(arguments.suites.split(","), range(TASKS)))
-    LiberoGeometry(task=runs[0][0]).prepare()  # writes LIBERO's configuration once
+    libero.write_config(libero.find_package())
+    runs = [(suite, task) for suite in arguments.suites.split(",") for task in libero.task_numbers(suite, None)]
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         found = pool.starmap(farthest, runs, chunksize=1)
     print("| suite | task | object | initial states | farthest apart, cm |\n| --- | --- | --- | --- | --- |")

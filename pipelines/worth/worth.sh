@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does geometry help a small Pi0.5 whose camera moves? One command a stage; start any of them again to resume.
+# Does geometry help a small policy whose camera moves? One command a stage; start any of them again to resume.
 #
 #   pipelines/worth/worth.sh                   all stages, in the size for two CPU cores
 #   pipelines/worth/worth.sh demonstrate       one of them: demonstrate, record, extract, learn, closed, report

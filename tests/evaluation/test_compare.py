@@ -61,6 +61,10 @@ def test_the_interval_draws_tasks_and_episodes_in_them() -> None:
     interval = paired_interval(differences, tasks)
     assert (interval.low, interval.high) == (0.0, 1.0)
     assert paired_interval(differences, tasks) == interval  # nothing is drawn anew
+    # The same episodes as four tasks: the mean is k/4, k of the binomial distribution of 4 and 1/2, which is 0 and 4 in
+    # one draw of 16 each.
+    four = paired_interval(differences, np.arange(4))
+    assert (four.low, four.high) == (0.0, 1.0)
     # 64 episodes of one task: single ones are drawn, and the interval is about that of a normal distribution.
     halves = paired_interval(np.repeat([1, 0], 32), np.zeros(64, np.int64))
     half = 1.959964 * 0.5 / 8
